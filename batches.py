@@ -1,0 +1,158 @@
+"""Makes batches from the strip of decoded lines: order, crops, windows, augmentation.
+
+Everything is batched tensor code on the strip's device; nothing is done image by image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data import INK_DEVIATION, LineSet
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of one split on a device. All tensors but the strip are (lines,), int64."""
+
+    strip: Tensor  # (total_width, line_height), uint8; row 0 is empty background
+    starts: Tensor
+    widths: Tensor
+    labels: Tensor
+    pages: Tensor  # numbered from 0 without gaps
+
+    @classmethod
+    def of(cls, data: LineSet, split: str, strip: Tensor) -> Lines:
+        """Take a split's lines; `strip` is the result of `strip_on`."""
+        chosen = data.select(split)
+        _, pages = np.unique(data.pages[chosen], return_inverse=True)
+        own = (data.starts[chosen], data.widths[chosen], data.labels[chosen], pages)
+        return cls(strip, *(torch.from_numpy(np.asarray(a)).to(strip.device) for a in own))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def strip_on(data: LineSet, device: torch.device) -> Tensor:
+    """Put the strip on the device; on the CPU it stays mapped, shared by all processes."""
+    return torch.from_numpy(data.strip).to(device)
+
+
+# ----------------------------------------------------------------------------- order and windows
+
+
+def epoch_order(
+    labels: NDArray[np.int64], alpha: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw as many lines as there are, in random order, writers weighted by lines^(1 - alpha).
+
+    labels (lines,). Alpha 0 takes every line once, alpha 1 every writer equally often. Systematic
+    sampling: a line with an expected count of c is drawn floor(c) or ceil(c) times.
+    """
+    counts = np.bincount(labels).astype(np.float64)
+    weights = counts[labels] ** -alpha
+    shuffled = rng.permutation(len(labels))
+    ends = np.cumsum(weights[shuffled]) * (len(labels) / weights.sum())
+    points = np.arange(len(labels)) + rng.random()
+    drawn = shuffled[np.searchsorted(ends, points, side="right").clip(max=len(labels) - 1)]
+    return rng.permutation(drawn)
+
+
+def windows(widths: Tensor, crop_width: int) -> tuple[Tensor, Tensor]:
+    """Cover each line with evenly spaced windows: as few as cover it whole.
+
+    widths (lines,). Returns (line, offset), each (windows,), int64, line by line.
+    """
+    per_line = (widths + crop_width - 1).div(crop_width, rounding_mode="floor").clamp(min=1)
+    line = torch.repeat_interleave(torch.arange(len(widths), device=widths.device), per_line)
+    first = per_line.cumsum(0) - per_line
+    number = torch.arange(len(line), device=widths.device) - first[line]
+    slack = (widths - crop_width).clamp(min=0)[line].double()
+    offset = slack * number / (per_line[line] - 1).clamp(min=1)
+    return line, offset.round().long()
+
+
+def random_offsets(widths: Tensor, crop_width: int, generator: torch.Generator) -> Tensor:
+    """Choose where a crop starts in each line: (batch,); negative where the line is narrower.
+
+    A line that is narrower than the crop stands at a random place in it.
+    """
+    slack = (widths - crop_width).double()
+    uniform = torch.rand(
+        len(widths), generator=generator, dtype=torch.float64, device=widths.device
+    )
+    return (slack * uniform).round().long()
+
+
+def gather(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Tensor:
+    """Cut crops out of the strip: (batch, 1, line_height, crop_width), float32, unit deviation.
+
+    chosen, offsets (batch,), int64. Columns outside of the line are empty background.
+    """
+    column = offsets[:, None] + torch.arange(crop_width, device=offsets.device)
+    inside = (column >= 0) & (column < lines.widths[chosen, None])
+    source = torch.where(inside, lines.starts[chosen, None] + column, 0)
+    crops = lines.strip[source]  # (batch, crop_width, line_height), uint8
+    return crops.transpose(1, 2).unsqueeze(1).to(torch.float32).div_(INK_DEVIATION)
+
+
+# --------------------------------------------------------------------------------- augmentation
+
+
+def augment(
+    images: Tensor, geometry: float, photometry: float, generator: torch.Generator
+) -> Tensor:
+    """Distort a batch (batch, 1, height, width), each image differently, on its device.
+
+    The generator lives on the images' device.
+    """
+    if geometry > 0:
+        images = distort(images, geometry, generator)
+    if photometry > 0:
+        images = change_ink(images, photometry, generator)
+    return images
+
+
+def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Rotate (± 2°), shear, scale and stretch (± 10 %), and shift each image.
+
+    The figures are for strength 1. They stay small: slant and proportions are a writer's own.
+    """
+    batch, _, height, width = images.shape
+    drawn = (torch.rand(6, batch, generator=generator, device=images.device) * 2 - 1) * strength
+    angle = drawn[0] * math.radians(2.0)
+    shear = drawn[1] * 0.1
+    scale = torch.exp(drawn[2] * 0.1)
+    stretch = torch.exp(drawn[3] * 0.1)
+    shift_x, shift_y = drawn[4] * 8 / width, drawn[5] * 0.06
+    aspect = height / width  # affine_grid works in units of half the image
+    theta = torch.stack(
+        [
+            torch.stack([scale * stretch, (shear + angle) * aspect, shift_x], -1),
+            torch.stack([-angle / aspect, scale, shift_y], -1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False)
+
+
+def change_ink(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change each image's contrast, stroke width, sharpness, paper and noise."""
+    batch = len(images)
+    drawn = torch.rand(5, batch, 1, 1, 1, generator=generator, device=images.device)
+    signed = (drawn * 2 - 1) * strength
+    thick = F.max_pool2d(images, 3, 1, 1)
+    blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    thicker = signed[0].clamp(min=0) * 0.5
+    softer = signed[1] * 0.7  # negative: sharper
+    images = images + thicker * (thick - images) + softer * (blurred - images)
+    images = images * torch.exp(signed[2] * 0.35)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    return images + noise * (drawn[3] * strength * 0.15) + signed[4] * 0.15

@@ -1,0 +1,142 @@
+"""Files that appear whole or not at all, the lock on a directory, and the user's mistakes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+
+class UserError(Exception):
+    """A mistake that the user can mend, in one line: what is wrong, the value, what to do."""
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    A reader sees the old file or the new one, also after a power cut: the contents reach the disk
+    before the name does, and the name before this returns.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text whole; undecodable file names survive as their escaped bytes."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole. Raises ValueError for NaN and infinities."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises OSError or ValueError."""
+    return json.loads(path.read_bytes())
+
+
+def content_hash(value: Any) -> str:
+    """Hash a JSON-able value independently of the order of its keys: 16 hexadecimal digits."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Squeeze any text (an error, a hostile file name) into one printable line."""
+    flat = " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode()
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in flat)
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+class DirectoryLock:
+    """An exclusive lock on a directory, held while the `with` block runs.
+
+    Its file says who holds it (pid, host, start). The kernel drops the lock with the process,
+    however that ends, so that a lock found free means that the last holder is dead. The descriptor
+    is not inherited by programs that this process starts.
+    Raises UserError, naming the holder, when another process holds it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "search.lock"
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> DirectoryLock:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _try_lock(descriptor):
+            holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
+            os.close(descriptor)
+            raise UserError(
+                f"{self.path.parent} is in use by another search ({one_line(holder)}); "
+                "wait for it, stop it, or give another --checkpoint_dir"
+            )
+        os.ftruncate(descriptor, 0)
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        holder = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
+        os.pwrite(descriptor, holder.encode(), 0)
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def _try_lock(descriptor: int, seconds: float = 0.5) -> bool:
+    """Try for a moment: `is_locked` of another process may hold the lock for microseconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+
+
+def is_locked(directory: Path) -> bool:
+    """Tell whether some process holds the directory's lock; changes nothing."""
+    try:
+        descriptor = os.open(directory / "search.lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

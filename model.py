@@ -1,0 +1,318 @@
+"""Backbones, pooling, heads and losses for telling writers apart on grey line images."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+CONNECT_SECONDS = 8.0  # a machine without network is noticed within this time
+
+# ------------------------------------------------------------------------------------ backbones
+
+
+class ThinResNet(ResNet):  # type: ignore[misc]
+    """A ResNet-18 of base width 32 instead of 64: a quarter of its cost, for small data and CPUs.
+
+    After He et al. 2016; torchvision's class builds its layers from the width in `inplanes`.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=1)
+        self.inplanes = width
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for number, stride in enumerate((1, 2, 2, 2)):
+            layer = self._make_layer(BasicBlock, width * 2**number, 2, stride)
+            setattr(self, f"layer{number + 1}", layer)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _resnet_features(network: ResNet) -> tuple[nn.Module, int]:
+    parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    channels = network.layer4[-1].bn2.num_features
+    if hasattr(network.layer4[-1], "bn3"):
+        channels = network.layer4[-1].bn3.num_features
+    return nn.Sequential(*[getattr(network, part) for part in parts]), channels
+
+
+def _thin(pretrained: bool) -> tuple[nn.Module, int]:
+    return _resnet_features(ThinResNet())
+
+
+def _tiny(pretrained: bool) -> tuple[nn.Module, int]:
+    """Two layers: for tests, and for trying a search out."""
+    layers = [
+        nn.Conv2d(3, 8, 5, stride=4, padding=2, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(inplace=True),
+    ]
+    return nn.Sequential(*layers), 32
+
+
+def _resnet(name: str) -> Callable[[bool], tuple[nn.Module, int]]:
+    return lambda pretrained: _resnet_features(_torchvision(name, pretrained))
+
+
+def _features(name: str) -> Callable[[bool], tuple[nn.Module, int]]:
+    """Build a torchvision network whose layers before pooling stand in `features`."""
+
+    def build(pretrained: bool) -> tuple[nn.Module, int]:
+        network = _torchvision(name, pretrained)
+        last = [m for m in network.features.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        return network.features, _out_channels(last[-1])
+
+    return build
+
+
+def _out_channels(layer: nn.Module) -> int:
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else int(layer.out_features)  # type: ignore[arg-type]
+
+
+def _torchvision(name: str, pretrained: bool) -> Any:
+    return torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+
+
+BUILDERS: dict[str, Callable[[bool], tuple[nn.Module, int]]] = {
+    "tiny": _tiny,
+    "resnet_thin": _thin,
+    "resnet18": _resnet("resnet18"),
+    "resnet34": _resnet("resnet34"),
+    "resnet50": _resnet("resnet50"),
+    "convnext_tiny": _features("convnext_tiny"),
+    "efficientnet_v2_s": _features("efficientnet_v2_s"),
+    "mobilenet_v3_large": _features("mobilenet_v3_large"),
+    "mobilenet_v3_small": _features("mobilenet_v3_small"),
+}
+
+
+def _to_one_channel(backbone: nn.Module) -> None:
+    """Let the first convolution read grey: the sum of its colour filters answers grey alike."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            grey = nn.Conv2d(
+                1,
+                module.out_channels,
+                module.kernel_size,  # type: ignore[arg-type]
+                module.stride,  # type: ignore[arg-type]
+                module.padding,  # type: ignore[arg-type]
+                bias=module.bias is not None,
+            )
+            with torch.no_grad():
+                grey.weight.copy_(module.weight.sum(1, keepdim=True))
+                if module.bias is not None and grey.bias is not None:
+                    grey.bias.copy_(module.bias)
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, grey)
+            return
+    raise ValueError("the backbone has no convolution")
+
+
+# ---------------------------------------------------------------------------- pooling and heads
+
+
+class GeneralizedMeanPool(nn.Module):
+    """The mean of p-th powers, to the power 1/p, with a learned p. GeM, after Radenović 2018."""
+
+    def __init__(self, channels: int, power: float = 3.0) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(power))
+
+    def forward(self, features: Tensor) -> Tensor:
+        positive = features.float().clamp(min=1e-6)  # powers overflow in bfloat16
+        pooled: Tensor = positive.pow(self.power).mean((2, 3)).pow(1 / self.power)
+        return pooled
+
+
+class AttentionPool(nn.Module):
+    """A mean over positions, weighted by a learned score of each position."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.score = nn.Conv2d(channels, 1, 1)
+        nn.init.zeros_(self.score.weight)  # starts as the plain mean
+
+    def forward(self, features: Tensor) -> Tensor:
+        weights = self.score(features).flatten(2).softmax(-1)  # (batch, 1, positions)
+        pooled: Tensor = (features.flatten(2) * weights).sum(-1)
+        return pooled
+
+
+class AveragePool(nn.Module):
+    """The mean over positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean((2, 3))
+
+
+POOLINGS: dict[str, Callable[[int], nn.Module]] = {
+    "avg": AveragePool,
+    "gem": GeneralizedMeanPool,
+    "attention": AttentionPool,
+}
+
+
+class CosineClassifier(nn.Module):
+    """Cosines between embeddings and one learned direction per writer."""
+
+    def __init__(self, channels: int, num_writers: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_writers, channels) * channels**-0.5)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        cosines: Tensor = F.linear(F.normalize(embeddings.float()), F.normalize(self.weight))
+        return cosines
+
+
+class WriterModel(nn.Module):
+    """A backbone, a pooling, dropout and a classifier.
+
+    Images (batch, 1, height, width), float; returns logits (batch, writers), float32; with the
+    cosface loss they are `scale` times a cosine.
+    Raises KeyError for an unknown backbone or pooling.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_writers: int,
+        *,
+        pooling: str = "avg",
+        dropout: float = 0.0,
+        loss: str = "cross_entropy",
+        scale: float = 32.0,
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone, channels = BUILDERS[backbone](pretrained)
+        _to_one_channel(self.backbone)
+        self.pool = POOLINGS[pooling](channels)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = scale if loss == "cosface" else 1.0
+        self.classifier: nn.Module = (
+            CosineClassifier(channels, num_writers)
+            if loss == "cosface"
+            else nn.Linear(channels, num_writers)
+        )
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Describe images by (batch, channels)."""
+        embeddings: Tensor = self.pool(self.backbone(images))
+        return embeddings
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.dropout(self.embed(images)))
+        return self.scale * logits.float()
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Give the parameters that never come pretrained."""
+        yield from self.pool.parameters()
+        yield from self.classifier.parameters()
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+
+def margin_logits(logits: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
+    """Take an additive margin off the true writer's cosine.
+
+    logits (batch, writers) are `scale` times cosines;  labels (batch,), int64;  margin in cosine.
+    After CosFace (Wang et al. 2018), eq. 4; margin 0 is a plain scaled softmax.
+    """
+    taken = F.one_hot(labels, logits.shape[1]).to(logits) * (margin * scale)
+    return logits - taken
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    margin: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Cross-entropy with label smoothing; with a margin where one is given. Returns the mean."""
+    if margin is not None:
+        logits = margin_logits(logits, labels, margin, scale)
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def mix_images(images: Tensor, share: Tensor, partner: Tensor) -> Tensor:
+    """Mix each image with its partner. After mixup (Zhang et al. 2018).
+
+    images (batch, 1, height, width);  share (), in [0, 1];  partner (batch,), int64: a permutation
+    """
+    return images * share + images[partner] * (1 - share)
+
+
+# ------------------------------------------------------------------------------ ImageNet weights
+
+
+class WeightsUnavailableError(Exception):
+    """ImageNet weights are neither on this machine nor to be had, and why."""
+
+
+def ensure_imagenet_weights(backbone: str) -> None:
+    """Make sure that the ImageNet weights of a backbone are on this machine, downloading once.
+
+    Raises WeightsUnavailableError, within some ten seconds where there is no network.
+    """
+    enum = torchvision.models.get_model_weights(backbone)
+    url: str = enum.DEFAULT.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    try:
+        if not file.exists():
+            _probe(url)
+        with _socket_timeout(CONNECT_SECONDS):
+            BUILDERS[backbone](True)
+    except Exception as error:  # network, disk, a damaged file: the caller says what follows
+        raise WeightsUnavailableError(f"{backbone}: {file}: {error}") from None
+
+
+def _probe(url: str) -> None:
+    """Raise when the server cannot be reached in time; a name look-up obeys no socket timeout."""
+    outcome: list[Exception | None] = []
+
+    def connect() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if not outcome:
+        raise TimeoutError(f"no answer within {CONNECT_SECONDS:.0f} s")
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

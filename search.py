@@ -1,0 +1,414 @@
+"""The loop that owns the study: ask, start a process, receive reports, tell.
+
+One process, no threads: nothing else writes the database. Trials run in processes of their own
+and talk through pipes.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from importlib.metadata import version
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from config import Space, TrialConfig
+from data import LineSet
+from files import UserError, one_line, write_json
+from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, exit_text
+from progress import Progress
+from signals import StopSignals
+from study import Drawer, SpaceExhaustedError, config_of, tell, write_error_log
+from summary import (
+    DATABASE,
+    best_row,
+    duration,
+    finished_epochs,
+    percent,
+    read_rows,
+    seconds_left,
+    trial_dir,
+    write_summary,
+)
+
+STOP_SECONDS = 20.0  # a trial that was told to stop and has not ended by then is killed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of the search is to do; nothing in here changes while it runs."""
+
+    checkpoint_dir: Path
+    data: LineSet
+    space: Space
+    settings: dict[str, Any]
+    n_trials: int
+    slots: tuple[str | None, ...]  # per trial at once: its entry of CUDA_VISIBLE_DEVICES, or None
+    threads: int
+    sampler: str
+    seed: int
+    timeout: float | None
+    trial_timeout: float | None
+    max_consecutive_failed_trials: int
+    provenance: dict[str, Any]  # for config.json
+
+    @property
+    def epochs(self) -> int:
+        return int(self.settings["epochs"])
+
+
+@dataclass
+class RunningTrial:
+    """A trial under way."""
+
+    trial: Trial
+    config: TrialConfig
+    child: ChildProcess
+    slot: int
+    started: float
+    epoch: int = 0  # epochs done
+    progress: float = 0.0  # epochs done, with a fraction
+    best: float | None = None
+    pruned: bool = False
+    stop_cause: str | None = None
+    kill_at: float = math.inf
+
+    @property
+    def number(self) -> int:
+        return int(self.trial.number)
+
+
+@dataclass
+class Search:
+    """Runs trials until the budget of this run is spent, a signal comes, or too many fail."""
+
+    study: optuna.Study
+    plan: Plan
+    stop: StopSignals
+    running: dict[int, RunningTrial] = field(default_factory=dict)  # by slot
+    failures: list[str] = field(default_factory=list)  # causes of the failures in a row
+    gave_up: bool = False
+    exhausted: bool = False
+
+    def run(self) -> None:
+        """Run the search. Whatever it raises, no process of it stays behind."""
+        self.drawer = Drawer(self.plan.space, self.plan.sampler, self.plan.seed)
+        self.rows = read_rows(self.plan.checkpoint_dir / DATABASE)
+        complete = sum(row.state == "COMPLETE" for row in self.rows)
+        self.to_start = max(0, self.plan.n_trials - complete)
+        self.deadline = time.monotonic() + (self.plan.timeout or math.inf)
+        self.progress = Progress(complete, self.plan.n_trials, self.plan.epochs)
+        try:
+            while True:
+                while self.may_start():
+                    self.start_next()
+                if not self.running:
+                    return
+                self.wait_for_news()
+        finally:
+            for trial in self.running.values():
+                trial.child.kill()
+            self.progress.close()
+
+    def may_start(self) -> bool:
+        return (
+            self.to_start > 0
+            and len(self.running) < len(self.plan.slots)
+            and self.stop.name is None
+            and not self.gave_up
+            and not self.exhausted
+            and time.monotonic() < self.deadline
+        )
+
+    # -------------------------------------------------------------------------------------- start
+
+    def start_next(self) -> None:
+        """Ask for the next trial and start its process."""
+        try:
+            trial = self.drawer.ask(self.study)
+        except SpaceExhaustedError as error:
+            self.exhausted = True
+            self.progress.line(f"the space is exhausted: {error}, all of them different")
+            return
+        self.to_start -= 1
+        self.progress.start(trial.number)
+        try:
+            running = self.launch(trial)
+        except (OSError, UserError) as error:
+            self.record_failure(trial, one_line(error), epoch=0, seconds=0.0)
+            return
+        self.running[running.slot] = running
+
+    def launch(self, trial: Trial) -> RunningTrial:
+        """Write config.json and start the trial's process."""
+        plan = self.plan
+        slot = next(n for n in range(len(plan.slots)) if n not in self.running)
+        config = config_of(trial, plan.space, plan.settings, plan.seed)
+        directory = trial_dir(plan.checkpoint_dir, trial.number)
+        directory.mkdir()
+        write_json(
+            directory / "config.json",
+            {
+                "number": trial.number,
+                "hyperparameters": trial.params,
+                "config": config.to_dict(),
+                "config_hash": config.hash(),
+                "data_fingerprint": plan.data.fingerprint,
+                "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "device": plan.slots[slot] or "cpu",
+                "threads": plan.threads,
+                **plan.provenance,
+            },
+        )
+        data = replace(plan.data, paths=(), report={})  # large, and no trial reads them
+        job = Job(config, data, directory, plan.threads, plan.slots[slot])
+        return RunningTrial(trial, config, ChildProcess("run_trial", job), slot, time.monotonic())
+
+    # --------------------------------------------------------------------------------------- news
+
+    def wait_for_news(self) -> None:
+        """Wait for a message, a signal or a deadline, and act on it."""
+        by_connection = {r.child.connection: r for r in self.running.values()}
+        ready = connection.wait(
+            [*by_connection, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
+        )
+        if self.stop.wakeup in ready:
+            self.stop.wakeup.recv(4096)
+        if self.stop.name is not None:
+            self.stop_all(f"interrupted by {self.stop.name}")
+        for pipe in ready:
+            if pipe in by_connection:
+                self.receive(by_connection[pipe])
+        self.watch_the_clock()
+
+    def seconds_to_next_deadline(self) -> float | None:
+        deadlines = [r.kill_at for r in self.running.values()]
+        if self.plan.trial_timeout is not None:
+            deadlines += [
+                r.started + self.plan.trial_timeout
+                for r in self.running.values()
+                if r.stop_cause is None
+            ]
+        soonest = min(deadlines, default=math.inf)
+        return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+
+    def watch_the_clock(self) -> None:
+        now = time.monotonic()
+        limit = self.plan.trial_timeout
+        for running in self.running.values():
+            if limit is not None and now >= running.started + limit:
+                self.stop_one(running, f"ran longer than --trial_timeout {limit:g} s")
+            if now >= running.kill_at:
+                running.child.kill()
+
+    def stop_all(self, cause: str) -> None:
+        for running in self.running.values():
+            self.stop_one(running, cause)
+
+    def stop_one(self, running: RunningTrial, cause: str) -> None:
+        """Tell a trial to save and end; it is killed when it does not."""
+        if running.stop_cause is None:
+            running.stop_cause = cause
+            running.kill_at = time.monotonic() + STOP_SECONDS
+            running.child.order(STOP)
+
+    def receive(self, running: RunningTrial) -> None:
+        """Act on one message of a trial."""
+        message = running.child.receive()
+        if message is None:
+            code = running.child.end()
+            self.end_failed(running, exit_text(code), log=True)
+            return
+        kind, content = message
+        if kind == "progress":
+            running.progress = content["progress"]
+            self.progress.advance(running.number, running.progress)
+        elif kind == "report":
+            self.receive_report(running, content["epoch"], content["metrics"])
+        else:
+            running.child.end()
+            if kind == "done":
+                self.end_complete(running, content["metrics"])
+            else:  # pruned, stopped, failed
+                self.end_failed(running, content.get("cause", kind), content.get("traceback", ""))
+
+    def receive_report(self, running: RunningTrial, epoch: int, metrics: dict[str, Any]) -> None:
+        """Store an epoch's value and answer whether the trial goes on."""
+        value = float(metrics["macro_top1"])
+        running.epoch, running.progress = epoch, float(epoch)
+        running.best = max(value, running.best or 0.0)
+        running.trial.report(value, epoch)
+        if running.stop_cause is None and running.trial.should_prune():
+            # Told at once: a search killed from here on leaves a pruned trial, not a lost one.
+            running.pruned = True
+            self.finish(running.trial, TrialState.PRUNED, epoch)
+        running.child.order(PRUNE if running.pruned else STOP if running.stop_cause else CONTINUE)
+        self.progress.epoch(running.number, epoch, self.epoch_facts(value, metrics))
+
+    def epoch_facts(self, value: float, metrics: dict[str, Any]) -> str:
+        left = self.time_left()
+        return " | ".join(
+            [
+                f"loss {metrics['train_loss']:.3f}",
+                f"val macro top-1 {percent(value)}",
+                f"best {self.best_text()}",
+                f"{duration(metrics['seconds'])}",
+                "left not known yet" if left is None else f"left {duration(left)}",
+            ]
+        )
+
+    def best_text(self) -> str:
+        best = best_row(self.rows)
+        values = [(r.best, -r.number) for r in self.running.values() if r.best is not None]
+        if best is not None and best.value is not None:
+            values.append((best.value, -best.number))
+        if not values:
+            return "none yet"
+        value, negative = max(values)
+        return f"{percent(value)} (trial {-negative})"
+
+    def time_left(self) -> float | None:
+        now = time.monotonic()
+        running = [(r.progress, now - r.started) for r in self.running.values()]
+        return seconds_left(
+            finished_epochs(self.rows),
+            running,
+            self.to_start,
+            self.plan.epochs,
+            len(self.plan.slots),
+        )
+
+    # ---------------------------------------------------------------------------------------- end
+
+    def end_complete(self, running: RunningTrial, metrics: dict[str, Any]) -> None:
+        value = float(metrics["macro_top1"])
+        if not math.isfinite(value):
+            self.end_failed(running, f"the trial's value is {value}")
+            return
+        self.failures.clear()
+        self.finish(running.trial, TrialState.COMPLETE, running.epoch, value)
+        self.leave(running, f"complete | val macro top-1 {percent(value)}")
+
+    def end_failed(
+        self, running: RunningTrial, cause: str, traceback: str = "", log: bool = False
+    ) -> None:
+        """Record the end of a trial that was pruned, stopped, failed, or died without a word."""
+        if running.pruned:
+            self.failures.clear()
+            self.leave(running, f"pruned at epoch {running.epoch}")
+            return
+        epoch = int(running.progress) + 1  # the one under way
+        if log:
+            traceback = _end_of(trial_dir(self.plan.checkpoint_dir, running.number) / "train.log")
+        if running.stop_cause is not None:
+            # Once a stop was asked for, whatever ends the trial is part of the stop.
+            killed = "" if cause == "stopped" else f" (it did not save: {cause})"
+            cause = f"{running.stop_cause} at epoch {epoch}{killed}"
+        del self.running[running.slot]
+        self.record_failure(
+            running.trial, cause, running.epoch, time.monotonic() - running.started, traceback
+        )
+
+    def record_failure(
+        self, trial: Trial, cause: str, epoch: int, seconds: float, traceback: str = ""
+    ) -> None:
+        directory = trial_dir(self.plan.checkpoint_dir, trial.number)
+        trial.set_user_attr("failure", cause)
+        interrupted = self.stop.name is not None
+        advice = (
+            "nothing: the same command goes on with new trials" if interrupted else _advice(cause)
+        )
+        try:
+            write_error_log(
+                directory, cause, epoch=epoch or None, traceback=traceback, advice=advice
+            )
+        finally:
+            self.finish(trial, TrialState.FAIL, epoch)
+        if not interrupted:
+            self.failures.append(cause)
+            self.gave_up = len(self.failures) >= self.plan.max_consecutive_failed_trials
+        self.progress.end(
+            trial.number, f"failed: {one_line(cause)} | {duration(seconds)}", self.complete()
+        )
+
+    def leave(self, running: RunningTrial, facts: str) -> None:
+        del self.running[running.slot]
+        seconds = time.monotonic() - running.started
+        self.progress.end(running.number, f"{facts} | {duration(seconds)}", self.complete())
+
+    def finish(
+        self, trial: Trial, state: TrialState, epochs: int, value: float | None = None
+    ) -> None:
+        """Tell the study, and bring the summary up to date."""
+        trial.set_user_attr("epochs", epochs)
+        tell(self.study, self.plan.checkpoint_dir, trial.number, state, value)
+        self.rows = read_rows(self.plan.checkpoint_dir / DATABASE)
+        write_summary(self.plan.checkpoint_dir, self.rows)
+
+    def complete(self) -> int:
+        return sum(row.state == "COMPLETE" for row in self.rows)
+
+    def common_cause(self) -> str:
+        """Give the commonest cause of the failures in a row."""
+        return Counter(self.failures).most_common(1)[0][0]
+
+
+def _advice(cause: str) -> str:
+    if "out of memory" in cause or "SIGKILL" in cause:
+        return "a smaller batch (--fix batch_size=16), a smaller backbone, fewer trials at once"
+    if "not finite" in cause:
+        return "lower learning rates: --space with a lower end, or --fix learning_rate=0.001"
+    if "trial_timeout" in cause:
+        return "a longer --trial_timeout or fewer --epochs"
+    if "No space left" in cause:
+        return "make room on the disk; the same command goes on"
+    return "the traceback below and train.log; the same command goes on with other trials"
+
+
+def _end_of(log: Path, lines: int = 30) -> str:
+    """Quote the end of a trial's train.log."""
+    try:
+        text = log.read_text(errors="backslashreplace")
+    except OSError:
+        return ""
+    return "end of train.log:\n" + "\n".join(text.splitlines()[-lines:]) if text else ""
+
+
+def provenance(data_root: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """Say what ran where: for config.json."""
+    packages = ("optuna", "numpy", "pillow")
+    return {
+        "data_root": str(data_root),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": _git_commit(),
+        "host": socket.gethostname(),
+        "device_names": machine["device_names"],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+            **machine["versions"],
+        },
+    }
+
+
+def _git_commit() -> str | None:
+    """Name the program's commit, "-dirty" when files differ from it; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,65 @@
+"""Signals that end a search: in one place, and never in the middle of a write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Interrupted(Exception):
+    """A signal asked for the end of the search; its name is the argument."""
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it."""
+        return 128 + signal.Signals[str(self)].value
+
+
+class StopSignals:
+    """Turns signals into the end of the search.
+
+    Outside of `deferred`, where there is nothing to save, a signal raises Interrupted. Inside it is
+    only remembered in `name`, and `wakeup` becomes readable. A second one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._deferring = False
+        self.wakeup, self._wake = socket.socketpair()
+
+    def __enter__(self) -> StopSignals:
+        self.wakeup.setblocking(False)
+        self._wake.setblocking(False)
+        self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        # Also where a script started this in the background, with SIGINT ignored.
+        self._old = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
+        self.wakeup.close()
+        self._wake.close()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.name = signal.Signals(number).name
+        if not self._deferring:
+            raise Interrupted(self.name)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False

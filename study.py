@@ -1,0 +1,328 @@
+"""The Optuna study: opening it, what it records about itself, drawing and recording trials.
+
+Only the search process touches the study, and only under the directory's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import distribution_to_json
+from optuna.pruners import (
+    BasePruner,
+    MedianPruner,
+    NopPruner,
+    PercentilePruner,
+    SuccessiveHalvingPruner,
+)
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from config import Space, TrialConfig, baseline, suggest
+from files import UserError, one_line, read_json, write_json, write_text
+from summary import DATABASE, STUDY_NAME, trial_dir
+
+STARTUP_TRIALS = 5
+REDRAWS = 100
+SAMPLERS = ("tpe", "random", "gp")
+PRUNERS = ("median", "percentile", "halving", "none")
+
+
+class SpaceExhaustedError(Exception):
+    """Every configuration of a finite space has been drawn."""
+
+
+# ---------------------------------------------------------------------------- opening and settings
+
+
+def open_study(checkpoint_dir: Path) -> optuna.Study:
+    """Open the study in the checkpoint directory, or create it there."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{checkpoint_dir / DATABASE}",
+        # Others may read, and a dashboard may even hold the file for a moment.
+        engine_kwargs={"connect_args": {"timeout": 60}},
+    )
+    return optuna.create_study(
+        study_name=STUDY_NAME,
+        storage=storage,
+        direction=StudyDirection.MAXIMIZE,
+        load_if_exists=True,
+    )
+
+
+def record_settings(study: optuna.Study, settings: Mapping[str, Any]) -> None:
+    """Record what makes the study's trials comparable, or check it against what is recorded.
+
+    Raises UserError with the differences: Optuna itself would accept most of them silently.
+    """
+    recorded = study.user_attrs.get("settings")
+    if recorded is None:
+        study.set_user_attr("settings", dict(settings))
+        return
+    refuse_changes(recorded, settings)
+
+
+def refuse_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise UserError, naming each difference, when settings differ from the recorded ones."""
+    old, new = _flat(recorded), _flat(json.loads(json.dumps(wanted)))
+    changes = [
+        f"{name}: {old.get(name, 'absent')} in the study, {new.get(name, 'absent')} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if changes:
+        raise UserError(
+            "this search was started with other settings, and its trials could not be compared "
+            f"with new ones: {'; '.join(one_line(c, 200) for c in changes)}; "
+            "give the old settings, or a fresh --checkpoint_dir"
+        )
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """Build a sampler. Raises UserError for gp without scipy."""
+    if name == "random":
+        return RandomSampler(seed=seed)
+    if name == "gp":
+        try:
+            import scipy  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
+        except ImportError:
+            raise UserError("--sampler gp needs scipy: pip install scipy") from None
+        return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+    return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+
+
+def make_pruner(name: str, epochs: int) -> BasePruner:
+    """Build a pruner; none judges a trial in the first fifth of its epochs."""
+    warm_up = epochs // 5
+    if name == "median":
+        return MedianPruner(STARTUP_TRIALS, warm_up)
+    if name == "percentile":
+        return PercentilePruner(75.0, STARTUP_TRIALS, warm_up)
+    if name == "halving":
+        return SuccessiveHalvingPruner(min_resource=max(1, warm_up))
+    return NopPruner()
+
+
+# ----------------------------------------------------------------------------------------- drawing
+
+
+class Drawer:
+    """Draws hyperparameters in a study in memory, so that a repeated draw leaves no trace.
+
+    The study in memory mirrors the finished trials of the real one; drawing there needs no queries.
+    """
+
+    def __init__(self, space: Space, sampler: str, seed: int) -> None:
+        self._space, self._sampler, self._seed = space, sampler, seed
+        self._memory = optuna.create_study(direction=StudyDirection.MAXIMIZE)
+        self._mirrored: set[int] = set()
+
+    def ask(self, study: optuna.Study) -> Trial:
+        """Start the next trial: one that waits in the study, or a new draw.
+
+        A draw is stored in one step, whole, waiting; then started. Whatever kills the search in
+        between, the draw is neither lost nor drawn again. Raises SpaceExhaustedError.
+        """
+        trials = study.get_trials(deepcopy=False)
+        if not any(trial.state == TrialState.WAITING for trial in trials):
+            study.add_trial(self._new_draw(trials))
+        return study.ask()
+
+    def _new_draw(self, trials: Sequence[FrozenTrial]) -> FrozenTrial:
+        """Draw parameters that no trial has, as a waiting trial.
+
+        The sampler is made afresh from (seed, draws so far, attempt): one that was seeded once
+        would repeat its draws after each restart.
+        """
+        number = 1 + max((trial.user_attrs.get("draw", -1) for trial in trials), default=-1)
+        taken = {_key(trial.params) for trial in trials}
+        placeholders = self._mirror(trials)
+        try:
+            for attempt in range(REDRAWS):
+                drawn = self._draw(number, attempt)
+                if _key(drawn.params) not in taken:
+                    return create_trial(
+                        state=TrialState.WAITING,
+                        params=drawn.params,
+                        distributions=drawn.distributions,
+                        user_attrs={"draw": number, "seed": _seed(self._seed, number, 0)},
+                    )
+        finally:
+            for placeholder in placeholders:
+                self._memory.tell(placeholder, state=TrialState.FAIL)  # samplers pass over these
+        raise SpaceExhaustedError(f"{len(taken)} different configurations were drawn")
+
+    def _draw(self, number: int, attempt: int) -> FrozenTrial:
+        name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
+        self._memory.sampler = make_sampler(name, _seed(self._seed, number, attempt))
+        if number == 0 and attempt == 0:
+            self._memory.enqueue_trial(baseline(self._space))
+        trial = self._memory.ask()
+        suggest(trial, self._space)
+        return self._memory.tell(trial, state=TrialState.FAIL)
+
+    def _mirror(self, trials: Sequence[FrozenTrial]) -> list[int]:
+        """Copy finished trials once, running ones for this draw (TPE keeps away from them).
+
+        Returns the numbers, in memory, of the running ones.
+        """
+        placeholders = []
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                placeholders.append(len(self._memory.get_trials(deepcopy=False)))
+                self._memory.add_trial(trial)
+            elif trial.state.is_finished() and trial.number not in self._mirrored:
+                self._memory.add_trial(trial)
+                self._mirrored.add(trial.number)
+        return placeholders
+
+
+def _key(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def config_of(trial: Trial, space: Space, settings: Mapping[str, Any], seed: int) -> TrialConfig:
+    """Give a trial's configuration. Raises UserError when it breaks a limit."""
+    values: dict[str, Any] = suggest(trial, space)
+    return TrialConfig(
+        # A trial that was enqueued by hand has no draw number.
+        seed=trial.user_attrs.get("seed", _seed(seed, 2**31 + trial.number)),
+        epochs=settings["epochs"],
+        patience=settings["patience"],
+        pretrained=settings["weights"] == "imagenet",
+        precision=settings["precision"].get(values["backbone"], "float32"),
+        **values,
+    )
+
+
+# --------------------------------------------------------------------------------------- recording
+
+
+def tell(
+    study: optuna.Study,
+    checkpoint_dir: Path,
+    number: int,
+    state: TrialState,
+    value: float | None = None,
+) -> None:
+    """Finish a trial in the study, then write its trial.json."""
+    study.tell(number, value, state=state)
+    write_record(study, checkpoint_dir, number)
+
+
+def write_record(study: optuna.Study, checkpoint_dir: Path, number: int) -> None:
+    """Write trial.json: all that it takes to rebuild the study's row."""
+    trial = study.get_trials(deepcopy=False)[number]
+    directory = trial_dir(checkpoint_dir, number)
+    directory.mkdir(exist_ok=True)
+    write_json(
+        directory / "trial.json",
+        {
+            "number": trial.number,
+            "state": trial.state.name,
+            "value": trial.value,
+            "params": trial.params,
+            "distributions": {n: distribution_to_json(d) for n, d in trial.distributions.items()},
+            "intermediate_values": trial.intermediate_values,
+            "datetime_start": _iso(trial.datetime_start),
+            "datetime_complete": _iso(trial.datetime_complete),
+            "user_attrs": trial.user_attrs,
+        },
+    )
+
+
+def _iso(naive_local: datetime | None) -> str | None:
+    """Optuna's trials carry naive local times."""
+    return naive_local.astimezone(UTC).isoformat() if naive_local else None
+
+
+def write_error_log(
+    directory: Path, cause: str, *, epoch: int | None, traceback: str = "", advice: str = ""
+) -> None:
+    """Write error.log: when, where, why in one line, the traceback, what to try."""
+    lines = [
+        f"when:   {datetime.now().astimezone().isoformat(timespec='seconds')}",
+        f"epoch:  {'before the first' if epoch is None else epoch}",
+        f"cause:  {cause}",
+    ]
+    if advice:
+        lines.append(f"try:    {advice}")
+    if traceback:
+        lines += ["", traceback.rstrip()]
+    directory.mkdir(exist_ok=True)
+    write_text(directory / "error.log", "\n".join(lines) + "\n")
+
+
+def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
+    """Finish what a dead search left RUNNING; under the lock, RUNNING means dead.
+
+    A trial whose metrics.json is there had finished, and is told so. Any other failed. Also writes
+    records that are missing. Returns a line for each trial that was settled.
+    """
+    settled = []
+    for trial in study.get_trials(deepcopy=False):
+        directory = trial_dir(checkpoint_dir, trial.number)
+        if trial.state == TrialState.RUNNING:
+            settled.append(_settle(study, checkpoint_dir, trial))
+        elif trial.state.is_finished() and not (directory / "trial.json").exists():
+            write_record(study, checkpoint_dir, trial.number)
+    return settled
+
+
+def _settle(study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial) -> str:
+    directory = trial_dir(checkpoint_dir, trial.number)
+    epochs = len(trial.intermediate_values)
+    handle = Trial(study, trial._trial_id)  # Optuna has no public way to a trial that runs
+    value = finished_value(directory)
+    if value is not None:
+        handle.set_user_attr("epochs", epochs)
+        tell(study, checkpoint_dir, trial.number, TrialState.COMPLETE, value)
+        return f"trial {trial.number} had finished with {100 * value:.2f}%: recorded"
+    cause = (
+        f"cut off without a word after epoch {epochs}: "
+        "kill -9, power loss or out-of-memory kill of the search"
+    )
+    write_error_log(
+        directory, cause, epoch=epochs or None, advice="nothing: the search goes on with new draws"
+    )
+    handle.set_user_attr("epochs", epochs)
+    handle.set_user_attr("failure", cause)
+    tell(study, checkpoint_dir, trial.number, TrialState.FAIL)
+    return f"trial {trial.number} was cut off after epoch {epochs}: recorded as failed"
+
+
+def finished_value(directory: Path) -> float | None:
+    """Give the value of a trial that wrote its metrics for the configuration beside them."""
+    try:
+        metrics, config = (
+            read_json(directory / "metrics.json"),
+            read_json(directory / "config.json"),
+        )
+        value = metrics["value"]
+        matches = metrics["config_hash"] == config["config_hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if matches and isinstance(value, float) and math.isfinite(value) else None

@@ -1,0 +1,342 @@
+"""Reads a search for people: its state, its table of trials, its best trial.
+
+Imports neither torch nor Optuna, so that `--status` answers at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from files import UserError, is_locked, one_line, write_json, write_text, write_whole
+
+DATABASE = "optuna_study.db"
+STUDY_NAME = "writer_identification"
+UNFINISHED = ("RUNNING", "WAITING")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial for people. Times are aware; `value` is a fraction, of a COMPLETE trial only."""
+
+    number: int
+    state: str
+    value: float | None
+    params: dict[str, Any]
+    started: datetime | None
+    ended: datetime | None
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float | None:
+        if self.started is None:
+            return None
+        ended = self.ended or datetime.now(UTC)
+        return max(0.0, (ended - self.started).total_seconds())
+
+
+def trial_dir(checkpoint_dir: Path, number: int) -> Path:
+    """Give a trial's directory."""
+    return checkpoint_dir / f"trial_{number:03d}"
+
+
+def best_row(rows: Sequence[Row]) -> Row | None:
+    """Give the complete trial with the highest value, the earliest of equals."""
+    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
+    return max(complete, key=lambda row: (row.value, -row.number), default=None)
+
+
+# ----------------------------------------------------------------------------- reading a database
+
+
+@contextmanager
+def _readable(database: Path) -> Iterator[sqlite3.Connection]:
+    """Open a database for reading only, also one whose writer was killed in a transaction.
+
+    Such a one has a journal to be rolled back, which reading only forbids: a copy is read then.
+    """
+    uri = f"file:{_quoted(database)}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, uri=True, timeout=10)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            yield connection
+            return
+    except sqlite3.OperationalError:
+        journal = database.with_name(database.name + "-journal")
+        if not journal.exists():
+            raise
+    with tempfile.TemporaryDirectory() as directory:
+        for file in (database, journal):
+            if file.exists():
+                shutil.copy(file, Path(directory) / file.name)
+        with closing(sqlite3.connect(Path(directory) / database.name)) as connection:
+            yield connection
+
+
+def _quoted(path: Path) -> str:
+    return str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def read_study(database: Path) -> dict[str, Any]:
+    """Read what the study recorded about itself; empty where it has recorded nothing."""
+    with _readable(database) as connection:
+        try:
+            found = connection.execute("SELECT key, value_json FROM study_user_attributes")
+            return {key: json.loads(value_json) for key, value_json in found}
+        except sqlite3.OperationalError:  # killed before Optuna made its tables
+            return {}
+
+
+def read_rows(database: Path) -> list[Row]:
+    """Read all trials of the study, in order."""
+    with _readable(database) as connection:
+        try:
+            trials = connection.execute(
+                "SELECT t.trial_id, t.number, t.state, v.value, t.datetime_start,"
+                " t.datetime_complete FROM trials t LEFT JOIN trial_values v USING (trial_id)"
+                " ORDER BY t.number"
+            ).fetchall()
+        except sqlite3.OperationalError:
+            return []
+        params: dict[int, dict[str, Any]] = {}
+        for trial_id, name, value, distribution in connection.execute(
+            "SELECT trial_id, param_name, param_value, distribution_json FROM trial_params"
+        ):
+            params.setdefault(trial_id, {})[name] = _external(value, distribution)
+        attributes: dict[int, dict[str, Any]] = {}
+        for trial_id, key, value_json in connection.execute(
+            "SELECT trial_id, key, value_json FROM trial_user_attributes"
+        ):
+            attributes.setdefault(trial_id, {})[key] = json.loads(value_json)
+    return [
+        Row(
+            number,
+            state,
+            value if state == "COMPLETE" else None,
+            params.get(trial_id, {}),
+            _utc(started),
+            _utc(ended),
+            attributes.get(trial_id, {}),
+        )
+        for trial_id, number, state, value, started, ended in trials
+    ]
+
+
+def _external(value: float, distribution: str) -> Any:
+    """Turn Optuna's stored number into the parameter's value."""
+    described = json.loads(distribution)
+    if described["name"] == "CategoricalDistribution":
+        return described["attributes"]["choices"][int(value)]
+    return int(value) if described["name"] == "IntDistribution" else value
+
+
+def _utc(stored: str | None) -> datetime | None:
+    """Optuna stores naive UTC."""
+    return datetime.fromisoformat(stored).replace(tzinfo=UTC) if stored else None
+
+
+# -------------------------------------------------------------------------------- summary's files
+
+
+def write_summary(checkpoint_dir: Path, rows: Sequence[Row]) -> None:
+    """Write summary/trials.csv and, once a trial is complete, summary/best_trial.json."""
+    directory = checkpoint_dir / "summary"
+    directory.mkdir(exist_ok=True)
+    write_text(directory / "trials.csv", _csv(rows))
+    best = best_row(rows)
+    if best is not None:
+        write_json(
+            directory / "best_trial.json",
+            {
+                "number": best.number,
+                "value": best.value,
+                "metric": "validation macro top-1 accuracy",
+                "params": best.params,
+                "seconds": best.seconds,
+                "directory": trial_dir(Path(), best.number).name,
+                "model": f"{trial_dir(Path(), best.number).name}/best_model.pth",
+            },
+        )
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    names = sorted({name for row in rows for name in row.params})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["number", "state", "value", "epochs", "seconds", *names, "failure"])
+    for row in rows:
+        seconds = f"{row.seconds:.1f}" if row.ended and row.seconds is not None else ""
+        table.writerow(
+            [
+                row.number,
+                row.state,
+                "" if row.value is None else row.value,
+                row.attributes.get("epochs", ""),
+                seconds,
+                *(row.params.get(name, "") for name in names),
+                row.attributes.get("failure", ""),
+            ]
+        )
+    return text.getvalue()
+
+
+def publish_best_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Path | None:
+    """Copy the best trial's model to summary/best_model.pth; None when there is none."""
+    best = best_row(rows)
+    if best is None:
+        return None
+    source = trial_dir(checkpoint_dir, best.number) / "best_model.pth"
+    target = checkpoint_dir / "summary" / "best_model.pth"
+    if not source.exists():
+        return None
+    with open(source, "rb") as model:
+        write_whole(target, lambda file: shutil.copyfileobj(model, file))
+    return target
+
+
+# -------------------------------------------------------------------------------------- for people
+
+
+def percent(value: float | None) -> str:
+    return "none yet" if value is None else f"{100 * value:.2f}%"
+
+
+def duration(seconds: float) -> str:
+    """Say a duration in its two largest units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def shown_value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def closing_lines(checkpoint_dir: Path, rows: Sequence[Row], n_trials: int) -> list[str]:
+    """Say how the search stands: counts, the best trial, where things are, what comes next."""
+    states = Counter(row.state for row in rows)
+    lines = [
+        f"Completed trials: {states['COMPLETE']} | pruned: {states['PRUNED']} | "
+        f"failed: {states['FAIL']}"
+    ]
+    best = best_row(rows)
+    if best is None:
+        lines.append("No trial is complete yet.")
+    else:
+        lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
+        width = max((len(name) for name in best.params), default=0)
+        lines += [f"  {name:<{width}}  {shown_value(v)}" for name, v in best.params.items()]
+        lines.append(f"Best model: {trial_dir(checkpoint_dir, best.number) / 'best_model.pth'}")
+    lines.append(f"Summary: {checkpoint_dir / 'summary'}")
+    failed = [row for row in rows if row.state == "FAIL" and "failure" in row.attributes]
+    lines += [
+        f"  trial {row.number} failed: {one_line(row.attributes['failure'], 160)}"
+        for row in failed[-3:]
+    ]
+    missing = max(0, n_trials - states["COMPLETE"])
+    if missing:
+        lines.append(f"{missing} of {n_trials} trials still missing: the same command runs them.")
+    else:
+        lines.append("All trials are complete: the same command with a higher --n_trials extends.")
+    return lines
+
+
+def seconds_left(
+    finished: Sequence[tuple[float, float]],
+    running: Sequence[tuple[float, float]],
+    to_start: int,
+    epochs: int,
+    jobs: int,
+) -> float | None:
+    """Estimate the time left; None before there is evidence.
+
+    finished, running: (epochs, seconds) of each trial; a trial to come is taken to last as many
+    epochs as the finished ones did on average, pruned ones included.
+    """
+    evidence = [*finished, *((done, seconds) for done, seconds in running if done >= 1)]
+    if not evidence:
+        return None
+    seconds_per_epoch = sum(s for _, s in evidence) / sum(e for e, _ in evidence)
+    per_trial = sum(e for e, _ in finished) / len(finished) if finished else float(epochs)
+    epochs_left = to_start * per_trial + sum(max(0.0, per_trial - done) for done, _ in running)
+    return seconds_per_epoch * epochs_left / max(1, jobs)
+
+
+def status_text(checkpoint_dir: Path) -> str:
+    """Describe a search from its files alone, while it runs or later. Raises UserError."""
+    database = checkpoint_dir / DATABASE
+    if not database.exists():
+        raise UserError(f"{checkpoint_dir} holds no search ({DATABASE} is not there)")
+    try:
+        rows, recorded = read_rows(database), read_study(database)
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{database} cannot be read: {one_line(error)}") from None
+    active = is_locked(checkpoint_dir)
+    run = recorded.get("run", {"n_trials": 0, "n_jobs": 1})
+    epochs = recorded.get("settings", {}).get("epochs", 0)
+    lines = [f"{checkpoint_dir}: {'running' if active else 'not running'}"]
+    running = []
+    for row in (row for row in rows if row.state == "RUNNING"):
+        history = read_history(trial_dir(checkpoint_dir, row.number))
+        running.append((float(len(history)), row.seconds or 0.0))
+        lines.append(_running_line(row, history, epochs, active, checkpoint_dir))
+    if active:
+        to_start = run["n_trials"] - len(running) - sum(row.state == "COMPLETE" for row in rows)
+        left = seconds_left(finished_epochs(rows), running, max(0, to_start), epochs, run["n_jobs"])
+        lines.append("Time left: " + ("not known yet" if left is None else duration(left)))
+    return "\n".join(lines + closing_lines(checkpoint_dir, rows, run["n_trials"]))
+
+
+def finished_epochs(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Give (epochs, seconds) of each complete or pruned trial."""
+    return [
+        (float(row.attributes["epochs"]), row.seconds or 0.0)
+        for row in rows
+        if row.state in ("COMPLETE", "PRUNED") and row.attributes.get("epochs")
+    ]
+
+
+def _running_line(
+    row: Row,
+    history: Sequence[Mapping[str, Any]],
+    epochs: int,
+    active: bool,
+    checkpoint_dir: Path,
+) -> str:
+    line = f"trial {row.number:3d} | epoch {len(history):2d}/{epochs}"
+    if history:
+        best = max(float(epoch["macro_top1"]) for epoch in history)
+        line += f" | val macro top-1 {percent(history[-1]['macro_top1'])} | best {percent(best)}"
+    if not active:
+        return f"{line} | cut off; the next start records it as failed"
+    latest = trial_dir(checkpoint_dir, row.number) / "history.jsonl"
+    told = latest.stat().st_mtime if latest.exists() else None
+    ago = f" | last epoch ended {duration(time.time() - told)} ago" if told else ""
+    return f"{line} | running for {duration(row.seconds or 0)}{ago}"
+
+
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """Read a trial's history.jsonl; empty when it has none yet."""
+    try:
+        lines = (directory / "history.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []

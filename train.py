@@ -1,0 +1,579 @@
+"""One trial: train a writer-identification model on decoded lines, and measure it.
+
+`train` knows neither the search nor the command line, and runs from a notebook:
+
+    lines = find_lines(Path("lines"))
+    data, _ = load_lines(Path("lines"), lines, 64, default_cache_dir())
+    config = TrialConfig(seed=0, epochs=20, patience=10, backbone="resnet_thin")
+    metrics = train(config, data, Path("my_trial"))
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from batches import Lines, augment, epoch_order, gather, random_offsets, strip_on, windows
+from config import TrialConfig
+from data import LineSet
+from files import write_json, write_text, write_whole
+from model import WriterModel, classification_loss, mix_images
+
+WARM_UP = 0.05  # share of all steps in which the learning rate rises
+CLIP_NORM = 1.0
+EMA_SHARE = 0.05  # the moving average looks back over this share of all steps
+CHECK_LOSS_STEPS = 20  # the loss is read from the device this often, to end a diverged trial
+EVALUATION_BATCH = 64
+CHECKPOINT_FORMAT = 1
+
+
+class Pruned(Exception):
+    """Raised by `report`: the trial is not worth finishing."""
+
+
+class Stopped(Exception):
+    """Raised by `check`: the trial is to save its state and end."""
+
+
+class DivergedError(Exception):
+    """The loss or the model's output is not finite."""
+
+
+class CheckpointMismatchError(Exception):
+    """A checkpoint belongs to another configuration or to other data."""
+
+
+Report = Callable[[int, dict[str, Any]], None]
+Check = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a model gets right on one split, as fractions.
+
+    macro_top1: mean over writers of the share of their lines whose first guess is right.
+    macro_top5: the same for the first five guesses; None with five writers or fewer.
+    micro_top1: share of all lines. page_macro_top1: pages instead of lines.
+    loss: mean cross-entropy of lines. per_writer: each writer's share, writers with lines only.
+    """
+
+    macro_top1: float
+    macro_top5: float | None
+    micro_top1: float
+    page_macro_top1: float
+    loss: float
+    per_writer: dict[str, float]
+
+
+# -------------------------------------------------------------------------------------- the story
+
+
+def train(
+    config: TrialConfig,
+    data: LineSet,
+    trial_dir: Path,
+    report: Report = lambda epoch, metrics: None,
+    check: Check = lambda progress: None,
+    *,
+    device: str = "cpu",
+    continue_from: Path | None = None,
+    micro_batch: int | None = None,
+) -> Metrics:
+    """Train one configuration and return the best epoch's validation metrics.
+
+    `report(epoch, metrics)` is called after each epoch, epochs counted from 1; `check(progress)`
+    before each batch, progress in epochs. Either may raise to end the trial: the state is then in
+    `latest_checkpoint.pth`. `continue_from` is a trial directory whose checkpoint to go on from;
+    the result is what it would have been without the break. `micro_batch` bounds how many images
+    are on the device at once; gradients are accumulated to the same batch.
+
+    Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
+    metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
+    """
+    trial_dir.mkdir(parents=True, exist_ok=True)
+    place = torch.device(device)
+    strip = strip_on(data, place)
+    training, validation = Lines.of(data, "train", strip), Lines.of(data, "val", strip)
+    state = TrainingState.start(config, len(data.writers), place)
+    if continue_from is not None:
+        restore(state, continue_from, trial_dir, config, data)
+    steps = steps_per_epoch(config, len(training))
+
+    while not is_finished(state, config):
+        started = time.perf_counter()
+        images_before = state.step * config.batch_size
+        try:
+            train_epoch(state, config, training, steps, check, micro_batch)
+            metrics = evaluate(
+                state.average, config, validation, data.writers, lambda: check(state.epoch + 1)
+            )
+        except Stopped:
+            save(state, trial_dir, config, data)
+            raise
+        seconds = time.perf_counter() - started
+        images = state.step * config.batch_size - images_before
+        end_epoch(state, config, data, trial_dir, metrics, steps, seconds, images)
+        report(state.epoch, state.history[-1])
+
+    return finish(state, config, data, trial_dir)
+
+
+def train_epoch(
+    state: TrainingState,
+    config: TrialConfig,
+    lines: Lines,
+    steps: int,
+    check: Check,
+    micro_batch: int | None = None,
+) -> None:
+    """Train the rest of an epoch: all of it, or what a stop in its middle left over."""
+    device = lines.strip.device
+    rng = np.random.default_rng([config.seed, 1, state.epoch])
+    order = epoch_order(lines.labels.cpu().numpy(), config.sampler_alpha, rng)
+    batches = torch.tensor_split(
+        torch.from_numpy(order[: steps * config.batch_size]).to(device), steps
+    )
+    generator = torch.Generator(device)
+    state.model.train()
+    while state.step < (state.epoch + 1) * steps:
+        check(state.step / steps)
+        seed = derived_seed(config.seed, 2, state.step)
+        torch.manual_seed(seed)  # dropout
+        generator.manual_seed(seed)
+        chosen = batches[state.step - state.epoch * steps]
+        offsets = random_offsets(lines.widths[chosen], config.crop_width, generator)
+        images = gather(lines, chosen, offsets, config.crop_width)
+        images = augment(images, config.augment_geometry, config.augment_photometry, generator)
+        set_learning_rate(state.optimizer, schedule(state.step, config.epochs * steps))
+        state.loss_sum += training_step(state, config, images, lines.labels[chosen], micro_batch)
+        state.step += 1
+        update_average(state.average, state.model, state.step, config.epochs * steps)
+        if state.step % CHECK_LOSS_STEPS == 0:
+            require_finite(state.loss_sum, "the training loss", state)
+    require_finite(state.loss_sum, "the training loss", state)
+
+
+def training_step(
+    state: TrainingState,
+    config: TrialConfig,
+    images: Tensor,
+    labels: Tensor,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """Take one step on a batch: (batch, 1, height, width), (batch,). Returns its mean loss, ()."""
+    share, partner = None, torch.arange(len(labels), device=labels.device).roll(1)
+    if config.mixup_alpha > 0 and config.loss == "cross_entropy":
+        rng = np.random.default_rng([config.seed, 3, state.step])
+        share = torch.tensor(rng.beta(config.mixup_alpha, config.mixup_alpha), dtype=images.dtype)
+        share = share.to(images.device)
+        images = mix_images(images, share, partner)
+    images = images.contiguous(memory_format=torch.channels_last)
+    state.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=images.device)
+    for part in torch.split(
+        torch.arange(len(images), device=images.device), micro_batch or len(images)
+    ):
+        with autocast(config, images.device):
+            logits = state.model(images[part] if micro_batch else images)
+        loss = batch_loss(logits, config, labels[part])
+        if share is not None:
+            mixed_in = batch_loss(logits, config, labels[partner][part])
+            loss = share * loss + (1 - share) * mixed_in
+        loss = loss * (len(part) / len(images))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
+    state.optimizer.step()
+    return total
+
+
+def batch_loss(logits: Tensor, config: TrialConfig, labels: Tensor) -> Tensor:
+    """Give the mean loss of a batch as the configuration has it."""
+    return classification_loss(
+        logits,
+        labels,
+        label_smoothing=config.label_smoothing,
+        margin=config.margin if config.loss == "cosface" else None,
+        scale=config.scale,
+    )
+
+
+def end_epoch(
+    state: TrainingState,
+    config: TrialConfig,
+    data: LineSet,
+    trial_dir: Path,
+    metrics: Metrics,
+    steps: int,
+    seconds: float,
+    images: int,
+) -> None:
+    """Note the epoch's metrics, keep the model when it is the best so far, save the state."""
+    epoch = state.epoch + 1
+    row = {
+        "epoch": epoch,
+        "train_loss": state.loss_sum.item() / steps,
+        **asdict(metrics),
+        "learning_rate": config.learning_rate * schedule(state.step - 1, config.epochs * steps),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 1),
+    }
+    state.history.append(row)
+    state.epoch = epoch
+    state.loss_sum.zero_()
+    if state.best is None or metrics.macro_top1 > state.best["macro_top1"]:
+        state.best = row
+        save_model(trial_dir / "best_model.pth", state.average, config, data, row)
+    write_history(trial_dir, state.history)
+    save(state, trial_dir, config, data)
+
+
+def finish(state: TrainingState, config: TrialConfig, data: LineSet, trial_dir: Path) -> Metrics:
+    """Write what a finished trial leaves; metrics.json last, since it says that all is there."""
+    assert state.best is not None, "a trial has one epoch or more"
+    final = state.history[-1]
+    save_model(trial_dir / "final_model.pth", state.average, config, data, final)
+    write_json(
+        trial_dir / "metrics.json",
+        {
+            "value": state.best["macro_top1"],
+            "best": state.best,
+            "final": final,
+            "epochs": state.epoch,
+            "config_hash": config.hash(),
+            "data_fingerprint": data.fingerprint,
+        },
+    )
+    (trial_dir / "latest_checkpoint.pth").unlink(missing_ok=True)
+    return Metrics(**{name: state.best[name] for name in Metrics.__dataclass_fields__})
+
+
+def is_finished(state: TrainingState, config: TrialConfig) -> bool:
+    """Tell whether all epochs are done, or `patience` of them without a better value."""
+    best_epoch = state.best["epoch"] if state.best else 0
+    return state.epoch >= config.epochs or state.epoch - best_epoch >= config.patience
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(
+    model: WriterModel,
+    config: TrialConfig,
+    lines: Lines,
+    writers: tuple[str, ...],
+    check: Callable[[], None] = lambda: None,
+) -> Metrics:
+    """Measure a model on all lines of a split, each covered whole by windows.
+
+    Raises DivergedError when the output is not finite.
+    """
+    logits = line_logits(model, config, lines, len(writers), check).double().cpu()
+    if not logits.isfinite().all():
+        raise DivergedError("the model's output on the validation lines is not finite")
+    return compute_metrics(
+        logits.numpy(), lines.labels.cpu().numpy(), lines.pages.cpu().numpy(), writers
+    )
+
+
+def line_logits(
+    model: WriterModel,
+    config: TrialConfig,
+    lines: Lines,
+    num_writers: int,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Average each line's logits over its windows: (lines, writers), float32."""
+    device = lines.strip.device
+    line, offsets = windows(lines.widths, config.crop_width)
+    total = torch.zeros(len(lines), num_writers, device=device)
+    model.eval()
+    for part in torch.split(torch.arange(len(line), device=device), EVALUATION_BATCH):
+        check()
+        images = gather(lines, line[part], offsets[part], config.crop_width)
+        with autocast(config, device):
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+        total.index_add_(0, line[part], logits.float())
+    return total / torch.bincount(line, minlength=len(lines))[:, None]
+
+
+def compute_metrics(
+    logits: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    pages: NDArray[np.int64],
+    writers: tuple[str, ...],
+) -> Metrics:
+    """Compute all metrics from logits (lines, writers), labels (lines,) and pages (lines,).
+
+    A line is right when its writer has the highest logit of *all* writers; ties go to the first.
+    """
+    counts = np.bincount(labels, minlength=len(writers))
+    measured = np.flatnonzero(counts)
+    right = logits.argmax(1) == labels
+    per_writer = _mean_by(right, labels, len(writers))[measured]
+    log_softmax = F.log_softmax(torch.from_numpy(logits), 1).numpy()
+    top5 = None
+    if len(writers) > 5:
+        true_logit = logits[np.arange(len(labels)), labels]
+        in_top5 = (logits > true_logit[:, None]).sum(1) < 5
+        top5 = float(_mean_by(in_top5, labels, len(writers))[measured].mean())
+    return Metrics(
+        macro_top1=float(per_writer.mean()),
+        macro_top5=top5,
+        micro_top1=float(right.mean()),
+        page_macro_top1=_page_macro_top1(log_softmax, labels, pages, len(writers)),
+        loss=float(-log_softmax[np.arange(len(labels)), labels].mean()),
+        per_writer={
+            writers[w]: float(share) for w, share in zip(measured, per_writer, strict=True)
+        },
+    )
+
+
+def _mean_by(
+    values: NDArray[Any], groups: NDArray[np.int64], num_groups: int
+) -> NDArray[np.float64]:
+    """Average values by group; 0 where a group is empty."""
+    sums = np.bincount(groups, weights=values, minlength=num_groups)
+    mean: NDArray[np.float64] = sums / np.bincount(groups, minlength=num_groups).clip(min=1)
+    return mean
+
+
+def _page_macro_top1(
+    log_softmax: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    pages: NDArray[np.int64],
+    num_writers: int,
+) -> float:
+    num_pages = int(pages.max()) + 1
+    page_scores = np.zeros((num_pages, num_writers))
+    np.add.at(page_scores, pages, log_softmax)  # the mean has the same argmax as the sum
+    page_labels = np.zeros(num_pages, np.int64)
+    page_labels[pages] = labels
+    right = page_scores.argmax(1) == page_labels
+    by_writer = _mean_by(right, page_labels, num_writers)
+    return float(by_writer[np.unique(page_labels)].mean())
+
+
+# ------------------------------------------------------------------------ optimiser, average, seed
+
+
+def build_model(config: TrialConfig, num_writers: int) -> WriterModel:
+    """Build the configuration's model, its weights drawn from the configuration's seed."""
+    torch.manual_seed(derived_seed(config.seed, 0, 0))
+    return WriterModel(
+        config.backbone,
+        num_writers,
+        pooling=config.pooling,
+        dropout=config.dropout,
+        loss=config.loss,
+        scale=config.scale,
+        pretrained=config.pretrained,
+    ).to(memory_format=torch.channels_last)
+
+
+def build_optimizer(config: TrialConfig, model: WriterModel) -> torch.optim.Optimizer:
+    """AdamW; no weight decay on norms and biases; pretrained layers learn more slowly."""
+    head = {id(p) for p in model.head_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        key = (id(parameter) in head, parameter.ndim > 1)
+        groups.setdefault(key, []).append(parameter)
+    multiplier = config.backbone_lr_mult if config.pretrained else 1.0
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": config.learning_rate * (1.0 if in_head else multiplier),
+                "weight_decay": config.weight_decay if decayed else 0.0,
+            }
+            for (in_head, decayed), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, 0.999),
+        fused=True,  # a quarter of the time of the default on 2 CPU cores
+    )
+
+
+def schedule(step: int, total_steps: int) -> float:
+    """Give the learning rate at a step, as a share of its peak: linear rise, cosine to 0."""
+    rise = max(1, round(WARM_UP * total_steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, step: int, total_steps: int) -> None:
+    """Move the average of weights and batch-norm statistics towards the model.
+
+    The average looks back over EMA_SHARE of the training, and over less at its start.
+    """
+    horizon = max(1.0, EMA_SHARE * total_steps)
+    decay = min(1 - 1 / horizon, step / (step + 9))
+    blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    blend(list(average.parameters()), list(model.parameters()), step)
+    buffers = list(zip(average.buffers(), model.buffers(), strict=True))
+    floats = [(a, m) for a, m in buffers if a.is_floating_point()]
+    if floats:
+        blend([a for a, _ in floats], [m for _, m in floats], step)
+    for a, m in buffers:
+        if not a.is_floating_point():
+            a.copy_(m)
+
+
+def autocast(config: TrialConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the configuration's precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def steps_per_epoch(config: TrialConfig, num_lines: int) -> int:
+    """Count the whole batches of an epoch; fewer lines than a batch make one smaller batch."""
+    return max(1, num_lines // config.batch_size)
+
+
+def derived_seed(*words: int) -> int:
+    """Derive an independent seed of 63 bits from whole numbers."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
+    if not math.isfinite(loss.item()):
+        raise DivergedError(f"{what} is not finite in epoch {state.epoch + 1}")
+
+
+# -------------------------------------------------------------------------- state and checkpoints
+
+
+@dataclass
+class TrainingState:
+    """All that changes while a trial trains. What is not in here does not survive a break.
+
+    There is no state of random numbers: each step's are derived from the seed and the step.
+    """
+
+    model: WriterModel
+    average: WriterModel
+    optimizer: torch.optim.Optimizer
+    loss_sum: Tensor  # (), of the steps of the epoch under way
+    step: int = 0  # steps done in all
+    epoch: int = 0  # epochs done, validation included
+    best: dict[str, Any] | None = None  # the best epoch's row of the history
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, config: TrialConfig, num_writers: int, device: torch.device) -> TrainingState:
+        model = build_model(config, num_writers).to(device)
+        average = copy.deepcopy(model).requires_grad_(False)
+        optimizer = build_optimizer(config, model)
+        return cls(model, average, optimizer, torch.zeros((), device=device))
+
+
+def save(state: TrainingState, trial_dir: Path, config: TrialConfig, data: LineSet) -> None:
+    """Write latest_checkpoint.pth, whole, bound to its configuration and data."""
+    checkpoint = {
+        "model": state.model.state_dict(),
+        "average": state.average.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "loss_sum": state.loss_sum,
+        "step": state.step,
+        "epoch": state.epoch,
+        "best": state.best,
+        "history": state.history,
+        **_binding(config, data),
+    }
+    write_whole(trial_dir / "latest_checkpoint.pth", lambda file: torch.save(checkpoint, file))
+
+
+def restore(
+    state: TrainingState, old_dir: Path, trial_dir: Path, config: TrialConfig, data: LineSet
+) -> None:
+    """Take over latest_checkpoint.pth of a trial directory, with its best model and history.
+
+    Raises CheckpointMismatchError when it belongs to another configuration or other data, and
+    FileNotFoundError when there is none.
+    """
+    checkpoint = load_checked(old_dir / "latest_checkpoint.pth", config, data)
+    state.model.load_state_dict(checkpoint["model"])
+    state.average.load_state_dict(checkpoint["average"])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.loss_sum.copy_(checkpoint["loss_sum"])
+    state.step = checkpoint["step"]
+    state.epoch = checkpoint["epoch"]
+    state.best = checkpoint["best"]
+    state.history = checkpoint["history"]
+    if old_dir != trial_dir and state.best is not None:
+        load_checked(old_dir / "best_model.pth", config, data)
+        content = (old_dir / "best_model.pth").read_bytes()
+        write_whole(trial_dir / "best_model.pth", lambda file: file.write(content))
+        write_history(trial_dir, state.history)
+
+
+def load_checked(path: Path, config: TrialConfig, data: LineSet) -> dict[str, Any]:
+    """Load a file of `save` or `save_model`, refusing one of another configuration or data."""
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    for name, wanted in _binding(config, data).items():
+        if loaded.get(name) != wanted:
+            raise CheckpointMismatchError(
+                f"{path} belongs to another {name}: {loaded.get(name)!r} instead of {wanted!r}"
+            )
+    return loaded
+
+
+def save_model(
+    path: Path, model: WriterModel, config: TrialConfig, data: LineSet, row: dict[str, Any]
+) -> None:
+    """Write a model with all that its use needs: weights, configuration, names of writers."""
+    saved = {
+        "model": model.state_dict(),
+        "writers": list(data.writers),
+        "epoch": row["epoch"],
+        "metrics": row,
+        **_binding(config, data),
+    }
+    write_whole(path, lambda file: torch.save(saved, file))
+
+
+def load_model(path: Path) -> tuple[WriterModel, TrialConfig, tuple[str, ...]]:
+    """Load a saved model for use: the model, its configuration and its writers' names."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    config = TrialConfig.from_dict(saved["config"])
+    # Built without ImageNet weights: its own follow.
+    model = build_model(replace(config, pretrained=False), len(saved["writers"]))
+    model.load_state_dict(saved["model"])
+    return model.eval(), config, tuple(saved["writers"])
+
+
+def write_history(trial_dir: Path, history: list[dict[str, Any]]) -> None:
+    """Write history.jsonl: a line per epoch."""
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in history]
+    write_text(trial_dir / "history.jsonl", "".join(lines))
+
+
+def _binding(config: TrialConfig, data: LineSet) -> dict[str, Any]:
+    """Name what a checkpoint belongs to."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "config_hash": config.hash(),
+        "data_fingerprint": data.fingerprint,
+        "config": config.to_dict(),
+    }

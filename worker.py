@@ -1,0 +1,233 @@
+"""What a child process does: run one trial, or find out what the machine can do."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from config import BACKBONES, BACKBONES_BY_TIER
+from files import UserError, one_line
+from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
+from processes import PRUNE, STOP, Job, MachineQuestion
+from train import DivergedError, Metrics, Pruned, Stopped, train
+
+PROGRESS_SECONDS = 0.5  # a trial tells its progress at most so often
+
+# ----------------------------------------------------------------------------------------- trials
+
+
+class SearchLine:
+    """The child's end of the pipe; ends the whole process when the search process is gone."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._last_progress = 0.0
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                order = self._connection.recv()
+            except (EOFError, OSError):
+                # The search process is gone, however it died: nothing is worth an epilogue.
+                os.kill(os.getpid(), signal.SIGKILL)
+                return
+            if order == STOP:
+                self._stop.set()
+            self._answers.put(order)
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Send a message; when nobody listens, `_listen` is about to end this process."""
+        with contextlib.suppress(OSError):
+            self._connection.send((kind, content))
+
+    def report(self, epoch: int, metrics: dict[str, Any]) -> None:
+        """Send an epoch's metrics and wait for the answer. Raises Pruned or Stopped."""
+        self.send("report", epoch=epoch, metrics=metrics)
+        answer = self._answers.get()
+        if answer == PRUNE:
+            raise Pruned
+        if answer == STOP:
+            raise Stopped
+
+    def check(self, progress: float) -> None:
+        """Raise Stopped when the search asked for it; tell it now and then how far this is."""
+        if self._stop.is_set():
+            raise Stopped
+        now = time.monotonic()
+        if now - self._last_progress > PROGRESS_SECONDS:
+            self._last_progress = now
+            self.send("progress", progress=progress)
+
+
+def run_trial(connection: Connection, job: Job) -> None:
+    """Run one trial to its end, and send how it ended as the last message."""
+    line = SearchLine(connection)
+    with _output_to(job.trial_dir / "train.log"):
+        try:
+            line.send("done", metrics=asdict(_train(job, line)))
+        except BaseException as error:
+            kind, content = _outcome(error)
+            line.send(kind, **content)
+
+
+def _train(job: Job, line: SearchLine) -> Metrics:
+    if job.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu  # read when torch first touches a device
+    torch.set_num_threads(job.threads)
+    device = "cpu" if job.gpu is None else "cuda"
+    return train(job.config, job.data, job.trial_dir, line.report, line.check, device=device)
+
+
+def _outcome(error: BaseException) -> tuple[str, dict[str, Any]]:
+    """Turn how a trial ended into a message: kind, cause in one line, traceback."""
+    if isinstance(error, Pruned):
+        return "pruned", {}
+    if isinstance(error, Stopped):
+        return "stopped", {}
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr, flush=True)
+    if isinstance(error, torch.OutOfMemoryError):
+        cause = f"out of memory on the device: {one_line(error)}"
+    elif isinstance(error, DivergedError):
+        cause = one_line(error)
+    else:
+        cause = one_line(f"{type(error).__name__}: {error}")
+    return "failed", {"cause": cause, "traceback": text}
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send the process's output, that of libraries and of a crash included, to a file."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable()
+    yield
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+# ---------------------------------------------------------------------------------------- machine
+
+
+def answer_question(connection: Connection, question: MachineQuestion) -> None:
+    """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        connection.send(("machine", _describe_machine(question)))
+    except UserError as error:
+        connection.send(("mistake", {"cause": str(error)}))
+
+
+def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
+    gpus = _visible_gpus(question.device)
+    tier = "gpu" if gpus else "cpu"
+    weights, why = _decide_weights(question, tier)
+    backbones = question.backbones or BACKBONES_BY_TIER[tier, weights == "imagenet"]
+    return {
+        "gpus": gpus,
+        "device_names": [torch.cuda.get_device_name(i) for i in range(len(gpus))],
+        "tier": tier,
+        "weights": weights,
+        "weights_why": why,
+        "precision": {name: _faster_precision(name, tier) for name in backbones},
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "cuda": torch.version.cuda if gpus else None,
+        },
+    }
+
+
+def _visible_gpus(device: str) -> list[str]:
+    """Give the entries of CUDA_VISIBLE_DEVICES that trials may use; none for the CPU."""
+    if device == "cpu":
+        return []
+    count = torch.cuda.device_count()
+    if count == 0:
+        if device != "auto":
+            raise UserError(
+                f"--device {device}: torch {torch.__version__} sees no CUDA device here; "
+                "use --device cpu, or install torch for your CUDA driver"
+            )
+        return []
+    given = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
+    entries = given[:count] if given else [str(number) for number in range(count)]
+    if ":" in device:
+        number = int(device.partition(":")[2])
+        if number >= count:
+            raise UserError(f"--device {device}: there are {count} CUDA device(s), from cuda:0")
+        return [entries[number]]
+    return entries
+
+
+def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
+    """Decide between ImageNet weights and none, once per study; also say why."""
+    if question.weights in (None, "none"):
+        return "none", ""
+    backbones = question.backbones or BACKBONES_BY_TIER[tier, True]
+    without = [name for name in backbones if not BACKBONES[name]]
+    why = f"there are no ImageNet weights for {without[0]}" if without else ""
+    try:
+        for name in [] if without else backbones:
+            ensure_imagenet_weights(name)
+    except WeightsUnavailableError as error:
+        why = f"ImageNet weights cannot be had: {one_line(error)}"
+    if not why:
+        return "imagenet", ""
+    if question.weights == "imagenet":
+        raise UserError(f"--weights imagenet: {why}; use --weights none, or other backbones")
+    return "none", why
+
+
+def _faster_precision(backbone: str, tier: str) -> str:
+    """Measure whether a backbone trains faster in bfloat16 here.
+
+    A GPU with native bfloat16 always does. On CPUs it ranges from twice as fast (with AVX-512 or
+    AMX units for it) to 14 times slower (an AMD EPYC without them), and depends on the backbone.
+    """
+    if tier == "gpu":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float32"
+    convolution = torch.nn.Conv2d(64, 64, 3, padding=1)
+    if _slower_in_bfloat16(convolution, torch.randn(2, 64, 16, 64)):
+        return "float32"
+    model = WriterModel(backbone, 8)
+    return "float32" if _slower_in_bfloat16(model, torch.randn(8, 1, 64, 256)) else "bfloat16"
+
+
+def _slower_in_bfloat16(module: torch.nn.Module, images: torch.Tensor) -> bool:
+    module = module.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return _seconds(module, images, True) > 0.9 * _seconds(module, images, False)
+
+
+def _seconds(module: torch.nn.Module, images: torch.Tensor, bfloat16: bool) -> float:
+    """Time a forward and backward pass: the best of three, after one to warm up."""
+    measured = []
+    for _ in range(4):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            output = module(images)
+        output.float().sum().backward()
+        measured.append(time.perf_counter() - started)
+    return min(measured[1:])
