@@ -355,7 +355,7 @@ def ask_machine(
         backbones, weights = (), None  # decided once per study
     elif "backbone" in fix or "backbone" in ranges:
         backbones = backbones_of(narrow(default_space("cpu", False), fix, ranges))
-    child = ChildProcess("answer_question", MachineQuestion(args.device, weights, backbones))
+    child = ChildProcess("worker:answer_question", MachineQuestion(args.device, weights, backbones))
     message = child.receive()
     child.end()
     if message is None:

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,7 +49,10 @@ class Job:
 
 
 class ChildProcess:
-    """The search process's end of one child: a trial, or a question about the machine."""
+    """The search process's end of one child: a trial, or a question about the machine.
+
+    `work` names the function to run there, as "module:function".
+    """
 
     def __init__(self, work: str, argument: Any) -> None:
         self.connection, theirs = _context.Pipe()
@@ -128,6 +132,6 @@ def exit_text(code: int | None) -> str:
 def _work(name: str, connection: Connection, argument: Any) -> None:
     # A session of its own: a signal to one child's group reaches that child alone.
     os.setsid()
-    import worker  # here, not above: the search process must not import torch
-
-    getattr(worker, name)(connection, argument)
+    module, _, function = name.partition(":")
+    # Imported here, not above: the search process must not import torch.
+    getattr(import_module(module), function)(connection, argument)

@@ -1,0 +1,73 @@
+"""What all tests share: one thread, and small synthetic lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import TrialConfig
+from data import LineSet, find_lines, load_lines
+from synthetic import make_lines
+
+LINE_HEIGHT = 16
+REAL_LINES = Path(__file__).parents[2] / "shared" / "data" / "latin_hands"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
+    """No test touches the user's cache; tests share one, as searches do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def lines_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four writers, two training pages each and one in val and test, three lines a page."""
+    root = tmp_path_factory.mktemp("data") / "lines"
+    make_lines(
+        root,
+        num_writers=4,
+        pages_per_split={"train": 2, "val": 1, "test": 1},
+        lines_per_page=3,
+        line_height=LINE_HEIGHT,
+    )
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(lines_root: Path, cache_dir: Path) -> LineSet:
+    """The lines of `lines_root`, decoded."""
+    return load_lines(lines_root, find_lines(lines_root), LINE_HEIGHT, cache_dir)
+
+
+@pytest.fixture
+def config() -> TrialConfig:
+    """A trial of two short epochs."""
+    return TrialConfig(
+        seed=1,
+        epochs=2,
+        patience=2,
+        backbone="tiny",
+        line_height=LINE_HEIGHT,
+        crop_width=32,
+        batch_size=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def real_lines() -> Path:
+    """Real handwriting; a test that asks for it is skipped where it is not."""
+    if not REAL_LINES.is_dir():
+        pytest.skip("the real line images are not beside this checkout")
+    return REAL_LINES

@@ -1,0 +1,91 @@
+"""Trials that go wrong, for tests: run in the child process instead of `worker.run_trial`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import processes
+
+RealChild = processes.ChildProcess
+
+
+def faulty(faults: dict[int, str]) -> Callable[[str, Any], processes.ChildProcess]:
+    """Make a stand-in for ChildProcess: trial number → name of a function below."""
+
+    def start(work: str, job: Any) -> processes.ChildProcess:
+        number = int(job.trial_dir.name.partition("_")[2]) if work.endswith("run_trial") else -1
+        return RealChild(f"faults:{faults[number]}" if number in faults else work, job)
+
+    return start
+
+
+def _with_training_replaced(connection: Connection, job: Any, action: Callable[[], None]) -> None:
+    """Run the real trial process around training that does something else."""
+    import worker
+
+    def train(*arguments: Any, **named: Any) -> None:
+        action()
+
+    worker.train = train  # type: ignore[assignment]
+    worker.run_trial(connection, job)
+
+
+def raise_error(connection: Connection, job: Any) -> None:
+    def action() -> None:
+        raise RuntimeError("the cat is on the keyboard")
+
+    _with_training_replaced(connection, job, action)
+
+
+def segfault(connection: Connection, job: Any) -> None:
+    def action() -> None:
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    _with_training_replaced(connection, job, action)
+
+
+def exit_silently(connection: Connection, job: Any) -> None:
+    os._exit(7)
+
+
+def hang(connection: Connection, job: Any) -> None:
+    """Ignores every order."""
+    time.sleep(600)
+
+
+def diverge(connection: Connection, job: Any) -> None:
+    from train import DivergedError
+
+    def action() -> None:
+        raise DivergedError("the training loss is not finite in epoch 3")
+
+    _with_training_replaced(connection, job, action)
+
+
+def signal_search(connection: Connection, job: Any) -> None:
+    """Send the search process SIGTERM at the trial's third batch, then go on as if nothing was."""
+    import worker
+
+    calls = iter(range(10**9))
+    real_check = worker.SearchLine.check
+
+    def check(line: Any, progress: float) -> None:
+        if next(calls) == 2:
+            os.kill(job_parent(job), signal.SIGTERM)
+            time.sleep(0.5)
+        real_check(line, progress)
+
+    worker.SearchLine.check = check  # type: ignore[method-assign]
+    worker.run_trial(connection, job)
+
+
+def job_parent(job: Any) -> int:
+    """Find the search process by its lock file."""
+    holder = (job.trial_dir.parent / "search.lock").read_text()
+    return int(holder.split()[1])

@@ -1,0 +1,821 @@
+"""Finding, splitting, decoding and caching line images."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+import data as data_module
+from data import (
+    SPLITS,
+    SUFFIXES,
+    BrokenImageError,
+    LineFile,
+    LineSet,
+    decode_line,
+    describe_report,
+    find_lines,
+    load_lines,
+    split_by_page,
+)
+from files import UserError
+
+HEIGHT = 16
+
+
+def draw_line(seed: int, width: int = 96, height: int = 24) -> NDArray[np.uint8]:
+    """Dark smooth blots on light paper: (height, width), grey."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray((rng.random((4, width // 6)) > 0.7).astype(np.float32))
+    ink = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
+    return (220 - 160 * ink).astype(np.uint8)
+
+
+def encoded(image: Image.Image | NDArray[Any], kind: str = "PNG", **options: Any) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def write_lines(root: Path, paths: Iterable[str], first_seed: int = 0) -> None:
+    """Write a different line image to each path."""
+    for seed, path in enumerate(paths, first_seed):
+        write_file(root / path, encoded(draw_line(seed, width=60 + seed % 40)))
+
+
+def two_writers(lines: int = 2) -> list[str]:
+    """Paths of two writers, a page of so many lines each in train and in val."""
+    return [
+        f"{split}/{writer}/{split}_page/line_{line:03d}.png"
+        for split in ("train", "val")
+        for writer in ("anna", "bruno")
+        for line in range(1, lines + 1)
+    ]
+
+
+def load(root: Path, cache: Path, **options: Any) -> LineSet:
+    return load_lines(root, find_lines(root, **options), HEIGHT, cache)
+
+
+def refused(call: Callable[[], object]) -> str:
+    """Return the message of the UserError that a call must raise, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def entries(cache: Path) -> list[str]:
+    """List what a cache holds but for the builders' locks, which stay."""
+    if not cache.exists():
+        return []
+    return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+
+
+# ------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("book", ["", "book_a/"])
+def test_directories_say_split_writer_book_and_page(tmp_path: Path, book: str) -> None:
+    paths = [
+        f"{split}/{writer}/{book}{split}_page/line_001.png"
+        for split in SPLITS
+        for writer in ("anna", "bruno")
+    ]
+    write_lines(tmp_path, paths)
+    lines = find_lines(tmp_path)
+    assert [line.path for line in lines] == paths
+    for line in lines:
+        split, writer, *page, _ = line.path.split("/")
+        assert (line.split, line.writer, line.page) == (split, writer, "/".join(page))
+        assert line.book == (book.rstrip("/") or None)
+        assert line.size == (tmp_path / line.path).stat().st_size
+
+
+@pytest.mark.parametrize("book", ["", "book_a/"])
+def test_without_split_directories_writers_are_at_the_top(tmp_path: Path, book: str) -> None:
+    paths = [
+        f"{writer}/{book}page_{page}/line_{line}.png"
+        for writer in ("anna", "bruno")
+        for page in range(4)
+        for line in range(2)
+    ]
+    write_lines(tmp_path, paths)
+    lines = find_lines(tmp_path)
+    assert [line.path for line in lines] == paths
+    assert {line.writer for line in lines} == {"anna", "bruno"}
+    for writer in ("anna", "bruno"):
+        assert {line.split for line in lines if line.writer == writer} == set(SPLITS)
+
+
+def test_suffixes_count_in_any_case_and_other_files_do_not(tmp_path: Path) -> None:
+    names = [f"line{suffix}" for suffix in sorted(SUFFIXES)]
+    names += [f"LINE{suffix.upper()}" for suffix in sorted(SUFFIXES)] + ["mixed.JpEg"]
+    write_lines(tmp_path, two_writers())
+    for name in [*names, "notes.txt", "png", "line.png.part", "Thumbs.db"]:
+        write_file(tmp_path / "train" / "anna" / "mixed" / name, b"content")
+    found = [Path(line.path).name for line in find_lines(tmp_path) if line.page == "mixed"]
+    assert sorted(found) == sorted(names)
+
+
+def test_hidden_files_and_directories_are_skipped(tmp_path: Path) -> None:
+    write_lines(tmp_path, two_writers())
+    before = find_lines(tmp_path)
+    for hidden in (
+        "train/anna/train_page/._line_001.png",
+        "train/anna/.thumbnails/line_001.png",
+        "train/.trash/page/line_001.png",
+        ".cache/writer/page/line_001.png",
+    ):
+        write_lines(tmp_path, [hidden])
+    (tmp_path / "train" / "anna" / "directory.png").mkdir()
+    assert find_lines(tmp_path) == before
+
+
+def test_images_beside_page_directories_are_a_page_of_their_own(tmp_path: Path) -> None:
+    write_lines(tmp_path, [*two_writers(), "train/anna/line_001.png"])
+    assert {line.page for line in find_lines(tmp_path) if line.writer == "anna"} == {
+        ".",
+        "train_page",
+        "val_page",
+    }
+
+
+def test_order_does_not_depend_on_creation(tmp_path: Path) -> None:
+    paths = [f"w{w}/p{p}/line_{n}.png" for w in range(3) for p in range(3) for n in range(2)]
+    orders = []
+    for attempt in range(3):
+        root = tmp_path / str(attempt)
+        created = paths.copy()
+        random.Random(attempt).shuffle(created)
+        for path in created:
+            write_file(root / path, path.encode())
+        orders.append([(line.path, line.split) for line in find_lines(root)])
+    assert orders[0] == orders[1] == orders[2]
+    assert [path for path, _ in orders[0]] == paths
+
+
+def test_a_subset_is_the_first_writers_by_name(tmp_path: Path) -> None:
+    names = ["delta", "alpha", "charlie", "bravo"]
+    write_lines(tmp_path, [f"{split}/{n}/{split}/l.png" for split in SPLITS for n in names])
+    lines = find_lines(tmp_path, num_writers=2)
+    assert {line.writer for line in lines} == {"alpha", "bravo"}
+    assert {line.split for line in lines} == set(SPLITS)
+    assert find_lines(tmp_path, num_writers=9) == find_lines(tmp_path)
+
+
+# ------------------------------------------------------------------------------ automatic split
+
+
+def pages_of(writer: str, pages: dict[str, int]) -> list[LineFile]:
+    """Make lines without files: page → number of lines."""
+    return [
+        LineFile(f"{writer}/{page}/{number}.png", "", writer, page, 1, 1)
+        for page, count in pages.items()
+        for number in range(count)
+    ]
+
+
+def random_writer(writer: str, rng: random.Random) -> list[LineFile]:
+    books = rng.choice([[""], [""], ["b1/", "b2/"], ["b1/", "b2/", "b3/", ""]])
+    pages = {
+        f"{book}p{number}": rng.randint(1, 12)
+        for book in books
+        for number in range(rng.randint(1, 9))
+    }
+    return pages_of(writer, pages)
+
+
+def splits_by(lines: list[LineFile], unit: Callable[[LineFile], str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        found.setdefault(unit(line), set()).add(line.split)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_automatic_split_divides_no_page_and_no_book(seed: int) -> None:
+    before = random_writer("w", random.Random(seed))
+    lines = split_by_page(before, seed)
+    assert [replace(line, split="") for line in lines] == before
+    by_book = len({line.book for line in lines}) > 1
+    units = splits_by(lines, lambda line: (by_book and line.book) or line.page)
+    assert all(len(splits) == 1 for splits in units.values())
+    wanted = {1: {"train"}, 2: {"train", "val"}}.get(len(units), set(SPLITS))
+    assert {line.split for line in lines} == wanted
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_largest_unit_trains_and_held_out_splits_are_about_a_seventh(seed: int) -> None:
+    before = pages_of("w", {f"p{n}": random.Random(seed * 99 + n).randint(1, 9) for n in range(12)})
+    lines = split_by_page(before, seed)
+    size = Counter(line.page for line in lines)
+    largest = max(size.values())
+    trained = {line.page for line in lines if line.split == "train"}
+    assert any(size[page] == largest for page in trained)
+    for split in ("val", "test"):
+        own = [size[page] for page in {line.page for line in lines if line.split == split}]
+        assert sum(own) <= max(0.15 * len(lines), own[0] if len(own) == 1 else 0)
+    assert sum(size[page] for page in trained) >= 0.5 * len(lines)
+
+
+def test_a_single_large_unit_always_trains() -> None:
+    for seed in range(30):
+        lines = split_by_page(pages_of("w", {"small": 1, "large": 9, "other": 2}), seed)
+        assert {line.split for line in lines if line.page == "large"} == {"train"}
+
+
+def test_split_depends_on_the_seed() -> None:
+    lines = pages_of("w", {f"p{number}": 2 for number in range(8)})
+    drawn = {tuple(line.split for line in split_by_page(lines, seed)) for seed in range(10)}
+    assert len(drawn) > 4
+    assert split_by_page(lines, 3) == split_by_page(lines, 3)
+
+
+def test_split_does_not_depend_on_other_writers() -> None:
+    rng = random.Random(5)
+    writers = [random_writer(name, rng) for name in ("anna", "bruno", "clara")]
+    together = split_by_page([line for own in writers for line in own], 1)
+    for own in writers:
+        assert split_by_page(own, 1) == [line for line in together if line.writer == own[0].writer]
+
+
+def test_writers_with_equal_page_names_are_split_apart() -> None:
+    pages = {f"p{number}": 2 for number in range(8)}
+    drawn = {
+        tuple(line.split for line in split_by_page(pages_of(name, pages), 0))
+        for name in ("anna", "bruno", "clara", "dora", "emil")
+    }
+    assert len(drawn) > 1
+
+
+# --------------------------------------------------------------------------- mistakes of the user
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        ([], "no line images"),
+        (["train/anna/page/notes.txt"], "no line images"),
+        (["train/anna/page/1.png", "val/anna/other/1.png"], "1 writer"),
+        (["anna/one/1.png", "anna/two/1.png"], "1 writer"),
+        (["train/anna/p/1.png", "train/bruno/p/1.png"], "no validation lines"),
+        (["anna/p/1.png", "bruno/p/1.png"], "no validation lines"),
+        ([*two_writers(), "val/stranger/p/1.png"], "stranger"),
+        (["val/anna/p/1.png", "val/bruno/p/1.png"], "no train directory"),
+        (["test/anna/p/1.png", "test/bruno/p/1.png"], "no train directory"),
+    ],
+)
+def test_sets_without_a_fair_search_are_refused(
+    tmp_path: Path, paths: list[str], names: str
+) -> None:
+    for path in paths:
+        write_file(tmp_path / path, b"content")
+    message = refused(lambda: find_lines(tmp_path))
+    assert names in message
+    assert str(tmp_path) in message
+
+
+def test_a_missing_root_and_a_file_as_root_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "lines.zip"
+    file.write_bytes(b"content")
+    assert f"{file} is not a directory" in refused(lambda: find_lines(file))
+    missing = tmp_path / "missing"
+    assert f"{missing} does not exist" in refused(lambda: find_lines(missing))
+
+
+def test_validation_lines_must_be_of_chosen_writers(tmp_path: Path) -> None:
+    write_lines(tmp_path, [f"train/{name}/p/1.png" for name in "abc"] + ["val/c/q/1.png"])
+    assert "chosen writers" in refused(lambda: find_lines(tmp_path, num_writers=2))
+    assert len(find_lines(tmp_path, num_writers=3)) == 4
+
+
+# ----------------------------------------------------------------------------- links and odd names
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
+def test_a_loop_of_links_is_survived(tmp_path: Path, target: str) -> None:
+    """The link leads to the page, the writer, the split or the data root."""
+    write_lines(tmp_path, two_writers())
+    before = find_lines(tmp_path)
+    (tmp_path / "train" / "anna" / "train_page" / "loop").symlink_to(target)
+    assert find_lines(tmp_path) == before
+
+
+def test_a_link_to_itself_is_survived_or_named(tmp_path: Path) -> None:
+    write_lines(tmp_path, two_writers())
+    before = find_lines(tmp_path)
+    (tmp_path / "train" / "anna" / "loop").symlink_to("loop")
+    try:
+        assert find_lines(tmp_path) == before
+    except UserError as error:
+        assert "train/anna/loop" in str(error)
+
+
+def test_a_linked_page_counts(tmp_path: Path) -> None:
+    write_lines(tmp_path / "root", two_writers())
+    write_lines(tmp_path / "elsewhere", ["line_001.png"])
+    (tmp_path / "root" / "train" / "anna" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "train" / "anna" / "dangling").symlink_to(tmp_path / "nowhere")
+    pages = {line.page for line in find_lines(tmp_path / "root") if line.writer == "anna"}
+    assert pages == {"train_page", "val_page", "linked"}
+
+
+@pytest.mark.parametrize("odd", ["new\nline", os.fsdecode(b"latin\xe9\xff"), "خط", "a b'\"\\", "é"])
+def test_odd_names_survive(tmp_path: Path, odd: str) -> None:
+    root = tmp_path / "root"
+    paths = [
+        f"{split}/{writer}/{odd}_{split}/{odd}.png"
+        for split in ("train", "val")
+        for writer in ("anna", f"w{odd}")
+    ]
+    write_lines(root, paths)
+    write_file(root / f"train/w{odd}/{odd}_train/broken\n.png", b"")
+    write_lines(root, [f"train/anna/many/{n}.png" for n in range(120)], first_seed=50)
+    data = load(root, tmp_path / "cache")
+    assert set(paths) <= set(data.paths)
+    assert f"w{odd}" in data.writers
+    assert len(data.report["broken"]) == 1
+    for line in describe_report(data.report):
+        assert line.isprintable()
+        line.encode()
+    json.dumps(data.report).encode()
+
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+GREY = draw_line(7, width=300, height=40)
+INK = decode_line(encoded(GREY), HEIGHT)
+
+
+def assert_alike(ink: NDArray[np.uint8], like: NDArray[np.uint8] = INK, mean: float = 1.5) -> None:
+    """Assert that two decoded lines show the same ink, in grey levels of 255."""
+    assert ink.shape == like.shape
+    assert ink.dtype == np.uint8
+    difference = np.abs(ink.astype(float) - like.astype(float))
+    assert difference.mean() < mean
+    assert difference.max() < 20
+
+
+def test_ink_is_positive_on_a_background_of_zero() -> None:
+    assert INK.shape == (round(300 * HEIGHT / 40), HEIGHT)
+    assert (INK == 0).mean() > 0.2
+    small = np.asarray(Image.fromarray(GREY).resize(INK.shape, Image.Resampling.BILINEAR)).T
+    assert np.corrcoef(INK.ravel(), 255 - small.ravel())[0, 1] > 0.97
+    assert INK.std() == pytest.approx(data_module.INK_DEVIATION, rel=0.05)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.5, 0), (0.4, 90), (1, -50), (0.3, 10), (-1, 255)])
+def test_neither_paper_nor_ink_grey_is_seen(scale: float, shift: float) -> None:
+    changed = GREY.astype(float) * scale + shift
+    assert_alike(decode_line(encoded(changed.astype(np.uint8)), HEIGHT))
+
+
+def test_two_different_lines_do_not_look_alike() -> None:
+    """The tolerance of the comparison would notice another line."""
+    other = decode_line(encoded(draw_line(8, width=300, height=40)), HEIGHT)
+    with pytest.raises(AssertionError):
+        assert_alike(other)
+
+
+def ink_on_transparency(grey: NDArray[np.uint8]) -> Image.Image:
+    """Black of varying opacity on nothing, as vector programs save it."""
+    image = Image.new("RGBA", grey.shape[::-1], "black")
+    image.putalpha(Image.fromarray(255 - grey))
+    return image
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(GREY.astype(np.uint16) * 200),
+        encoded(GREY.astype(np.uint16) * 16 + 3000, "TIFF"),
+        encoded(GREY.astype(np.float32) / 255, "TIFF"),
+        encoded(Image.fromarray(GREY).convert("P")),
+        encoded(Image.fromarray(GREY).convert("RGB").quantize(64)),
+        encoded(Image.fromarray(GREY).convert("RGB")),
+        encoded(Image.fromarray(GREY).convert("RGBA")),
+        encoded(Image.fromarray(GREY).convert("LA")),
+        encoded(ink_on_transparency(GREY)),
+        encoded(Image.fromarray(GREY).convert("CMYK"), "TIFF"),
+        encoded(GREY, "BMP"),
+        encoded(GREY, "WEBP", lossless=True),
+        encoded(GREY, "JPEG", quality=95),
+        encoded(GREY, "PNG", interlace=1),
+    ],
+    ids=(
+        "16-bit 16-bit-TIFF float palette quantized RGB RGBA LA transparent CMYK BMP WEBP JPEG "
+        "interlaced"
+    ).split(),
+)
+def test_every_kind_of_image_gives_the_same_ink(content: bytes) -> None:
+    assert_alike(decode_line(content, HEIGHT))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_camera_orientation_is_undone(kind: str, orientation: int) -> None:
+    """A photograph's own downscaling must not cost more of a turned line than of an upright one."""
+    page = Image.new("L", (1190, 150), 220)
+    rng = np.random.default_rng(0)
+    for x, y in rng.uniform([20, 20], [1170, 130], (200, 2)):
+        ImageDraw.Draw(page).line((x, y, x + 15, y - 20), fill=60, width=4)
+    grey = np.asarray(page)
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    stored = Image.fromarray(grey)
+    stored = stored if undo is None else stored.transpose(undo)
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {}
+    upright = decode_line(encoded(grey, kind, **options), 64)
+    assert_alike(decode_line(encoded(stored, kind, exif=tag, **options), 64), like=upright)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is huge."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
+
+
+BROKEN = {
+    "no bytes": b"",
+    "truncated": encoded(GREY)[: len(encoded(GREY)) // 2],
+    "truncated JPEG": encoded(GREY, "JPEG")[: len(encoded(GREY, "JPEG")) // 2],
+    "text": b"this is no image\n" * 9,
+    "blank": encoded(np.full((40, 300), 230, np.uint8)),
+    "bomb": huge_png(60_000, 60_000),
+    "bomb that Pillow only warns of": huge_png(12_000, 12_000),
+    "absurd aspect": encoded(np.tile(GREY[:4], (1, 4))),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_images_are_told_in_one_line(kind: str) -> None:
+    with pytest.raises(BrokenImageError) as caught:
+        decode_line(BROKEN[kind], HEIGHT)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 150
+
+
+def test_real_lines_decode(real_lines: Path) -> None:
+    lines = find_lines(real_lines)
+    for line in lines[:: max(1, len(lines) // 5)]:
+        ink = decode_line((real_lines / line.path).read_bytes(), HEIGHT)
+        assert ink.shape[1] == HEIGHT
+        assert 0.02 < (ink > data_module.INK_DEVIATION).mean() < 0.5
+
+
+# --------------------------------------------------------------------------------- broken images
+
+
+@pytest.fixture(scope="module")
+def many_lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two writers with 100 sound lines in all."""
+    root = tmp_path_factory.mktemp("many")
+    write_lines(root, two_writers(lines=25))
+    return root
+
+
+@pytest.fixture
+def own_many_lines(many_lines: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(many_lines, tmp_path / "own"))
+
+
+def test_few_broken_images_are_skipped_counted_and_named(
+    own_many_lines: Path, tmp_path: Path
+) -> None:
+    """Each kind in a set of its own would cost a copy each: all kinds are one line of many."""
+    sound = load(own_many_lines, tmp_path / "cache")
+    cause = {}
+    for kind, content in BROKEN.items():
+        path = "train/anna/train_page/line_999.png"
+        write_file(own_many_lines / path, content)
+        data = load(own_many_lines, tmp_path / "cache")
+        assert list(data.report["broken"]) == [path], kind
+        assert data.paths == sound.paths
+        assert data.fingerprint == sound.fingerprint
+        (line,) = describe_report(data.report)
+        assert "1 broken" in line
+        assert path in line
+        cause[kind] = data.report["broken"][path]
+        assert cause[kind] in line
+    assert "empty" in cause["no bytes"]
+    assert "blank" in cause["blank"]
+    assert "Bomb" in cause["bomb"]
+    assert "Bomb" in cause["bomb that Pillow only warns of"]
+
+
+def test_many_broken_images_are_an_error_that_leaves_nothing(
+    own_many_lines: Path, tmp_path: Path
+) -> None:
+    for number, content in enumerate(list(BROKEN.values())[:2]):
+        write_file(own_many_lines / f"train/anna/spoilt/{number}.png", content)
+    message = refused(lambda: load(own_many_lines, tmp_path / "cache"))
+    assert "2 of 102" in message
+    assert "train/anna/spoilt/0.png" in message
+    assert entries(tmp_path / "cache") == []
+
+
+def test_exactly_one_percent_broken_is_not_an_error(own_many_lines: Path, tmp_path: Path) -> None:
+    write_file(own_many_lines / "train/anna/train_page/line_001.png", b"")
+    data = load(own_many_lines, tmp_path / "cache")
+    assert (len(data.paths), len(data.report["broken"])) == (99, 1)
+
+
+def test_a_writer_whose_lines_are_all_broken_is_an_error(
+    own_many_lines: Path, tmp_path: Path
+) -> None:
+    write_file(own_many_lines / "train/zoe/p/1.png", b"")
+    message = refused(lambda: load(own_many_lines, tmp_path / "cache"))
+    assert "all of writer zoe" in message
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_writer_whose_training_lines_are_all_broken_is_an_error(
+    own_many_lines: Path, tmp_path: Path
+) -> None:
+    write_file(own_many_lines / "train/zoe/p/1.png", b"")
+    write_lines(own_many_lines, ["val/zoe/q/1.png"])
+    assert "zoe" in refused(lambda: load(own_many_lines, tmp_path / "cache"))
+
+
+def test_validation_lines_that_are_all_broken_are_an_error(
+    own_many_lines: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(own_many_lines / "val")
+    write_lines(own_many_lines, [f"train/anna/more/{n}.png" for n in range(60)])
+    write_file(own_many_lines / "val/anna/q/1.png", b"")
+    refused(lambda: load(own_many_lines, tmp_path / "cache"))
+
+
+def test_only_broken_images_are_an_error(tmp_path: Path) -> None:
+    for path in two_writers():
+        write_file(tmp_path / "root" / path, b"no image")
+    message = refused(lambda: load(tmp_path / "root", tmp_path / "cache"))
+    assert "8 of 8" in message
+    assert "train/anna/train_page/line_001.png" in message
+    assert entries(tmp_path / "cache") == []
+
+
+# ----------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two writers, eight lines in all."""
+    root = tmp_path / "root"
+    write_lines(root, two_writers())
+    return root
+
+
+def test_a_line_of_the_strip_is_its_decoded_image(root: Path, tmp_path: Path) -> None:
+    data = load(root, tmp_path / "cache")
+    assert data.paths == tuple(line.path for line in find_lines(root))
+    assert data.writers == ("anna", "bruno")
+    assert data.strip.shape == (1 + data.widths.sum(), HEIGHT)
+    assert not data.strip[0].any()
+    for index, path in enumerate(data.paths):
+        split, writer, *_ = path.split("/")
+        columns = slice(data.starts[index], data.starts[index] + data.widths[index])
+        decoded = decode_line((root / path).read_bytes(), HEIGHT)
+        assert np.array_equal(data.strip[columns], decoded)
+        assert data.writers[data.labels[index]] == writer
+        assert index in data.select(split)
+    assert sorted(np.concatenate([data.select(split) for split in SPLITS])) == list(range(8))
+
+
+def test_pages_are_numbered_apart_by_writer_and_split(tmp_path: Path) -> None:
+    paths = [f"{s}/{w}/page/{n}.png" for s in ("train", "val") for w in "ab" for n in range(2)]
+    write_lines(tmp_path / "root", paths)
+    pages = load(tmp_path / "root", tmp_path / "cache").pages
+    assert np.array_equal(pages, [0, 0, 1, 1, 2, 2, 3, 3])
+
+
+def spoil(root: Path, path: str) -> None:
+    """Replace an image's content in a way that neither size nor date tells."""
+    status = (root / path).stat()
+    (root / path).write_bytes(b"x" * status.st_size)
+    os.utime(root / path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_second_load_reads_no_image(root: Path, tmp_path: Path) -> None:
+    first = load(root, tmp_path / "cache")
+    for path in first.paths:
+        spoil(root, path)
+    second = load(root, tmp_path / "cache")
+    assert np.array_equal(first.strip, second.strip)
+    assert first.fingerprint == second.fingerprint
+    assert first.report == second.report
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_a_changed_image_is_decoded_again(root: Path, tmp_path: Path) -> None:
+    before = load(root, tmp_path / "cache")
+    path = root / before.paths[0]
+    old = path.stat()
+    path.write_bytes(encoded(draw_line(1234)))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    after = load(root, tmp_path / "cache")
+    own = after.strip[after.starts[0] : after.starts[0] + after.widths[0]]
+    assert np.array_equal(own, decode_line(path.read_bytes(), HEIGHT))
+    assert after.fingerprint != before.fingerprint
+
+
+def test_line_heights_do_not_share_an_entry(root: Path, tmp_path: Path) -> None:
+    lines = find_lines(root)
+    low = load_lines(root, lines, 16, tmp_path / "cache")
+    high = load_lines(root, lines, 24, tmp_path / "cache")
+    assert (low.strip.shape[1], high.strip.shape[1]) == (16, 24)
+    assert low.fingerprint != high.fingerprint
+
+
+def test_fingerprint_is_of_contents_and_not_of_place_or_date(root: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved, copy_function=shutil.copyfile)
+    for number, path in enumerate(sorted(moved.rglob("*.png"))):
+        os.utime(path, (number, number))
+    one = load(root, tmp_path / "cache")
+    two = load(moved, tmp_path / "other_cache")
+    assert one.fingerprint == two.fingerprint
+    assert np.array_equal(one.strip, two.strip)
+
+
+@pytest.mark.parametrize("change", ["content", "page", "writer", "split", "one line more"])
+def test_fingerprint_changes_with_the_data(root: Path, tmp_path: Path, change: str) -> None:
+    before = load(root, tmp_path / "cache").fingerprint
+    if change == "content":
+        write_file(root / "val/anna/val_page/line_001.png", encoded(draw_line(99)))
+    elif change == "page":
+        (root / "train/anna/train_page").rename(root / "train/anna/renamed")
+    elif change == "writer":
+        for split in ("train", "val"):
+            (root / split / "anna").rename(root / split / "alma")
+    elif change == "split":
+        (root / "train/anna/moved").mkdir()
+        os.replace(root / "val/anna/val_page/line_001.png", root / "train/anna/moved/1.png")
+    else:
+        write_lines(root, ["train/anna/train_page/line_003.png"], first_seed=77)
+    assert load(root, tmp_path / "cache").fingerprint != before
+
+
+def test_seeds_split_one_cache_entry_differently(tmp_path: Path) -> None:
+    write_lines(tmp_path / "root", [f"{w}/p{n}/1.png" for w in "ab" for n in range(6)])
+    found = [load(tmp_path / "root", tmp_path / "cache", seed=seed) for seed in (0, 0, 1, 2)]
+    assert found[0].fingerprint == found[1].fingerprint
+    assert len({data.fingerprint for data in found}) == 3
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_a_failed_build_leaves_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(content: bytes, line_height: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data_module, "decode_line", fail)
+        with pytest.raises(KeyboardInterrupt):
+            load(root, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+    assert len(load(root, tmp_path / "cache").paths) == 8
+
+
+@pytest.mark.parametrize("failing_write", [0, 1, 2])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_write: int
+) -> None:
+    whole, written = data_module.write_whole, []
+
+    def fail(path: Path, write: Callable[[Any], object]) -> None:
+        if len(written) == failing_write:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        whole(path, write)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data_module, "write_whole", fail)
+        message = refused(lambda: load(root, tmp_path / "cache"))
+    assert "No space left" in message
+    assert str(tmp_path / "cache") in message
+    assert entries(tmp_path / "cache") == []
+    assert len(load(root, tmp_path / "cache").paths) == 8
+
+
+def test_what_a_dead_builder_left_does_not_matter(root: Path, tmp_path: Path) -> None:
+    load(root, tmp_path / "cache")
+    (name,) = entries(tmp_path / "cache")
+    os.replace(tmp_path / "cache" / name, tmp_path / "cache" / f".{name}.tmp")
+    (tmp_path / "cache" / f".{name}.tmp" / "strip.u8").write_bytes(b"half")
+    data = load(root, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == [name]
+    assert len(data.strip) == 1 + data.widths.sum()
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert str(tmp_path / "file") in refused(lambda: load(root, tmp_path / "file" / "cache"))
+
+
+def test_a_line_set_travels_without_its_strip(root: Path, tmp_path: Path) -> None:
+    write_lines(root, [f"train/anna/long/{n}.png" for n in range(20)], first_seed=300)
+    data = load(root, tmp_path / "cache")
+    unused = len(pickle.dumps(data))
+    assert data.strip.nbytes > 10_000
+    sent = pickle.dumps(data)
+    assert len(sent) < unused + 1000
+    received = pickle.loads(sent)
+    assert isinstance(received.strip, np.memmap)
+    assert np.array_equal(received.strip, data.strip)
+
+
+def test_writing_to_the_strip_reaches_no_file(root: Path, tmp_path: Path) -> None:
+    data = load(root, tmp_path / "cache")
+    before = data.strip_file.read_bytes()
+    data.strip[:] = 255
+    assert data.strip_file.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+def test_report_counts_lines_pages_and_writers(lines_root: Path, data: LineSet) -> None:
+    report = data.report
+    assert report["lines"] == {"train": 24, "val": 12, "test": 12}
+    assert report["pages"] == 16
+    assert report["writers"] == {name: {"train": 6, "val": 3, "test": 3} for name in data.writers}
+    assert report["writers_without_validation"] == []
+    assert report["broken"] == {}
+    assert describe_report(report) == []
+
+
+def test_report_counts_what_stands_in_two_splits(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_lines(root, two_writers())
+    write_lines(root, [f"{s}/anna/same_page/1.png" for s in ("train", "val")], first_seed=20)
+    write_lines(root, [f"{s}/anna/book/{s}/1.png" for s in SPLITS], first_seed=30)
+    write_lines(root, ["train/clara/p/1.png", "train/clara/p/2.png"], first_seed=40)
+    # An image of the training set in val, and one twice in train.
+    shutil.copy(root / "train/anna/train_page/line_001.png", root / "val/bruno/val_page/copy.png")
+    shutil.copy(root / "train/clara/p/1.png", root / "train/clara/p/copy.png")
+    report = load(root, tmp_path / "cache").report
+    assert report["pages_in_two_splits"] == 1
+    assert report["books_in_two_splits"] == 1
+    assert report["images_in_two_splits"] == 1
+    assert report["identical_images"] == 2
+    assert report["writers_without_validation"] == ["clara"]
+    without, pages, books, images = describe_report(report)
+    assert "1 writer(s) without validation lines" in without
+    assert "clara" in without
+    assert pages.startswith("1 page(s)")
+    assert books.startswith("1 book(s)")
+    assert images.startswith("1 identical image(s)")
+
+
+def test_pages_of_the_same_name_of_two_writers_are_two(tmp_path: Path) -> None:
+    paths = ["train/anna/p1/1.png", "train/bruno/p2/1.png", "val/anna/p2/1.png"]
+    write_lines(tmp_path / "root", paths)
+    assert load(tmp_path / "root", tmp_path / "cache").report["pages_in_two_splits"] == 0
+
+
+def test_report_is_plain_json(data: LineSet) -> None:
+    assert json.loads(json.dumps(data.report)) == data.report

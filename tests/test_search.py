@@ -1,0 +1,503 @@
+"""The search, by its command line: what it prints, stores and refuses, in one process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from faults import faulty
+from optuna.trial import TrialState
+
+import files
+import search as search_module
+import study as study_module
+from hyperparameter_search import main
+from study import open_study
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(lines_root: Path, tmp_path: Path) -> Run:
+    """Run the command on small lines with a small model in `tmp_path / "c"`."""
+
+    def command(*more: str, **replaced: str) -> int:
+        flags = {
+            "data_root": str(lines_root),
+            "checkpoint_dir": str(tmp_path / "c"),
+            "n_trials": "2",
+            "epochs": "2",
+            **replaced,
+        }
+        argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        fixed = ["backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"]
+        argv += [word for value in fixed for word in ("--fix", value)]
+        return main([*argv, "--use_all_writers", "--weights", "none", "--device", "cpu", *more])
+
+    return command
+
+
+def trials_of(directory: Path) -> list[tuple[int, str, float | None]]:
+    """Read the trials by the query that the README gives."""
+    connection = sqlite3.connect(directory / "optuna_study.db")
+    rows = connection.execute(
+        "SELECT t.number, t.state, v.value FROM trials t LEFT JOIN trial_values v USING (trial_id)"
+        " ORDER BY t.number"
+    ).fetchall()
+    connection.close()
+    return rows
+
+
+def params_of(directory: Path) -> list[dict[str, Any]]:
+    return [trial.params for trial in open_study(directory).get_trials(deepcopy=False)]
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != "search.lock"
+    }
+
+
+# --------------------------------------------------------------------------------- the whole story
+
+
+def test_new_resumed_and_extended(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "c"
+    assert run() == 0
+    printed, problems = capfd.readouterr()
+    assert problems == ""
+    rule = "=" * 70
+    assert printed.startswith(
+        f"{rule}\nSTARTING NEW HYPERPARAMETER SEARCH\n{rule}\n"
+        f"Study database: {directory}/optuna_study.db\n"
+        "Number of trials: 2\n"
+        "Optimization metric: Validation Macro Top-1 Accuracy\n"
+        "Note: This search is resumable. You can safely stop and restart.\n"
+        f"{rule}\n"
+    )
+    assert re.search(r"^trial   0 \| epoch  1/2 \| loss \d", printed, re.MULTILINE)
+    assert re.search(r"^trial   1 \| complete \| val macro top-1 ", printed, re.MULTILINE)
+    first = trials_of(directory)
+    assert [(number, state) for number, state, _ in first] == [(0, "COMPLETE"), (1, "COMPLETE")]
+
+    before = snapshot(directory)
+    assert run() == 0
+    assert "Remaining trials: 0" in capfd.readouterr().out
+    assert trials_of(directory) == first, "the same command runs nothing again"
+    kept = {name: content for name, content in before.items() if name.startswith("trial_")}
+    assert kept.items() <= snapshot(directory).items()
+
+    assert run(n_trials="4") == 0
+    best = 100 * max(value for _, _, value in first if value is not None)
+    printed = capfd.readouterr().out
+    assert printed.startswith(
+        f"{rule}\nRESUMING EXISTING STUDY\n{rule}\n"
+        f"Study loaded from: {directory}/optuna_study.db\n"
+        "Completed trials: 2\nPruned trials: 0\nFailed trials: 0\nRemaining trials: 2\n"
+        f"Best value so far: {best:.2f}%\n{rule}\n"
+    )
+    assert trials_of(directory)[:2] == first
+    assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE"] * 4
+    params = params_of(directory)
+    assert params[0]["learning_rate"] == 0.002, "the known-good values come first"
+    assert len({json.dumps(p, sort_keys=True) for p in params}) == 4, "no draw repeats"
+
+
+def test_files_of_a_search(run: Run, tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    assert run() == 0
+    names = {path.name for path in (directory / "trial_001").iterdir()}
+    assert names == {
+        "best_model.pth",
+        "config.json",
+        "final_model.pth",
+        "history.jsonl",
+        "metrics.json",
+        "train.log",
+        "trial.json",
+    }
+    study = open_study(directory)
+    record = json.loads((directory / "trial_001" / "trial.json").read_text())
+    trial = study.get_trials()[1]
+    assert record["params"] == trial.params
+    assert record["value"] == trial.value
+    assert {int(k): v for k, v in record["intermediate_values"].items()} == (
+        trial.intermediate_values
+    )
+    restored = {
+        name: optuna.distributions.json_to_distribution(text)
+        for name, text in record["distributions"].items()
+    }
+    assert restored == trial.distributions
+    config = json.loads((directory / "trial_001" / "config.json").read_text())
+    assert config["config"]["learning_rate"] == trial.params["learning_rate"]
+    assert {"versions", "git_commit", "command", "data_fingerprint", "config_hash"} <= set(config)
+    text = (directory / "summary" / "trials.csv").read_text()
+    table = list(csv.DictReader(text.splitlines()))
+    assert [row["state"] for row in table] == ["COMPLETE", "COMPLETE"]
+    best = json.loads((directory / "summary" / "best_trial.json").read_text())
+    assert best["value"] == study.best_value
+    assert best["number"] == study.best_trial.number
+    source = directory / f"trial_{best['number']:03d}" / "best_model.pth"
+    assert (directory / "summary" / "best_model.pth").read_bytes() == source.read_bytes()
+    assert json.loads((directory / "summary" / "data_report.json").read_text())["broken"] == {}
+
+
+def test_same_seed_gives_the_same_search_whatever_the_breaks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four trials in one run, or in four: the same draws and the same values."""
+    assert run(n_trials="4") == 0
+    whole = [(t.params, t.value) for t in open_study(tmp_path / "c").get_trials()]
+    for n_trials in "1234":
+        assert run(n_trials=n_trials, checkpoint_dir=str(tmp_path / "broken")) == 0
+    assert [(t.params, t.value) for t in open_study(tmp_path / "broken").get_trials()] == whole
+
+
+def test_two_trials_at_once_give_the_same_as_one(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A trial's result does not depend on its neighbour; lines are not torn."""
+    assert run("--n_jobs", "2", "--sampler", "random", n_trials="4") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert (
+        run(
+            "--n_jobs",
+            "1",
+            "--sampler",
+            "random",
+            checkpoint_dir=str(tmp_path / "one"),
+            n_trials="4",
+        )
+        == 0
+    )
+    parallel = {json.dumps(t.params): t.value for t in open_study(tmp_path / "c").get_trials()}
+    alone = {json.dumps(t.params): t.value for t in open_study(tmp_path / "one").get_trials()}
+    assert parallel == alone
+    trial_lines = [line for line in lines if line.startswith("trial ")]
+    assert len(trial_lines) == 4 * 3
+    assert all(re.match(r"trial +\d+ \| ", line) for line in trial_lines)
+
+
+def test_finite_space_is_drawn_once_and_then_ends(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three configurations, five wanted: each is run once, and the search says why it ends."""
+    space = tmp_path / "space.json"
+    space.write_text('{"pooling": {"choices": ["avg", "gem", "attention"]}}')
+    numbers = ("learning_rate", "weight_decay", "label_smoothing", "dropout")
+    pinned = [f"{name}=0.01" for name in numbers]
+    pinned += ["augment_geometry=1", "augment_photometry=1", "mixup=false"]
+    flags = [word for value in pinned for word in ("--fix", value)]
+    assert run("--space", str(space), *flags, n_trials="5") == 0
+    assert sorted(p["pooling"] for p in params_of(tmp_path / "c")) == ["attention", "avg", "gem"]
+    assert "the space is exhausted" in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------------------- faults in a trial
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("raise_error", "RuntimeError: the cat is on the keyboard"),
+        ("segfault", "killed by SIGSEGV"),
+        ("exit_silently", "ended with exit code 7 without a word"),
+        ("diverge", "the training loss is not finite in epoch 3"),
+    ],
+)
+def test_bad_trial_fails_and_the_search_goes_on(
+    fault: str,
+    cause: str,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    directory = tmp_path / "c"
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: fault}))
+    assert run(n_trials="3") == 0
+    assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "FAIL", "COMPLETE"]
+    log = (directory / "trial_001" / "error.log").read_text()
+    assert f"cause:  {cause}" in log
+    assert "try:    " in log
+    if fault == "raise_error":
+        assert "Traceback" in log
+    if fault == "segfault":
+        assert "last words" in log, "the end of train.log is quoted"
+    printed = capfd.readouterr().out
+    assert f"trial   1 | failed: {cause}" in printed
+    assert "1 of 3 trials still missing: the same command runs them." in printed
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run(n_trials="3") == 0
+    states = [state for _, state, _ in trials_of(directory)]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_hanging_trial_is_ended(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "hang"}))
+    monkeypatch.setattr(search_module, "STOP_SECONDS", 0.2)
+    assert run("--trial_timeout", "3", n_trials="2") == 0
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "COMPLETE"]
+    log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
+    assert "ran longer than --trial_timeout 3 s at epoch 1" in log
+
+
+def test_too_many_failures_in_a_row_stop_the_search(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = dict.fromkeys(range(1, 9), "raise_error")
+    monkeypatch.setattr(search_module, "ChildProcess", faulty(broken))
+    assert run("--max_consecutive_failed_trials", "3", n_trials="9") == 3
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", *["FAIL"] * 3]
+    assert "common cause: RuntimeError: the cat" in capfd.readouterr().err
+
+
+def test_nothing_complete_is_exit_1(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "raise_error"}))
+    assert run(n_trials="1") == 1
+    assert not (tmp_path / "c" / "summary" / "best_model.pth").exists()
+
+
+def test_signal_saves_the_trial_and_ends_the_search(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "signal_search"}))
+    assert run(n_trials="3") == 143
+    directory = tmp_path / "c"
+    assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "FAIL"]
+    assert "interrupted by SIGTERM at epoch 1" in (directory / "trial_001/error.log").read_text()
+    assert (directory / "trial_001" / "latest_checkpoint.pth").exists()
+    printed, problems = capfd.readouterr()
+    assert "2 of 3 trials still missing" in printed
+    assert problems.startswith("stopped by SIGTERM: everything is saved")
+    assert "Traceback" not in printed + problems
+
+
+def test_pruned_trials_do_not_count_as_complete(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class PruneSecond(optuna.pruners.BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            return trial.number == 1
+
+    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneSecond())
+    assert run(n_trials="3") == 0
+    directory = tmp_path / "c"
+    assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert (directory / "trial_001" / "latest_checkpoint.pth").exists()
+    assert json.loads((directory / "trial_001" / "trial.json").read_text())["state"] == "PRUNED"
+    printed = capfd.readouterr().out
+    assert "trial   1 | pruned at epoch 1" in printed
+    assert "1 of 3 trials still missing" in printed
+
+
+# ------------------------------------------------------------------------------ what a kill leaves
+
+
+def test_unfinished_trials_are_settled_at_the_next_start(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """RUNNING in the study: one had finished but was not told, one was cut off in its work."""
+    directory = tmp_path / "c"
+    assert run() == 0
+    value = trials_of(directory)[1][2]
+    with sqlite3.connect(directory / "optuna_study.db") as connection:
+        connection.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL")
+        connection.execute("DELETE FROM trial_values")
+    connection.close()
+    for number in (0, 1):
+        (directory / f"trial_00{number}" / "trial.json").unlink()
+    (directory / "trial_000" / "metrics.json").unlink()
+    assert run() == 0
+    states = trials_of(directory)
+    assert states[:2] == [(0, "FAIL", None), (1, "COMPLETE", value)]
+    assert len(states) == 3, "one more, for the one that was cut off"
+    log = (directory / "trial_000" / "error.log").read_text()
+    assert "cut off without a word after epoch 2" in log
+    assert "trial 0 was cut off after epoch 2: recorded as failed" in capfd.readouterr().out
+    assert len({json.dumps(p, sort_keys=True) for p in params_of(directory)}) == 3
+    assert (directory / "trial_001" / "trial.json").exists(), "a missing record is written again"
+
+
+def test_metrics_of_another_configuration_finish_no_trial(run: Run, tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    assert run(n_trials="1") == 0
+    with sqlite3.connect(directory / "optuna_study.db") as connection:
+        connection.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL")
+        connection.execute("DELETE FROM trial_values")
+    connection.close()
+    metrics = directory / "trial_000" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"config_hash": "', '"config_hash": "0'))
+    assert run(n_trials="1") == 0
+    assert [state for _, state, _ in trials_of(directory)] == ["FAIL", "COMPLETE"]
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_changed_settings_are_refused_with_the_difference(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(n_trials="1") == 0
+    before = snapshot(tmp_path / "c")
+    capfd.readouterr()
+    assert run(epochs="3") == 2
+    assert "epochs: 2 in the study, 3 now" in capfd.readouterr().err
+    assert run("--fix", "dropout=0.1") == 2
+    assert "space.dropout" in capfd.readouterr().err
+    assert run("--num_writers_subset", "3") == 2  # not with --use_all_writers
+    assert snapshot(tmp_path / "c") == before, "nothing was touched"
+
+
+def test_second_search_in_one_directory_is_refused(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c").mkdir()
+    with files.DirectoryLock(tmp_path / "c"):
+        assert run() == 2
+        assert f"in use by another search (pid {os.getpid()} on " in capfd.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["search.lock"]
+    assert run(n_trials="1") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "replaced", "said"),
+    [
+        ([], {"n_trials": "0"}, "'0' is not a whole number of 1 or more"),
+        ([], {"n_trials": "-1"}, "n_trials"),
+        ([], {"n_trials": "x"}, "'x' is not a whole number"),
+        (["--fix", "nonsense=1"], {}, "--fix nonsense: unknown hyperparameter"),
+        (["--fix", "dropout=3"], {}, "--fix dropout: 3 is out of range"),
+        (["--fix", "dropout"], {}, "expected NAME=VALUE"),
+        (["--device", "cuda"], {}, "sees no CUDA device"),
+        (["--device", "tpu"], {}, "'tpu' is not auto, cpu, cuda or cuda:N"),
+        (["--timeout", "-3"], {}, "not a number of seconds"),
+        ([], {"data_root": "/nowhere"}, "/nowhere does not exist"),
+        (["--no_such_flag"], {}, "unrecognized arguments"),
+    ],
+)
+def test_mistake_is_one_line_and_writes_nothing(
+    more: list[str],
+    replaced: dict[str, str],
+    said: str,
+    run: Run,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if more == ["--device", "cuda"]:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    assert run(*more, **replaced) == 2
+    printed, problem = capfd.readouterr()
+    assert printed == ""
+    assert problem.startswith("error: ")
+    assert problem.count("\n") == 1
+    assert said in problem
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", '{"dropout": 3}', '{"dropout": {"low": 1}}', '{"x": {"choices": [1]}}'],
+)
+def test_malformed_space_is_one_line(
+    content: str, run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "space.json").write_text(content)
+    assert run("--space", str(tmp_path / "space.json")) == 2
+    problem = capfd.readouterr().err
+    assert problem.count("\n") == 1
+    assert "--space" in problem
+    assert not (tmp_path / "c").exists()
+
+
+def test_unusable_checkpoint_directory(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(checkpoint_dir=str(tmp_path / "file")) == 2
+    assert "is a file, not a directory" in capfd.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert run() == 2
+    assert "cannot be written" in capfd.readouterr().err
+
+
+def test_trials_without_their_database_are_not_overwritten(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(n_trials="1") == 0
+    (tmp_path / "c" / "optuna_study.db").unlink()
+    assert run(n_trials="1") == 2
+    assert "is missing beside trial directories" in capfd.readouterr().err
+    assert not (tmp_path / "c" / "optuna_study.db").exists()
+
+
+# ----------------------------------------------------------------------------------------- status
+
+
+def test_status_tells_the_same_and_changes_nothing(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--status", "--checkpoint_dir", str(tmp_path / "c")]) == 2
+    assert run() == 0
+    closing = capfd.readouterr().out.split("=" * 70)[-2].strip()
+    before = snapshot(tmp_path / "c")
+    assert main(["--status", "--checkpoint-dir", str(tmp_path / "c")]) == 0
+    assert capfd.readouterr().out.strip() == f"{tmp_path / 'c'}: not running\n{closing}"
+    assert snapshot(tmp_path / "c") == before
+
+
+def test_status_of_a_running_trial(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "c"
+    assert run(n_trials="1") == 0
+    study = open_study(directory)
+    study.ask()
+    (directory / "trial_001").mkdir()
+    (directory / "trial_001" / "history.jsonl").write_text('{"epoch": 1, "macro_top1": 0.25}\n')
+    capfd.readouterr()
+    with files.DirectoryLock(directory):
+        main(["--status", "--checkpoint_dir", str(directory)])
+    printed = capfd.readouterr().out
+    assert f"{directory}: running" in printed
+    assert "trial   1 | epoch  1/2 | val macro top-1 25.00% | best 25.00% | running for" in printed
+    assert "Time left: " in printed
+    main(["--status", "--checkpoint_dir", str(directory)])
+    assert "cut off; the next start records it as failed" in capfd.readouterr().out
+
+
+def test_waiting_trial_of_a_killed_search_is_run_next(run: Run, tmp_path: Path) -> None:
+    """Killed between a draw's storing and its start: it is neither lost nor drawn again."""
+    assert run(n_trials="1") == 0
+    study = open_study(tmp_path / "c")
+    waiting = study.get_trials()[0]
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params={**waiting.params, "dropout": 0.123},
+            distributions=waiting.distributions,
+            user_attrs={"draw": 1, "seed": 5},
+        )
+    )
+    assert run(n_trials="2") == 0
+    trials = open_study(tmp_path / "c").get_trials()
+    assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE"]
+    assert trials[1].params["dropout"] == 0.123

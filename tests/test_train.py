@@ -1,0 +1,376 @@
+"""One trial: its metrics, its use of every hyperparameter, its breaks and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+from torch import nn
+
+import train as train_module
+from batches import Lines, strip_on
+from config import TrialConfig
+from data import LineSet
+from model import WriterModel, classification_loss
+from train import (
+    CheckpointMismatchError,
+    DivergedError,
+    Metrics,
+    Stopped,
+    TrainingState,
+    batch_loss,
+    build_model,
+    build_optimizer,
+    compute_metrics,
+    evaluate,
+    load_checked,
+    load_model,
+    schedule,
+    steps_per_epoch,
+    train,
+    training_step,
+    update_average,
+)
+
+CPU = torch.device("cpu")
+
+
+def changed(config: TrialConfig, **values: Any) -> TrialConfig:
+    return dataclasses.replace(config, **values)
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["model"]
+    return loaded
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights_of(one), weights_of(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_by_hand() -> None:
+    """Three writers; the third has no lines and is in no mean, but may be guessed."""
+    logits = np.array([[3.0, 1, 0], [0, 1, 2], [1, 2, 0], [0, 5, 1], [4, 1, 0]])
+    labels = np.array([0, 0, 1, 1, 1])
+    pages = np.array([0, 0, 1, 1, 2])
+    metrics = compute_metrics(logits, labels, pages, ("a", "b", "c"))
+    assert metrics.per_writer == pytest.approx({"a": 1 / 2, "b": 2 / 3})
+    assert metrics.macro_top1 == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert metrics.micro_top1 == pytest.approx(3 / 5)
+    # Page 0 of a: log-softmax sums favour a (3 of the first line outweigh the second line).
+    assert metrics.page_macro_top1 == pytest.approx((1 + 1 / 2) / 2)
+    assert metrics.macro_top5 is None
+
+
+def test_top5_needs_more_than_five_writers_and_counts_them() -> None:
+    logits = np.arange(7.0)[None].repeat(2, 0)  # the first five guesses are 6, 5, 4, 3, 2
+    labels = np.array([2, 1])
+    six = compute_metrics(logits, labels, np.array([0, 1]), tuple("abcdefg"))
+    assert six.macro_top5 == pytest.approx(0.5)
+    five = compute_metrics(logits[:, :5], np.array([0, 1]), np.array([0, 1]), tuple("abcde"))
+    assert five.macro_top5 is None
+
+
+def test_macro_top1_is_balanced_accuracy() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 200)
+    logits = rng.normal(size=(200, 6)) + np.eye(6)[labels]
+    metrics = compute_metrics(logits, labels, labels, tuple("abcdef"))
+    expected = balanced_accuracy_score(labels, logits.argmax(1))
+    assert metrics.macro_top1 == pytest.approx(expected)
+    reference = nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
+    assert metrics.loss == pytest.approx(float(reference))
+
+
+def test_writer_with_one_page_counts_like_any_other() -> None:
+    logits = np.array([[1.0, 0], [1, 0], [0, 1]])
+    metrics = compute_metrics(logits, np.array([0, 0, 1]), np.array([0, 1, 2]), ("a", "b"))
+    assert metrics.page_macro_top1 == 1.0
+
+
+def test_evaluation_refuses_output_that_is_not_finite(data: LineSet, config: TrialConfig) -> None:
+    model = build_model(config, 4)
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
+    validation = Lines.of(data, "val", strip_on(data, CPU))
+    with pytest.raises(DivergedError, match="not finite"):
+        evaluate(model, config, validation, data.writers)
+
+
+# --------------------------------------------------------------- every value arrives where it acts
+
+
+def test_dropout_pooling_and_loss_reach_the_model(config: TrialConfig) -> None:
+    model = build_model(changed(config, dropout=0.37, pooling="gem"), 4)
+    assert model.dropout.p == 0.37
+    assert type(model.pool).__name__ == "GeneralizedMeanPool"
+    cosface = build_model(changed(config, loss="cosface", scale=20.0), 4)
+    images = torch.randn(3, 1, 16, 32)
+    assert cosface.eval()(images).abs().max() <= 20.0
+    assert type(cosface.classifier).__name__ == "CosineClassifier"
+
+
+def test_backbone_reaches_the_model(config: TrialConfig) -> None:
+    tiny, thin = build_model(config, 4), build_model(changed(config, backbone="resnet_thin"), 4)
+    assert sum(p.numel() for p in thin.parameters()) > 50 * sum(
+        p.numel() for p in tiny.parameters()
+    )
+
+
+def test_rates_and_decay_reach_the_optimiser(config: TrialConfig) -> None:
+    config = changed(config, learning_rate=0.003, weight_decay=0.07, backbone_lr_mult=0.25)
+    model = build_model(config, 4)
+    scratch = build_optimizer(config, model)
+    assert {group["peak"] for group in scratch.param_groups} == {0.003}
+    pretrained = build_optimizer(changed(config, pretrained=True), model)
+    head = {id(p) for p in model.head_parameters()}
+    for group in pretrained.param_groups:
+        in_head = all(id(p) in head for p in group["params"])
+        assert group["peak"] == pytest.approx(0.003 if in_head else 0.003 * 0.25)
+        is_matrix = all(p.ndim > 1 for p in group["params"])
+        assert group["weight_decay"] == (0.07 if is_matrix else 0.0)
+    trained = [p for group in pretrained.param_groups for p in group["params"]]
+    assert len(trained) == len(list(model.parameters()))
+
+
+def test_smoothing_margin_and_scale_reach_the_loss(config: TrialConfig) -> None:
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    smooth = batch_loss(logits, changed(config, label_smoothing=0.15), labels)
+    assert smooth == nn.functional.cross_entropy(logits, labels, label_smoothing=0.15)
+    cosface = changed(config, loss="cosface", margin=0.3, scale=20.0, label_smoothing=0.0)
+    expected = classification_loss(logits, labels, margin=0.3, scale=20.0)
+    assert batch_loss(logits, cosface, labels) == expected
+    assert expected != classification_loss(logits, labels, margin=0.1, scale=20.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2),
+        ("sampler_alpha", 1.0),
+        ("augment_geometry", 0.0),
+        ("augment_photometry", 0.0),
+        ("mixup_alpha", 0.4),
+        ("crop_width", 48),
+        ("batch_size", 4),
+        ("learning_rate", 0.01),
+        ("precision", "bfloat16"),
+    ],
+)
+def test_value_changes_the_training(
+    name: str, value: Any, data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    """Each of these acts in the loop itself: the trained weights must differ."""
+    unbalanced = dataclasses.replace(data, splits=data.splits.copy())
+    unbalanced.splits[data.select("train")[:3]] = 2  # sampling acts on unequal writers only
+    config = changed(config, epochs=1)
+    train(config, unbalanced, tmp_path / "a")
+    train(changed(config, **{name: value}), unbalanced, tmp_path / "b")
+    first = weights_of(tmp_path / "a" / "final_model.pth")
+    second = weights_of(tmp_path / "b" / "final_model.pth")
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_line_height_is_the_cache_s(data: LineSet, config: TrialConfig) -> None:
+    assert data.strip.shape[1] == config.line_height
+
+
+def test_epochs_and_patience_end_a_trial(
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.3, 0.5, 0.4, 0.5, 0.2, 0.9])
+
+    def scripted(*_: Any, **__: Any) -> Metrics:
+        return Metrics(next(values), None, 0.0, 0.0, 1.0, {})
+
+    monkeypatch.setattr(train_module, "evaluate", scripted)
+    epochs: list[int] = []
+    config = changed(config, epochs=6, patience=3)
+    metrics = train(config, data, tmp_path, lambda epoch, row: epochs.append(epoch))
+    assert epochs == [1, 2, 3, 4, 5]  # the best was the second; an equal value is not better
+    assert metrics.macro_top1 == 0.5
+
+
+# --------------------------------------------------------------------------------------- learning
+
+
+def test_loss_falls_on_one_batch(data: LineSet, config: TrialConfig) -> None:
+    state = TrainingState.start(changed(config, learning_rate=0.01, dropout=0.0), 4, CPU)
+    images, labels = torch.randn(8, 1, 16, 32), torch.arange(8) % 4
+    losses = [float(training_step(state, config, images, labels)) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_schedule_rises_then_falls_to_nothing() -> None:
+    rates = [schedule(step, 200) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == 1.0
+    assert rates.index(1.0) == 9  # a twentieth of the steps
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] < 0.001
+
+
+def test_average_is_the_moving_average_of_weights_and_statistics() -> None:
+    model, average = (WriterModel("tiny", 3) for _ in range(2))
+    before = {name: value.clone() for name, value in average.state_dict().items()}
+    update_average(average, model, step=1, total_steps=10_000)  # decay 1 / 10 at the first step
+    current = model.state_dict()
+    for name, value in average.state_dict().items():
+        expected = before[name] + 0.9 * (current[name] - before[name])
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected)
+
+
+def test_fewer_lines_than_a_batch_make_one_step(config: TrialConfig) -> None:
+    assert steps_per_epoch(config, 3) == 1
+    assert steps_per_epoch(config, 17) == 2
+
+
+def test_validated_and_saved_model_is_the_average(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    metrics = train(config, data, tmp_path)
+    model, loaded, writers = load_model(tmp_path / "best_model.pth")
+    assert (loaded, writers) == (config, data.writers)
+    validation = Lines.of(data, "val", strip_on(data, CPU))
+    assert evaluate(model, config, validation, writers) == metrics
+
+
+def test_diverged_trial_ends_at_once(data: LineSet, config: TrialConfig, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="epoch 1"):
+        train(
+            changed(config, epochs=50, learning_rate=1.0, weight_decay=10.0),
+            poisoned(data),
+            tmp_path,
+        )
+
+
+def poisoned(data: LineSet) -> LineSet:
+    """Lines of a strip that, scaled, overflows: any training on it gives no finite loss."""
+    broken = dataclasses.replace(data)
+    broken.__dict__["strip"] = np.full(data.strip.shape, np.nan, np.float32)
+    return broken
+
+
+# ----------------------------------------------------------------------------------------- breaks
+
+
+def test_continued_trial_equals_an_unbroken_one_for_every_break(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    """Stop at each call of `check`, go on in a new directory: bit for bit the same trial."""
+    calls: list[float] = []
+    whole = train(config, data, tmp_path / "whole", check=calls.append)
+    steps = steps_per_epoch(config, len(data.select("train")))
+    assert len(calls) > 2 * steps
+    for stop_at in range(len(calls)):
+        seen: list[float] = []
+        reported: list[int] = []
+
+        def check(progress: float, stop_at: int = stop_at, seen: list[float] = seen) -> None:
+            if len(seen) == stop_at:
+                raise Stopped
+            seen.append(progress)
+
+        def report(epoch: int, row: dict[str, Any], reported: list[int] = reported) -> None:
+            reported.append(epoch)
+
+        broken, continued = tmp_path / f"broken_{stop_at}", tmp_path / f"continued_{stop_at}"
+        with pytest.raises(Stopped):
+            train(config, data, broken, report, check)
+        metrics = train(
+            config,
+            data,
+            continued,
+            report,
+            seen.append,
+            continue_from=broken,
+        )
+        assert metrics == whole
+        assert_same_weights(continued / "final_model.pth", tmp_path / "whole" / "final_model.pth")
+        assert_same_weights(continued / "best_model.pth", tmp_path / "whole" / "best_model.pth")
+        assert reported == [1, 2], "no epoch is reported twice"
+        batches = [progress for progress in seen if progress != int(progress)]
+        assert len(batches) == len(set(batches)), "no batch is trained twice"
+
+
+@pytest.mark.parametrize("k", range(9))
+def test_crash_at_any_replace_leaves_whole_files(
+    k: int, data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fail at the k-th `os.replace`; what is there loads, and going on gives the same result."""
+    whole = train(config, data, tmp_path / "whole")
+    replace, count = os.replace, iter(range(1000))
+
+    def failing(source: Any, target: Any) -> None:
+        if next(count) == k:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    directory = tmp_path / "crashed"
+    try:
+        train(config, data, directory)
+    except OSError:
+        monkeypatch.undo()
+    else:
+        assert k >= 7, "every replace of a trial was tried"
+        return
+    assert not list(directory.glob("*.tmp")), "no temporary file stays behind"
+    assert not (directory / "metrics.json").exists()
+    for file in directory.glob("*.pth"):
+        load_checked(file, config, data)
+    has_checkpoint = (directory / "latest_checkpoint.pth").exists()
+    metrics = train(config, data, directory, continue_from=directory if has_checkpoint else None)
+    assert metrics == whole
+
+
+def test_checkpoint_of_another_configuration_or_data_is_refused(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    def stop(epoch: int, row: dict[str, Any]) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path / "a", stop)
+    other = changed(config, learning_rate=0.001)
+    with pytest.raises(CheckpointMismatchError, match="config_hash"):
+        train(other, data, tmp_path / "b", continue_from=tmp_path / "a")
+    elsewhere = dataclasses.replace(data, fingerprint="0" * 16)
+    with pytest.raises(CheckpointMismatchError, match="data_fingerprint"):
+        train(config, elsewhere, tmp_path / "b", continue_from=tmp_path / "a")
+
+
+def test_files_of_a_finished_trial(data: LineSet, config: TrialConfig, tmp_path: Path) -> None:
+    metrics = train(config, data, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best_model.pth",
+        "final_model.pth",
+        "history.jsonl",
+        "metrics.json",
+    ]
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["value"] == metrics.macro_top1
+    assert written["config_hash"] == config.hash()
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert {"train_loss", "macro_top1", "learning_rate", "seconds", "images_per_second"} <= set(
+        history[0]
+    )
+    assert written["best"] in history
+    assert written["final"] == history[-1]
+    assert set(written["best"]["per_writer"]) == set(data.writers)
