@@ -173,7 +173,8 @@ class Search:
         )
         data = replace(plan.data, paths=(), report={})  # large, and no trial reads them
         job = Job(config, data, directory, plan.threads, plan.slots[slot])
-        return RunningTrial(trial, config, ChildProcess("worker:run_trial", job), slot, time.monotonic())
+        child = ChildProcess("worker:run_trial", job)
+        return RunningTrial(trial, config, child, slot, time.monotonic())
 
     # --------------------------------------------------------------------------------------- news
 

@@ -1,0 +1,299 @@
+"""Order, windows, crops and augmentation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from batches import (
+    Lines,
+    augment,
+    change_ink,
+    distort,
+    epoch_order,
+    gather,
+    random_offsets,
+    strip_on,
+    windows,
+)
+from data import INK_DEVIATION, SPLITS, LineSet
+
+CROP = 32
+HEIGHT = 8
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unbalanced_labels(seed: int) -> NDArray[np.int64]:
+    """Labels of seven writers with 1 to 90 lines each, in random order."""
+    rng = np.random.default_rng(seed)
+    return rng.permutation(np.repeat(np.arange(7), rng.integers(1, 90, 7)))
+
+
+# ------------------------------------------------------------------------------------------ order
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_alpha_zero_takes_every_line_once(seed: int) -> None:
+    labels = unbalanced_labels(seed)
+    order = epoch_order(labels, 0.0, np.random.default_rng(seed))
+    assert np.array_equal(np.sort(order), np.arange(len(labels)))
+    assert not np.array_equal(order, np.arange(len(labels)))
+
+
+def test_alpha_one_takes_every_writer_equally_often() -> None:
+    for seed in range(20):
+        labels = unbalanced_labels(seed)
+        order = epoch_order(labels, 1.0, np.random.default_rng(seed))
+        counts = np.bincount(labels[order], minlength=7)
+        assert np.abs(counts - len(labels) / 7).max() <= 2, counts
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_line_is_drawn_as_often_as_its_expectation_rounded(seed: int, alpha: float) -> None:
+    labels = unbalanced_labels(seed)
+    weights = np.bincount(labels)[labels] ** -alpha
+    expected = weights * len(labels) / weights.sum()
+    order = epoch_order(labels, alpha, np.random.default_rng(seed))
+    drawn = np.bincount(order, minlength=len(labels))
+    assert len(order) == len(labels)
+    # An expectation that is whole but for rounding may take either neighbour.
+    assert (drawn >= np.floor(expected - 1e-9)).all()
+    assert (drawn <= np.ceil(expected + 1e-9)).all()
+
+
+def test_every_line_is_drawn_at_some_time() -> None:
+    labels = np.repeat([0, 1], [100, 2])
+    orders = [epoch_order(labels, 1.0, np.random.default_rng(epoch)) for epoch in range(30)]
+    assert len(set(np.concatenate(orders))) == len(labels)
+
+
+def test_order_depends_on_the_random_numbers_alone() -> None:
+    labels = unbalanced_labels(0)
+    one, same, other = (epoch_order(labels, 0.5, np.random.default_rng(s)) for s in (1, 1, 2))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_writers_do_not_come_in_blocks() -> None:
+    labels = np.repeat([0, 1], 200)
+    for alpha in (0.0, 1.0):
+        order = epoch_order(labels, alpha, np.random.default_rng(0))
+        assert 140 < np.count_nonzero(np.diff(labels[order])) < 260
+
+
+# --------------------------------------------------------------------------------------- windows
+
+
+def test_windows_cover_each_line_and_nothing_else() -> None:
+    widths = torch.arange(1, 5 * CROP)
+    line, offset = windows(widths, CROP)
+    assert line.dtype == offset.dtype == torch.int64
+    assert torch.equal(line, line.sort().values)
+    for number, width in enumerate(widths.tolist()):
+        own = offset[line == number]
+        assert len(own) == max(1, -(-width // CROP))  # as few as can cover it
+        if width <= CROP:
+            assert own.tolist() == [0]
+            continue
+        assert own.min() == 0
+        assert own.max() == width - CROP
+        covered = torch.zeros(width, dtype=torch.bool)
+        for start in own.tolist():
+            covered[start : start + CROP] = True
+        assert covered.all()
+
+
+def test_windows_of_a_line_do_not_depend_on_its_neighbours() -> None:
+    widths = torch.tensor([10, 100, 33, 64, 65, 1])
+    line, offset = windows(widths, CROP)
+    for number in range(len(widths)):
+        _, alone = windows(widths[number : number + 1], CROP)
+        assert torch.equal(alone, offset[line == number])
+
+
+# ----------------------------------------------------------------------------------------- crops
+
+
+@pytest.fixture(scope="module")
+def lines() -> Lines:
+    """Lines of many widths side by side, without a zero in them."""
+    rng = np.random.default_rng(0)
+    widths = torch.tensor([5, 200, 31, 32, 33, 64, 1])
+    strip = torch.from_numpy(rng.integers(1, 256, (1 + int(widths.sum()), HEIGHT), np.uint8))
+    strip[0] = 0
+    starts = 1 + widths.cumsum(0) - widths
+    return Lines(strip, starts, widths, torch.zeros_like(widths), torch.zeros_like(widths))
+
+
+@pytest.mark.parametrize("offset", [0, 3, -4, -31, -32, -40, 100, 180, 199, 200, 1000])
+def test_a_crop_is_a_slice_of_its_line_and_zero_outside(lines: Lines, offset: int) -> None:
+    chosen = torch.arange(len(lines)).flip(0)
+    crops = gather(lines, chosen, torch.full((len(lines),), offset), CROP)
+    assert crops.shape == (len(lines), 1, HEIGHT, CROP)
+    assert crops.dtype == torch.float32
+    for crop, number in zip(crops, chosen.tolist(), strict=True):
+        start, width = int(lines.starts[number]), int(lines.widths[number])
+        expected = torch.zeros(HEIGHT, CROP)
+        for column in range(CROP):
+            if 0 <= offset + column < width:
+                expected[:, column] = lines.strip[start + offset + column] / INK_DEVIATION
+        assert torch.equal(crop[0], expected)
+
+
+def test_a_batch_may_hold_a_line_twice(lines: Lines) -> None:
+    crops = gather(lines, torch.tensor([1, 1, 1]), torch.tensor([0, 7, 0]), CROP)
+    assert torch.equal(crops[0], crops[2])
+    assert torch.equal(crops[0][..., 7:], crops[1][..., :-7])
+
+
+def test_random_crops_stay_inside_and_reach_both_ends() -> None:
+    widths = torch.tensor([CROP + 5, CROP, CROP - 5, 1]).repeat_interleave(400)
+    offsets = random_offsets(widths, CROP, generator()).reshape(4, 400)
+    assert offsets.dtype == torch.int64
+    assert sorted(set(offsets[0].tolist())) == list(range(6))
+    assert set(offsets[1].tolist()) == {0}
+    assert sorted(set(offsets[2].tolist())) == list(range(-5, 1))
+    assert (offsets[3].min(), offsets[3].max()) == (1 - CROP, 0)
+
+
+def test_a_narrow_line_stands_wholly_in_its_crop(lines: Lines) -> None:
+    chosen = torch.tensor([0, 2, 6]).repeat(50)
+    offsets = random_offsets(lines.widths[chosen], CROP, generator())
+    inked = (gather(lines, chosen, offsets, CROP) > 0).all(2).sum((1, 2))
+    assert torch.equal(inked, lines.widths[chosen])
+
+
+def test_random_crops_depend_on_the_generator_alone() -> None:
+    widths = torch.full((50,), 500)
+    one, same, other = (random_offsets(widths, CROP, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_lines_of_a_split_are_those_of_the_set(data: LineSet) -> None:
+    strip = strip_on(data, torch.device("cpu"))
+    for split in SPLITS:
+        own = Lines.of(data, split, strip)
+        chosen = data.select(split)
+        assert len(own) == len(chosen) > 0
+        assert own.labels.tolist() == data.labels[chosen].tolist()
+        assert sorted(set(own.pages.tolist())) == list(range(len(set(data.pages[chosen]))))
+        crops = gather(own, torch.arange(len(own)), torch.zeros(len(own), dtype=torch.int64), 16)
+        for crop, index in zip(crops, chosen, strict=True):
+            start = data.starts[index]
+            columns = torch.from_numpy(np.array(data.strip[start : start + 16]))
+            assert torch.equal(crop[0] * INK_DEVIATION, columns.T.float())
+
+
+def test_crops_of_whole_lines_have_unit_deviation(data: LineSet) -> None:
+    lines = Lines.of(data, "train", strip_on(data, torch.device("cpu")))
+    for number in range(len(lines)):
+        whole = gather(lines, torch.tensor([number]), torch.tensor([0]), int(lines.widths[number]))
+        assert whole.std().item() == pytest.approx(1, abs=0.1)
+
+
+# ---------------------------------------------------------------------------------- augmentation
+
+
+def blot(batch: int = 16, height: int = 64, width: int = 256) -> Tensor:
+    """The same ink in the middle of each image of a batch."""
+    image = torch.zeros(1, 1, height, width)
+    image[..., height // 4 : -height // 4, width // 4 : -width // 4] = 2.0
+    return image.repeat(batch, 1, 1, 1)
+
+
+@pytest.mark.parametrize("change", [distort, change_ink])
+@pytest.mark.parametrize("strength", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("shape", [(1, 1, 16, 32), (5, 1, 64, 96)])
+def test_a_change_keeps_shape_and_is_finite(
+    change: object, strength: float, shape: tuple[int, ...]
+) -> None:
+    assert callable(change)
+    images = torch.rand(shape, generator=generator()) * 6
+    changed = change(images, strength, generator())
+    assert changed.shape == images.shape
+    assert changed.dtype == torch.float32
+    assert changed.isfinite().all()
+
+
+@pytest.mark.parametrize(("geometry", "photometry"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_augmentation_differs_between_images_and_follows_the_generator(
+    geometry: float, photometry: float
+) -> None:
+    images = blot(batch=6, height=32, width=64)
+    before = images.clone()
+    one, same, other = (augment(images, geometry, photometry, generator(s)) for s in (1, 1, 2))
+    assert torch.equal(images, before)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    differences = (one[:, None] - one[None]).abs().amax((2, 3, 4))
+    assert (differences + torch.eye(6) > 0.01).all()
+
+
+def test_strength_zero_is_identity() -> None:
+    images = torch.rand((3, 1, 16, 32), generator=generator())
+    assert torch.equal(augment(images, 0.0, 0.0, generator()), images)
+    assert torch.allclose(distort(images, 0.0, generator()), images, atol=1e-4)
+    assert torch.equal(change_ink(images, 0.0, generator()), images)
+
+
+def test_strength_scales_the_change() -> None:
+    images = blot()
+    for change in (distort, change_ink):
+        weak, strong = (
+            (change(images, strength, generator()) - images).abs().mean() for strength in (0.2, 1.0)
+        )
+        assert 0 < 2 * weak < strong
+
+
+def test_distortion_keeps_the_ink() -> None:
+    """Scale and stretch of 10 % each change an area by a third at most."""
+    images = blot(batch=100)
+    ink = distort(images, 1.0, generator()).sum((1, 2, 3)) / images[0].sum()
+    assert 0.7 < ink.min() < 0.95
+    assert 1.05 < ink.max() < 1.4
+    assert ink.mean().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("width", [64, 256, 512])
+def test_distortion_turns_a_stroke_by_few_pixels_at_any_width(width: int) -> None:
+    """Rotation is of 2 degrees, shear of a tenth, shift of 8 pixels and a few rows."""
+    height = 64
+    rows = torch.arange(height).float()
+    level = torch.zeros(50, 1, height, width)
+    level[:, :, height // 2 - 2 : height // 2 + 2] = 1
+    turned = distort(level, 1.0, generator())[:, 0, :, width // 4 : -width // 4]
+    centre = (turned * rows[:, None]).sum(1) / turned.sum(1)  # (batch, columns)
+    rise = centre[:, -1] - centre[:, 0]
+    most = np.tan(np.radians(2)) * width / 2 * 1.3
+    assert 0.4 * most < rise.abs().max() < most
+    assert (centre - height / 2).abs().max() < most + 4
+
+    columns = torch.arange(width).float()
+    upright = torch.zeros(50, 1, height, width)
+    upright[..., width // 2 - 2 : width // 2 + 2] = 1
+    leaning = distort(upright, 1.0, generator())[:, 0, height // 4 : -height // 4]
+    centre = (leaning * columns).sum(2) / leaning.sum(2)  # (batch, rows)
+    lean = centre[:, -1] - centre[:, 0]
+    most = (0.1 + np.radians(2)) * height / 2 * 1.3
+    assert 0.4 * most < lean.abs().max() < most
+
+
+def test_change_of_ink_moves_no_stroke() -> None:
+    images = blot(batch=32)
+    changed = change_ink(images, 1.0, generator())
+    inside, outside = images > 0, images == 0
+    for before, after in zip(images, changed, strict=True):
+        together = torch.stack([before.flatten(), after.flatten()])
+        assert torch.corrcoef(together)[0, 1] > 0.95
+    ratio = changed[inside].reshape(32, -1).mean(1) / 2
+    assert ratio.min() < 0.9
+    assert ratio.max() > 1.1
+    assert changed[outside].abs().mean() < 0.5

@@ -1,0 +1,197 @@
+"""The real command in a process of its own: killed, signalled, asked from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
+pytestmark = pytest.mark.slow
+
+
+class Command:
+    """A running search whose printed lines can be waited for."""
+
+    def __init__(self, argv: list[str], ignore_interrupt: bool = False) -> None:
+        def ignore() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=ignore if ignore_interrupt else None,
+        )
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} was never printed: {self.process.communicate()[1]}")
+
+    def finish(self) -> tuple[int, str, str]:
+        printed, problems = self.process.communicate(timeout=60)
+        return self.process.returncode, printed, problems
+
+    def descendants(self) -> set[int]:
+        """Find all processes below this one, by /proc."""
+        parents = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                parents[int(entry.name)] = int(fields[1])
+        found = {self.process.pid}
+        while new := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= new
+        return found - {self.process.pid}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def gone_within(pids: set[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(is_alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def start(lines_root: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    started: list[Command] = []
+
+    def command(*more: str, ignore_interrupt: bool = False) -> Command:
+        argv = ["--data_root", str(lines_root), "--checkpoint_dir", str(tmp_path / "c")]
+        for value in ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"):
+            argv += ["--fix", value]
+        argv += ["--use_all_writers", "--weights", "none", "--device", "cpu", "--epochs", "40"]
+        argv += ["--patience", "40", "--n_trials", "2", *more]
+        started.append(Command(argv, ignore_interrupt))
+        return started[-1]
+
+    yield command
+    for one in started:
+        below = one.descendants()
+        one.process.kill()
+        assert gone_within(below, 5)
+        one.process.communicate(timeout=10)
+
+
+def states_of(directory: Path) -> list[str]:
+    connection = sqlite3.connect(directory / "optuna_study.db")
+    states = [row[0] for row in connection.execute("SELECT state FROM trials ORDER BY number")]
+    connection.close()
+    return states
+
+
+def test_kill_9_in_a_trial_loses_that_trial_alone(
+    start: Callable[..., Command], tmp_path: Path
+) -> None:
+    first = start()
+    first.wait_for("trial   1 | epoch  3/40")
+    below = first.descendants()
+    assert len(below) >= 2, "the fork server and a trial"
+    first.process.kill()
+    assert gone_within(below, 5), "no process outlives the search by 5 s"
+    assert states_of(tmp_path / "c") == ["COMPLETE", "RUNNING"]
+    weights = (tmp_path / "c" / "trial_000" / "final_model.pth").read_bytes()
+
+    again = start()
+    code, printed, problems = again.finish()
+    assert (code, problems) == (0, "")
+    assert "trial 1 was cut off after epoch " in printed
+    assert "trial   0 |" not in printed, "a finished trial is not trained again"
+    assert states_of(tmp_path / "c") == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert (tmp_path / "c" / "trial_000" / "final_model.pth").read_bytes() == weights
+    assert "cut off without a word" in (tmp_path / "c" / "trial_001" / "error.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "code"),
+    [(signal.SIGTERM, True, 143), (signal.SIGINT, True, 130), (signal.SIGUSR1, False, 138)],
+)
+def test_signal_saves_and_ends(
+    number: signal.Signals,
+    to_group: bool,
+    code: int,
+    start: Callable[..., Command],
+    tmp_path: Path,
+) -> None:
+    """Also SIGINT where a script started the search in the background, with SIGINT ignored."""
+    command = start(ignore_interrupt=True)
+    command.wait_for("trial   0 | epoch  2/40")
+    below = command.descendants()
+    (os.killpg if to_group else os.kill)(command.process.pid, number)
+    returned, printed, problems = command.finish()
+    assert returned == code
+    assert problems.startswith(f"stopped by {number.name}: everything is saved")
+    assert "Traceback" not in printed + problems
+    log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
+    assert f"interrupted by {number.name} at epoch " in log
+    assert (tmp_path / "c" / "trial_000" / "latest_checkpoint.pth").exists()
+    assert states_of(tmp_path / "c") == ["FAIL"]
+    assert gone_within(below, 5)
+
+
+def test_second_signal_ends_at_once(start: Callable[..., Command]) -> None:
+    command = start()
+    command.wait_for("trial   0 | epoch  2/40")
+    below = command.descendants()
+    # Stopped children cannot answer: without the second signal this would take long.
+    for pid in below:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(command.process.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(command.process.pid, signal.SIGTERM)
+    code = command.process.wait(10)
+    for pid in below:  # also lets go of the pipe that they hold
+        os.kill(pid, signal.SIGCONT)
+    assert code == -signal.SIGTERM
+    assert gone_within(below, 5)
+
+
+def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_path: Path) -> None:
+    command = start()
+    command.wait_for("trial   0 | epoch  2/40")
+    code = (
+        "import sys, hyperparameter_search as h;"
+        f"code = h.main(['--status', '--checkpoint_dir', {str(tmp_path / 'c')!r}]);"
+        "assert not {'torch', 'optuna', 'torchvision'} & set(sys.modules); sys.exit(code)"
+    )
+    status = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True
+    )
+    assert status.returncode == 0, status.stderr
+    assert "c: running" in status.stdout
+    assert "trial   0 | epoch " in status.stdout
+    command.process.send_signal(signal.SIGTERM)
+    assert command.finish()[0] == 143
+
+
+def test_second_start_is_refused_while_the_first_runs(start: Callable[..., Command]) -> None:
+    command = start()
+    command.wait_for("trial   0 | epoch  1/40")
+    code, printed, problems = start().finish()
+    assert (code, printed) == (2, "")
+    assert f"is in use by another search (pid {command.process.pid} on " in problems

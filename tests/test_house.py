@@ -1,0 +1,66 @@
+"""The house itself: who imports whom, style, types."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "hyperparameter_search": {
+        *("config", "data", "files", "processes", "search", "signals", "study", "summary"),
+        "synthetic",
+    },
+    "search": {"config", "data", "files", "processes", "progress", "signals", "study", "summary"},
+    "study": {"config", "files", "summary"},
+    "summary": {"files"},
+    "progress": set(),
+    "signals": set(),
+    "processes": {"config", "data"},
+    "fork_server_preload": {"worker"},
+    "worker": {"config", "files", "model", "processes", "train"},
+    "train": {"batches", "config", "data", "files", "model"},
+    "batches": {"data"},
+    "data": {"files"},
+    "config": {"files"},
+    "model": set(),
+    "files": set(),
+    "synthetic": set(),
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    modules = {path.stem: imports_of(path) for path in ROOT.glob("*.py")}
+    assert set(modules) == set(MAY_IMPORT)
+    for name, imported in modules.items():
+        assert imported & set(modules) <= MAY_IMPORT[name], name
+    for name in ("train", "model", "data", "batches", "worker", "config", "files", "summary"):
+        assert "optuna" not in modules[name], name
+    for name in ("hyperparameter_search", "search", "study", "summary", "processes", "data"):
+        assert "torch" not in modules[name], f"the search process stays free of torch: {name}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
+    ids=" ".join,
+)
+def test_style_and_types(command: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
