@@ -58,6 +58,8 @@ def epoch_order(
     counts = np.bincount(labels).astype(np.float64)
     weights = counts[labels] ** -alpha
     shuffled = rng.permutation(len(labels))
+    # Writer by writer, so that the writers' counts are even as well.
+    shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]
     ends = np.cumsum(weights[shuffled]) * (len(labels) / weights.sum())
     points = np.arange(len(labels)) + rng.random()
     drawn = shuffled[np.searchsorted(ends, points, side="right").clip(max=len(labels) - 1)]

@@ -53,7 +53,8 @@ class Range:
         )
 
     def nearest(self, value: Value) -> Value:
-        return min(max(float(value), self.low), self.high) if not self.integer else int(value)
+        inside = min(max(float(value), self.low), self.high)
+        return int(inside) if self.integer else inside
 
 
 Rule = Choice | Range
@@ -81,6 +82,27 @@ LIMITS: dict[str, Rule] = {
     "scale": Range(1.0, 256.0),
     "mixup_alpha": Range(0.0, 8.0),
     "precision": Choice(PRECISIONS),
+}
+
+
+# Every backbone by name, and whether ImageNet weights exist for it.
+BACKBONES: dict[str, bool] = {
+    "tiny": False,
+    "resnet_thin": False,
+    "resnet18": True,
+    "resnet34": True,
+    "resnet50": True,
+    "convnext_tiny": True,
+    "efficientnet_v2_s": True,
+    "mobilenet_v3_large": True,
+    "mobilenet_v3_small": True,
+}
+LIMITS_BESIDE_THE_SPACE: dict[str, Rule] = {
+    "seed": Range(0, 2**63, integer=True),
+    "epochs": Range(1, 10**6, integer=True),
+    "patience": Range(1, 10**6, integer=True),
+    "backbone": Choice(tuple(BACKBONES)),
+    "pretrained": Choice((False, True)),
 }
 
 
@@ -116,7 +138,7 @@ class TrialConfig:
     mixup_alpha: float = 0.0  # 0: no mixup; cross_entropy alone mixes
 
     def __post_init__(self) -> None:
-        for name, rule in LIMITS.items():
+        for name, rule in (LIMITS | LIMITS_BESIDE_THE_SPACE).items():
             check_value(name, getattr(self, name), rule)
 
     def hash(self) -> str:
@@ -244,18 +266,6 @@ BACKBONES_BY_TIER: dict[tuple[str, bool], tuple[str, ...]] = {
     ("gpu", False): ("resnet_thin", "resnet18", "resnet34"),
     ("gpu", True): ("resnet18", "resnet34", "convnext_tiny"),
 }
-# Every backbone by name, and whether ImageNet weights exist for it.
-BACKBONES: dict[str, bool] = {
-    "tiny": False,
-    "resnet_thin": False,
-    "resnet18": True,
-    "resnet34": True,
-    "resnet50": True,
-    "convnext_tiny": True,
-    "efficientnet_v2_s": True,
-    "mobilenet_v3_large": True,
-    "mobilenet_v3_small": True,
-}
 
 
 def default_space(tier: str, pretrained: bool) -> Space:
@@ -330,17 +340,21 @@ def narrow(space: Space, fix: Mapping[str, Value], ranges: Mapping[str, Any]) ->
             raise UserError(f"--fix {name}: unknown hyperparameter; known: {_names('line_height')}")
         fixed[name] = _checked(f"--fix {name}", name, value)
         searched.pop(name, None)
-    if "mixup" in fixed:
-        _settle_mixup(searched, fixed)
+    _settle_mixup(searched, fixed)
     return Space(searched, fixed)
 
 
 def _settle_mixup(searched: dict[str, Rule], fixed: dict[str, Value]) -> None:
-    """`--fix mixup=false` is the strength 0; `--fix mixup=true` leaves the strength to be drawn."""
-    if not fixed["mixup"]:
+    """Bring the two names of mixup, whether and how much, to one answer.
+
+    `--fix mixup=false` is the strength 0; a fixed strength leaves nothing to draw.
+    """
+    if fixed.get("mixup") is False or fixed.get("loss") == "cosface":
         searched.pop("mixup_alpha", None)
         fixed["mixup_alpha"] = 0.0
-        del fixed["mixup"]
+    if "mixup_alpha" in fixed:
+        searched.pop("mixup", None)
+        fixed.pop("mixup", None)
 
 
 def _open_conditions(name: str, searched: dict[str, Rule], fixed: dict[str, Value]) -> None:
@@ -363,7 +377,7 @@ def _names(*more: str) -> str:
 
 def _limit(name: str) -> Rule:
     if name == "backbone":
-        return Choice(tuple(BACKBONES))
+        return LIMITS_BESIDE_THE_SPACE[name]
     return Choice((False, True)) if name == "mixup" else LIMITS[name]
 
 

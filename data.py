@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import warnings
 from collections import Counter, defaultdict
@@ -34,7 +35,8 @@ SPLITS = ("train", "val", "test")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
-MAX_ASPECT = 200.0  # width / height; a real line stays below 60
+MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
+EXIF_ORIENTATION = 0x0112
 CACHE_FORMAT = 1
 
 
@@ -78,6 +80,9 @@ class LineSet:
     paths: tuple[str, ...]
     fingerprint: str
     report: dict[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "strip"}
 
     @cached_property
     def strip(self) -> NDArray[np.uint8]:
@@ -129,12 +134,17 @@ def _scan(data_root: Path) -> list[LineFile]:
 
 
 def _is_visible_dir(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
+    try:
+        return entry.is_dir() and not entry.name.startswith(".")
+    except OSError:  # a link to itself
+        return False
 
 
 def _scan_writer(data_root: Path, split: str, writer: str) -> Iterator[LineFile]:
     top = data_root / split / writer
-    for directory, entries in _walk(top, frozenset()):
+    # A link back up would give this writer the lines of all.
+    above = frozenset(_identity(data_root / part) for part in ("", split))
+    for directory, entries in _walk(top, above):
         page = directory.relative_to(top).as_posix()
         for entry in entries:
             status = entry.stat()
@@ -146,8 +156,7 @@ def _walk(
     directory: Path, above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """Walk in sorted order, into linked directories too, but never into a loop of links."""
-    status = directory.stat()
-    identity = (status.st_dev, status.st_ino)
+    identity = _identity(directory)
     if identity in above:
         return
     entries = sorted(os.scandir(directory), key=lambda entry: os.fsencode(entry.name))
@@ -159,9 +168,18 @@ def _walk(
             yield from _walk(Path(entry.path), above | {identity})
 
 
+def _identity(directory: Path) -> tuple[int, int]:
+    status = directory.stat()
+    return status.st_dev, status.st_ino
+
+
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+    if entry.name.startswith(".") or os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+        return False
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def split_by_page(lines: list[LineFile], seed: int) -> list[LineFile]:
@@ -249,10 +267,7 @@ def decode_line(content: bytes, line_height: int) -> NDArray[np.uint8]:
     Raises BrokenImageError.
     """
     try:
-        with warnings.catch_warnings():
-            # A decompression bomb is only a warning up to twice Pillow's limit.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            grey = _read_grey(content, line_height)
+        grey = _read_grey(content, line_height)
     except BrokenImageError:
         raise
     except Exception as error:  # decoders of hostile files raise nearly anything
@@ -272,12 +287,18 @@ def _read_grey(content: bytes, line_height: int) -> NDArray[np.uint8]:
     if not content:
         raise BrokenImageError("empty file")
     with Image.open(io.BytesIO(content)) as image:
-        if image.width > MAX_ASPECT * image.height:
-            raise BrokenImageError(f"{image.width} x {image.height} pixels is no line of text")
-        image.draft("L", (image.width * line_height // image.height, line_height))
-        upright = ImageOps.exif_transpose(image)
-        grey = _to_grey(upright)
-        width = max(1, round(grey.width * line_height / grey.height))
+        width, height = image.size
+        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise BrokenImageError(f"decompression bomb: {width} x {height} pixels")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BrokenImageError(f"{width} x {height} pixels is no line of text")
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter, as cameras note
+        if turned:
+            width, height = height, width
+        wanted = (max(1, width * line_height // height), line_height)
+        image.draft("L", wanted[::-1] if turned else wanted)  # JPEG: decodes no more than needed
+        grey = _to_grey(ImageOps.exif_transpose(image))
+        width = max(1, round(width * line_height / height))
         return np.asarray(grey.resize((width, line_height), Image.Resampling.BILINEAR))
 
 
@@ -309,7 +330,7 @@ def load_lines(
 
     Raises UserError when too many images are broken, or the cache cannot be written.
     """
-    entry = cache_dir / _cache_key(lines, line_height)
+    entry = cache_dir / _cache_key(data_root, lines, line_height)
     if not (entry / "index.npz").exists():
         try:
             _decode_into(entry, data_root, lines, line_height)
@@ -321,9 +342,10 @@ def load_lines(
     return open_lines(entry, lines)
 
 
-def _cache_key(lines: list[LineFile], line_height: int) -> str:
+def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
+    """Name a cache entry by what can be seen of the files without reading them."""
     files = [(line.path, line.size, line.mtime_ns) for line in lines]
-    key = json.dumps([CACHE_FORMAT, line_height, INK_DEVIATION, files])
+    key = json.dumps([CACHE_FORMAT, line_height, INK_DEVIATION, str(data_root.resolve()), files])
     return f"{line_height}px-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
 
@@ -370,7 +392,9 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
     def write_strip(file: Any) -> None:
         file.write(bytes(line_height))  # column 0: empty background
         # Threads: Pillow decodes and resizes without the interpreter's lock.
-        with _threads() as pool:
+        with warnings.catch_warnings(), _threads() as pool:
+            # `decode_line` refuses what is too large; filters are the process's, not a thread's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             decoded = tqdm(
                 pool.map(read, lines), "decoding lines", len(lines), unit="line", disable=None
             )
@@ -404,16 +428,21 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _refuse_broken(lines: list[LineFile], broken: Mapping[str, str]) -> None:
-    """Raise UserError when more than 1 % of the lines, or all lines of a writer, are broken."""
+    """Raise UserError when more than 1 % of the lines are broken, or all that a split needs."""
     if not broken:
         return
     first, cause = next(iter(broken.items()))
-    usable = {line.writer for line in lines if line.path not in broken}
-    lost = sorted({line.writer for line in lines} - usable)
-    if lost or len(broken) > BROKEN_SHARE * len(lines):
-        whose = f", all of writer {one_line(lost[0])}" if lost else ""
+    sound = [line for line in lines if line.path not in broken]
+    able = {line.writer for line in sound if line.split == "train"}
+    lost = sorted({line.writer for line in lines} - able)
+    which = ""
+    if lost:
+        which = f", all training lines of writer {one_line(lost[0])} among them"
+    elif not any(line.split == "val" for line in sound):
+        which = ", all validation lines among them"
+    if which or len(broken) > BROKEN_SHARE * len(lines):
         raise UserError(
-            f"{len(broken)} of {len(lines)} line images are broken{whose}, first {one_line(first)} "
+            f"{len(broken)} of {len(lines)} line images are broken{which}, first {one_line(first)} "
             f"({cause}); mend or remove them"
         )
 

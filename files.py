@@ -91,12 +91,8 @@ class DirectoryLock:
     def __enter__(self) -> DirectoryLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         if not _try_lock(descriptor):
-            holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
             os.close(descriptor)
-            raise UserError(
-                f"{self.path.parent} is in use by another search ({one_line(holder)}); "
-                "wait for it, stop it, or give another --checkpoint_dir"
-            )
+            raise _in_use(self.path)
         os.ftruncate(descriptor, 0)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         holder = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
@@ -112,6 +108,20 @@ class DirectoryLock:
     ) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
+
+
+def refuse_if_in_use(directory: Path) -> None:
+    """Raise UserError when another process holds the directory's lock; changes nothing."""
+    if is_locked(directory):
+        raise _in_use(directory / "search.lock")
+
+
+def _in_use(path: Path) -> UserError:
+    holder = one_line(path.read_text(errors="replace"))
+    return UserError(
+        f"{path.parent} is in use by another search ({holder}); "
+        "wait for it, stop it, or give another --checkpoint_dir"
+    )
 
 
 def _try_lock(descriptor: int, seconds: float = 0.5) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
-from files import DirectoryLock, UserError, one_line, write_json
+from files import DirectoryLock, UserError, one_line, refuse_if_in_use, write_json
 from signals import Interrupted, StopSignals
 from summary import (
     DATABASE,
@@ -294,6 +294,7 @@ def check_checkpoint_dir(directory: Path) -> None:
         raise UserError(f"--checkpoint_dir {directory}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--checkpoint_dir {directory} cannot be written: no permission")
+    refuse_if_in_use(directory)
     database = directory / DATABASE
     if not database.exists() and any(directory.glob("trial_*/config.json")):
         raise UserError(

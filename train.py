@@ -3,7 +3,7 @@
 `train` knows neither the search nor the command line, and runs from a notebook:
 
     lines = find_lines(Path("lines"))
-    data, _ = load_lines(Path("lines"), lines, 64, default_cache_dir())
+    data = load_lines(Path("lines"), lines, 64, default_cache_dir())
     config = TrialConfig(seed=0, epochs=20, patience=10, backbone="resnet_thin")
     metrics = train(config, data, Path("my_trial"))
 """

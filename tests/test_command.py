@@ -85,8 +85,9 @@ def start(lines_root: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
         argv = ["--data_root", str(lines_root), "--checkpoint_dir", str(tmp_path / "c")]
         for value in ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"):
             argv += ["--fix", value]
-        argv += ["--use_all_writers", "--weights", "none", "--device", "cpu", "--epochs", "40"]
-        argv += ["--patience", "40", "--n_trials", "2", *more]
+        argv += ["--use_all_writers", "--weights", "none", "--device", "cpu", *more]
+        argv += ["--patience", "9999", "--n_trials", "2"]
+        argv += [] if "--epochs" in more else ["--epochs", "9999"]  # longer than any test
         started.append(Command(argv, ignore_interrupt))
         return started[-1]
 
@@ -108,8 +109,8 @@ def states_of(directory: Path) -> list[str]:
 def test_kill_9_in_a_trial_loses_that_trial_alone(
     start: Callable[..., Command], tmp_path: Path
 ) -> None:
-    first = start()
-    first.wait_for("trial   1 | epoch  3/40")
+    first = start("--epochs", "15")
+    first.wait_for("trial   1 | epoch  3/15")
     below = first.descendants()
     assert len(below) >= 2, "the fork server and a trial"
     first.process.kill()
@@ -117,7 +118,7 @@ def test_kill_9_in_a_trial_loses_that_trial_alone(
     assert states_of(tmp_path / "c") == ["COMPLETE", "RUNNING"]
     weights = (tmp_path / "c" / "trial_000" / "final_model.pth").read_bytes()
 
-    again = start()
+    again = start("--epochs", "15")
     code, printed, problems = again.finish()
     assert (code, problems) == (0, "")
     assert "trial 1 was cut off after epoch " in printed
@@ -140,7 +141,7 @@ def test_signal_saves_and_ends(
 ) -> None:
     """Also SIGINT where a script started the search in the background, with SIGINT ignored."""
     command = start(ignore_interrupt=True)
-    command.wait_for("trial   0 | epoch  2/40")
+    command.wait_for("trial   0 | epoch  2/9999")
     below = command.descendants()
     (os.killpg if to_group else os.kill)(command.process.pid, number)
     returned, printed, problems = command.finish()
@@ -156,7 +157,7 @@ def test_signal_saves_and_ends(
 
 def test_second_signal_ends_at_once(start: Callable[..., Command]) -> None:
     command = start()
-    command.wait_for("trial   0 | epoch  2/40")
+    command.wait_for("trial   0 | epoch  2/9999")
     below = command.descendants()
     # Stopped children cannot answer: without the second signal this would take long.
     for pid in below:
@@ -173,7 +174,7 @@ def test_second_signal_ends_at_once(start: Callable[..., Command]) -> None:
 
 def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_path: Path) -> None:
     command = start()
-    command.wait_for("trial   0 | epoch  2/40")
+    command.wait_for("trial   0 | epoch  2/9999")
     code = (
         "import sys, hyperparameter_search as h;"
         f"code = h.main(['--status', '--checkpoint_dir', {str(tmp_path / 'c')!r}]);"
@@ -191,7 +192,7 @@ def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_
 
 def test_second_start_is_refused_while_the_first_runs(start: Callable[..., Command]) -> None:
     command = start()
-    command.wait_for("trial   0 | epoch  1/40")
+    command.wait_for("trial   0 | epoch  1/9999")
     code, printed, problems = start().finish()
     assert (code, printed) == (2, "")
     assert f"is in use by another search (pid {command.process.pid} on " in problems
