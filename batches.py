@@ -122,17 +122,19 @@ def augment(
 
 
 def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Rotate (± 2°), shear, scale and stretch (± 10 %), and shift each image.
+    """Rotate (± 1°), shear, scale and stretch (± 5 %), and shift each image.
 
-    The figures are for strength 1. They stay small: slant and proportions are a writer's own.
+    The figures are for strength 1. They are small: slant and proportions are a writer's own. Twice
+    as much of this and of `change_ink` cost 3 points of accuracy after 12 epochs on real lines.
     """
     batch, _, height, width = images.shape
-    drawn = (torch.rand(6, batch, generator=generator, device=images.device) * 2 - 1) * strength
-    angle = drawn[0] * math.radians(2.0)
-    shear = drawn[1] * 0.1
-    scale = torch.exp(drawn[2] * 0.1)
-    stretch = torch.exp(drawn[3] * 0.1)
-    shift_x, shift_y = drawn[4] * 8 / width, drawn[5] * 0.06
+    drawn = torch.rand(6, batch, generator=generator, device=images.device)
+    drawn = (drawn * 2 - 1) * strength
+    angle = drawn[0] * math.radians(1.0)
+    shear = drawn[1] * 0.05
+    scale = torch.exp(drawn[2] * 0.05)
+    stretch = torch.exp(drawn[3] * 0.05)
+    shift_x, shift_y = drawn[4] * 4 / width, drawn[5] * 0.03
     aspect = height / width  # affine_grid works in units of half the image
     theta = torch.stack(
         [
@@ -146,15 +148,14 @@ def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tens
 
 
 def change_ink(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Change each image's contrast, stroke width, sharpness, paper and noise."""
-    batch = len(images)
-    drawn = torch.rand(5, batch, 1, 1, 1, generator=generator, device=images.device)
+    """Change each image's stroke width, sharpness, contrast, noise and paper."""
+    drawn = torch.rand(5, len(images), 1, 1, 1, generator=generator, device=images.device)
     signed = (drawn * 2 - 1) * strength
     thick = F.max_pool2d(images, 3, 1, 1)
     blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    thicker = signed[0].clamp(min=0) * 0.5
-    softer = signed[1] * 0.7  # negative: sharper
+    thicker = signed[0].clamp(min=0) * 0.25
+    softer = signed[1] * 0.35  # negative: sharper
     images = images + thicker * (thick - images) + softer * (blurred - images)
-    images = images * torch.exp(signed[2] * 0.35)
+    images = images * torch.exp(signed[2] * 0.18)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    return images + noise * (drawn[3] * strength * 0.15) + signed[4] * 0.15
+    return images + noise * (drawn[3] * strength * 0.08) + signed[4] * 0.08

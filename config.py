@@ -119,9 +119,9 @@ class TrialConfig:
     patience: int  # epochs without a better validation value before the trial ends
     backbone: str
     pretrained: bool = False  # ImageNet weights
-    line_height: int = 64
-    crop_width: int = 256  # of a training crop and of a validation window
-    batch_size: int = 32
+    line_height: int = 48
+    crop_width: int = 192  # of a training crop and of a validation window
+    batch_size: int = 16
     precision: str = "float32"
     pooling: str = "avg"
     learning_rate: float = 2e-3  # at the peak
@@ -257,7 +257,7 @@ OPENED_BY_SPACE: dict[str, Rule] = {
     "margin": Range(0.05, 0.4),
     "scale": Range(16.0, 64.0, log=True),
     "pooling": Choice(POOLINGS),
-    "crop_width": Choice((256, 512, 768)),
+    "crop_width": Choice((192, 256, 512, 768)),
     "batch_size": Choice((16, 32, 64, 128)),
 }
 BACKBONES_BY_TIER: dict[tuple[str, bool], tuple[str, ...]] = {

@@ -21,25 +21,6 @@ CONNECT_SECONDS = 8.0  # a machine without network is noticed within this time
 # ------------------------------------------------------------------------------------ backbones
 
 
-class ThinResNet(ResNet):  # type: ignore[misc]
-    """A ResNet-18 of base width 32 instead of 64: a quarter of its cost, for small data and CPUs.
-
-    After He et al. 2016; torchvision's class builds its layers from the width in `inplanes`.
-    """
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=1)
-        self.inplanes = width
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        for number, stride in enumerate((1, 2, 2, 2)):
-            layer = self._make_layer(BasicBlock, width * 2**number, 2, stride)
-            setattr(self, f"layer{number + 1}", layer)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
 def _resnet_features(network: ResNet) -> tuple[nn.Module, int]:
     parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     channels = network.layer4[-1].bn2.num_features
@@ -49,7 +30,28 @@ def _resnet_features(network: ResNet) -> tuple[nn.Module, int]:
 
 
 def _thin(pretrained: bool) -> tuple[nn.Module, int]:
-    return _resnet_features(ThinResNet())
+    """Three stages of a ResNet-18 at half its width: for small data and CPUs.
+
+    Hands differ in small shapes: without the fourth stage it learned faster and better, and costs
+    a fifth of a ResNet-18. After He et al. 2016.
+    """
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 32, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    ]
+    for channels, outputs, stride in ((32, 32, 1), (32, 64, 2), (64, 128, 2)):
+        shortcut = None
+        if stride > 1:
+            shortcut = nn.Sequential(
+                nn.Conv2d(channels, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        layers += [BasicBlock(channels, outputs, stride, shortcut), BasicBlock(outputs, outputs)]
+    for module in nn.Sequential(*layers).modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(*layers), 128
 
 
 def _tiny(pretrained: bool) -> tuple[nn.Module, int]:
