@@ -264,12 +264,12 @@ def test_distortion_keeps_the_ink() -> None:
 
 @pytest.mark.parametrize("width", [64, 256, 512])
 def test_distortion_turns_a_stroke_by_few_pixels_at_any_width(width: int) -> None:
-    """Rotation is of 2 degrees, shear of a tenth, shift of 8 pixels and a few rows."""
+    """Twice the strength: 2 degrees, a shear of a tenth, 8 pixels and a few rows."""
     height = 64
     rows = torch.arange(height).float()
     level = torch.zeros(50, 1, height, width)
     level[:, :, height // 2 - 2 : height // 2 + 2] = 1
-    turned = distort(level, 1.0, generator())[:, 0, :, width // 4 : -width // 4]
+    turned = distort(level, 2.0, generator())[:, 0, :, width // 4 : -width // 4]
     centre = (turned * rows[:, None]).sum(1) / turned.sum(1)  # (batch, columns)
     rise = centre[:, -1] - centre[:, 0]
     most = np.tan(np.radians(2)) * width / 2 * 1.3
@@ -279,7 +279,7 @@ def test_distortion_turns_a_stroke_by_few_pixels_at_any_width(width: int) -> Non
     columns = torch.arange(width).float()
     upright = torch.zeros(50, 1, height, width)
     upright[..., width // 2 - 2 : width // 2 + 2] = 1
-    leaning = distort(upright, 1.0, generator())[:, 0, height // 4 : -height // 4]
+    leaning = distort(upright, 2.0, generator())[:, 0, height // 4 : -height // 4]
     centre = (leaning * columns).sum(2) / leaning.sum(2)  # (batch, rows)
     lean = centre[:, -1] - centre[:, 0]
     most = (0.1 + np.radians(2)) * height / 2 * 1.3
