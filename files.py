@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -135,6 +136,13 @@ def _try_lock(descriptor: int, seconds: float = 0.5) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
+        except OSError as error:  # some network file systems have no locks
+            print(
+                f"warning: this file system has no locks ({one_line(error)}): "
+                "make sure that one search alone uses the directory",
+                file=sys.stderr,
+            )
+            return True
 
 
 def is_locked(directory: Path) -> bool:
@@ -147,6 +155,8 @@ def is_locked(directory: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:  # no locks on this file system: nobody can tell
+        return False
     finally:
         os.close(descriptor)
     return False

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sqlite3
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,18 @@ def seconds(text: str) -> float:
         number = 0.0
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return number
+
+
+def kept_checkpoints(text: str) -> int | None:
+    """How many trials keep their weights; None for all."""
+    return {"all": None, "best": 1}[text] if text in ("all", "best") else whole_number(text)
+
+
+def exit_code(text: str) -> int:
+    number = whole_number(text, 0)
+    if number > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an exit code from 0 to 255")
     return number
 
 
@@ -202,6 +215,27 @@ def _add_search_flags(group: Any) -> None:
         help="stop when so many fail in a row (default: %(default)s)",
     )
 
+    group.add_argument(
+        "--continue_interrupted",
+        action="store_true",
+        help="let a new trial go on from the last checkpoint of each interrupted one, "
+        "instead of a new draw",
+    )
+    group.add_argument(
+        "--keep_checkpoints",
+        type=kept_checkpoints,
+        default="all",
+        metavar="{all,best,K}",
+        help="whose weights stay on the disk: of all trials, the best, the best K "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--requeue_exit_code",
+        type=exit_code,
+        metavar="N",
+        help="exit code after a signal, where a batch system wants one of its own",
+    )
+
 
 def _add_training_flags(group: Any) -> None:
     group.add_argument(
@@ -247,6 +281,11 @@ def _add_afterwards_flags(group: Any) -> None:
     group.add_argument(
         "--status", action="store_true", help="print the state of the search and exit; reads only"
     )
+    group.add_argument(
+        "--recover",
+        action="store_true",
+        help="rebuild a damaged or lost database from the trial directories, then go on",
+    )
 
 
 DEMO = {
@@ -270,7 +309,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if args.data_root is not None:
             raise UserError("--demo makes its own lines: leave out --data_root")
         args.data_root = args.checkpoint_dir / "demo_lines"
-    if args.data_root is None and not args.status:
+    if args.data_root is None and not (args.status or args.recover):
         raise UserError("--data_root is missing: say where the line images are")
     return args
 
@@ -295,14 +334,6 @@ def check_checkpoint_dir(directory: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--checkpoint_dir {directory} cannot be written: no permission")
     refuse_if_in_use(directory)
-    database = directory / DATABASE
-    if not database.exists() and any(directory.glob("trial_*/config.json")):
-        raise UserError(
-            f"{database} is missing beside trial directories; put it back, or give a fresh "
-            "--checkpoint_dir"
-        )
-    if database.exists() and database.stat().st_size == 0:
-        raise UserError(f"{database} is empty; put a copy back, or give a fresh --checkpoint_dir")
 
 
 def recorded_settings(directory: Path) -> dict[str, Any] | None:
@@ -372,7 +403,6 @@ def prepare(args: argparse.Namespace) -> Plan:
 
     Raises UserError.
     """
-    check_checkpoint_dir(args.checkpoint_dir)
     fix, ranges = parse_fix(args.fix), read_ranges(args.space)
     for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
         narrow(default_space("cpu", pretrained), fix, ranges)
@@ -443,6 +473,7 @@ def make_plan(
         timeout=args.timeout,
         trial_timeout=args.trial_timeout,
         max_consecutive_failed_trials=args.max_consecutive_failed_trials,
+        kept_models=args.keep_checkpoints,
         provenance=provenance(args.data_root, machine),
     )
 
@@ -452,15 +483,22 @@ def make_plan(
 
 def open_search(args: argparse.Namespace, plan: Plan) -> optuna.Study:
     """Open or create the study, settle what a dead search left, print the banner."""
-    from study import make_pruner, open_study, record_settings, settle_unfinished
+    from study import (
+        continue_interrupted,
+        make_pruner,
+        open_study,
+        record_settings,
+        settle_unfinished,
+    )
 
-    database = args.checkpoint_dir / DATABASE
-    is_new = not database.exists()
     study = open_study(args.checkpoint_dir)
+    is_new = "settings" not in study.user_attrs
     record_settings(study, plan.settings)
     study.pruner = make_pruner(args.pruner, args.epochs)
     study.set_user_attr("run", {"n_trials": args.n_trials, "n_jobs": len(plan.slots)})
     settled = settle_unfinished(study, args.checkpoint_dir)
+    if args.continue_interrupted:
+        settled += continue_interrupted(study)
     (args.checkpoint_dir / "summary").mkdir(exist_ok=True)
     write_json(args.checkpoint_dir / "summary" / "data_report.json", plan.data.report)
     print("\n".join(banner(args, is_new)), flush=True)
@@ -533,11 +571,28 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     )
 
 
+def recover_study(args: argparse.Namespace) -> None:
+    """Rebuild the study from the trial directories. Raises UserError."""
+    from recovery import recover
+
+    if not args.checkpoint_dir.is_dir():
+        raise UserError(f"--recover: {args.checkpoint_dir} does not exist")
+    with DirectoryLock(args.checkpoint_dir):
+        print("\n".join(recover(args.checkpoint_dir)), flush=True)
+
+
 def run_search(args: argparse.Namespace) -> int:
     """Prepare, search, conclude."""
+    from recovery import refuse_damage
     from search import Search
 
     with StopSignals() as stop:
+        check_checkpoint_dir(args.checkpoint_dir)
+        if args.recover:
+            recover_study(args)
+            if args.data_root is None:
+                return EXIT_OK
+        refuse_damage(args.checkpoint_dir)
         plan = prepare(args)
         args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         with DirectoryLock(args.checkpoint_dir):
@@ -563,10 +618,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except Interrupted as error:
         print(
-            f"stopped by {error}: everything is saved; to go on, run the same command",
+            f"stopped by {error}: everything is saved; to go on, run the same command: "
+            f"{shlex.join([Path(sys.executable).name, *sys.argv])}",
             file=sys.stderr,
         )
-        return error.exit_code
+        return error.exit_code if args.requeue_exit_code is None else args.requeue_exit_code
 
 
 if __name__ == "__main__":

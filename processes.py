@@ -39,13 +39,19 @@ class MachineQuestion:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a trial's process needs. `gpu` is one entry of CUDA_VISIBLE_DEVICES, or None."""
+    """All that a trial's process needs.
+
+    gpu: one entry of CUDA_VISIBLE_DEVICES, or None.   micro_batch: images on the device at once.
+    continue_from: the trial directory whose checkpoint to go on from.
+    """
 
     config: TrialConfig
     data: LineSet
     trial_dir: Path
     threads: int
     gpu: str | None = None
+    continue_from: Path | None = None
+    micro_batch: int | None = None
 
 
 class ChildProcess:
@@ -55,6 +61,7 @@ class ChildProcess:
     """
 
     def __init__(self, work: str, argument: Any) -> None:
+        start_fork_server()  # again, where somebody has killed it
         self.connection, theirs = _context.Pipe()
         self._process = _context.Process(target=_work, args=(work, theirs, argument))
         self._process.start()
@@ -94,7 +101,7 @@ class ChildProcess:
 
 
 def start_fork_server() -> None:
-    """Start the fork server, which imports torch meanwhile; returns at once."""
+    """Start the fork server where none runs; it imports torch meanwhile, this returns at once."""
     _context.set_forkserver_preload(["fork_server_preload"])
     here = str(Path(__file__).parent)
     before = os.environ.get("PYTHONPATH")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -23,13 +24,21 @@ from typing import Any
 import optuna
 from optuna.trial import Trial, TrialState
 
-from config import Space, TrialConfig
+from config import Space
 from data import LineSet
 from files import UserError, one_line, write_json
 from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, exit_text
 from progress import Progress
 from signals import StopSignals
-from study import Drawer, SpaceExhaustedError, config_of, tell, write_error_log
+from study import (
+    Drawer,
+    SpaceExhaustedError,
+    checkpoint_to_continue,
+    config_of,
+    distributions_of,
+    write_error_log,
+    write_record,
+)
 from summary import (
     DATABASE,
     best_row,
@@ -37,11 +46,13 @@ from summary import (
     finished_epochs,
     percent,
     read_rows,
+    remove_weights,
     seconds_left,
     trial_dir,
     write_summary,
 )
 
+SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
 STOP_SECONDS = 20.0  # a trial that was told to stop and has not ended by then is killed
 
 
@@ -61,6 +72,7 @@ class Plan:
     timeout: float | None
     trial_timeout: float | None
     max_consecutive_failed_trials: int
+    kept_models: int | None  # so many trials keep their weights, the best; None: all
     provenance: dict[str, Any]  # for config.json
 
     @property
@@ -73,7 +85,7 @@ class RunningTrial:
     """A trial under way."""
 
     trial: Trial
-    config: TrialConfig
+    job: Job
     child: ChildProcess
     slot: int
     started: float
@@ -151,30 +163,39 @@ class Search:
         self.running[running.slot] = running
 
     def launch(self, trial: Trial) -> RunningTrial:
-        """Write config.json and start the trial's process."""
+        """Make the trial's directory and start its process."""
         plan = self.plan
         slot = next(n for n in range(len(plan.slots)) if n not in self.running)
         config = config_of(trial, plan.space, plan.settings, plan.seed)
         directory = trial_dir(plan.checkpoint_dir, trial.number)
         directory.mkdir()
+        data = replace(plan.data, paths=(), report={})  # large, and no trial reads them
+        continue_from = checkpoint_to_continue(self.study, plan.checkpoint_dir, trial)
+        job = Job(config, data, directory, plan.threads, plan.slots[slot], continue_from)
+        self.write_config(trial, job)
+        child = ChildProcess("worker:run_trial", job)
+        return RunningTrial(trial, job, child, slot, time.monotonic())
+
+    def write_config(self, trial: Trial, job: Job) -> None:
+        """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
         write_json(
-            directory / "config.json",
+            job.trial_dir / "config.json",
             {
                 "number": trial.number,
                 "hyperparameters": trial.params,
-                "config": config.to_dict(),
-                "config_hash": config.hash(),
-                "data_fingerprint": plan.data.fingerprint,
+                "distributions": distributions_of(self.study, trial.number),
+                "config": job.config.to_dict(),
+                "config_hash": job.config.hash(),
+                "data_fingerprint": self.plan.data.fingerprint,
+                "user_attrs": trial.user_attrs,
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-                "device": plan.slots[slot] or "cpu",
-                "threads": plan.threads,
-                **plan.provenance,
+                "device": job.gpu or "cpu",
+                "threads": job.threads,
+                "micro_batch": job.micro_batch,
+                "settings": self.plan.settings,
+                **self.plan.provenance,
             },
         )
-        data = replace(plan.data, paths=(), report={})  # large, and no trial reads them
-        job = Job(config, data, directory, plan.threads, plan.slots[slot])
-        child = ChildProcess("worker:run_trial", job)
-        return RunningTrial(trial, config, child, slot, time.monotonic())
 
     # --------------------------------------------------------------------------------------- news
 
@@ -236,7 +257,10 @@ class Search:
             running.progress = content["progress"]
             self.progress.advance(running.number, running.progress)
         elif kind == "report":
-            self.receive_report(running, content["epoch"], content["metrics"])
+            self.receive_report(running, content["epoch"], content["metrics"], content["again"])
+        elif kind == "out_of_memory" and running.stop_cause is None and smaller_batch(running.job):
+            running.child.end()
+            self.start_smaller(running)
         else:
             running.child.end()
             if kind == "done":
@@ -244,18 +268,45 @@ class Search:
             else:  # pruned, stopped, failed
                 self.end_failed(running, content.get("cause", kind), content.get("traceback", ""))
 
-    def receive_report(self, running: RunningTrial, epoch: int, metrics: dict[str, Any]) -> None:
-        """Store an epoch's value and answer whether the trial goes on."""
+    def start_smaller(self, running: RunningTrial) -> None:
+        """Start a trial that ran out of memory again, in a fresh process, with half the batch.
+
+        Gradients are accumulated to the same batch; the sampler never learns of it.
+        """
+        directory = running.job.trial_dir
+        has_saved = (directory / "latest_checkpoint.pth").exists()
+        running.job = replace(
+            running.job,
+            micro_batch=smaller_batch(running.job),
+            continue_from=directory if has_saved else running.job.continue_from,
+        )
+        running.trial.set_user_attr("micro_batch", running.job.micro_batch)
+        self.write_config(running.trial, running.job)
+        running.child = ChildProcess("worker:run_trial", running.job)
+        self.progress.line(
+            f"trial {running.number:3d} | out of memory: started again with "
+            f"{running.job.micro_batch} images at once"
+        )
+
+    def receive_report(
+        self, running: RunningTrial, epoch: int, metrics: dict[str, Any], again: bool
+    ) -> None:
+        """Store an epoch's value and answer whether the trial goes on.
+
+        again: the epoch was trained before a break; it may be new to this trial all the same.
+        """
         value = float(metrics["macro_top1"])
+        if epoch > running.epoch:
+            running.trial.report(value, epoch)
         running.epoch, running.progress = epoch, float(epoch)
         running.best = max(value, running.best or 0.0)
-        running.trial.report(value, epoch)
         if running.stop_cause is None and running.trial.should_prune():
             # Told at once: a search killed from here on leaves a pruned trial, not a lost one.
             running.pruned = True
             self.finish(running.trial, TrialState.PRUNED, epoch)
         running.child.order(PRUNE if running.pruned else STOP if running.stop_cause else CONTINUE)
-        self.progress.epoch(running.number, epoch, self.epoch_facts(value, metrics))
+        if not again:
+            self.progress.epoch(running.number, epoch, self.epoch_facts(value, metrics))
 
     def epoch_facts(self, value: float, metrics: dict[str, Any]) -> str:
         left = self.time_left()
@@ -325,17 +376,19 @@ class Search:
         self, trial: Trial, cause: str, epoch: int, seconds: float, traceback: str = ""
     ) -> None:
         directory = trial_dir(self.plan.checkpoint_dir, trial.number)
-        trial.set_user_attr("failure", cause)
         interrupted = self.stop.name is not None
+        trial.set_user_attr("failure", cause)
+        if interrupted:
+            trial.set_user_attr("interrupted", True)
         advice = (
             "nothing: the same command goes on with new trials" if interrupted else _advice(cause)
         )
-        try:
-            write_error_log(
+        self.attempt(
+            lambda: write_error_log(
                 directory, cause, epoch=epoch or None, traceback=traceback, advice=advice
             )
-        finally:
-            self.finish(trial, TrialState.FAIL, epoch)
+        )
+        self.finish(trial, TrialState.FAIL, epoch)
         if not interrupted:
             self.failures.append(cause)
             self.gave_up = len(self.failures) >= self.plan.max_consecutive_failed_trials
@@ -352,10 +405,23 @@ class Search:
         self, trial: Trial, state: TrialState, epochs: int, value: float | None = None
     ) -> None:
         """Tell the study, and bring the summary up to date."""
+        directory = self.plan.checkpoint_dir
         trial.set_user_attr("epochs", epochs)
-        tell(self.study, self.plan.checkpoint_dir, trial.number, state, value)
-        self.rows = read_rows(self.plan.checkpoint_dir / DATABASE)
-        write_summary(self.plan.checkpoint_dir, self.rows)
+        self.study.tell(trial.number, value, state=state)
+        self.rows = read_rows(directory / DATABASE)
+        # The database has it. What a full disk keeps from being written now is written later.
+        self.attempt(lambda: write_record(self.study, directory, trial.number))
+        self.attempt(lambda: write_summary(directory, self.rows))
+        if self.plan.kept_models is not None:
+            running = {other.number for other in self.running.values()} - {trial.number}
+            remove_weights(directory, self.rows, self.plan.kept_models, running)
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Write a file that is not worth the search: say so where it cannot be written."""
+        try:
+            write()
+        except OSError as error:
+            print(f"warning: {one_line(error)}", file=sys.stderr, flush=True)
 
     def complete(self) -> int:
         return sum(row.state == "COMPLETE" for row in self.rows)
@@ -363,6 +429,12 @@ class Search:
     def common_cause(self) -> str:
         """Give the commonest cause of the failures in a row."""
         return Counter(self.failures).most_common(1)[0][0]
+
+
+def smaller_batch(job: Job) -> int | None:
+    """Give half of what a trial had on the device at once; None when that is too little."""
+    half = (job.micro_batch or job.config.batch_size) // 2
+    return half if half >= SMALLEST_BATCH else None
 
 
 def _advice(cause: str) -> str:

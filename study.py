@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import distribution_to_json
+from optuna.exceptions import OptunaError
 from optuna.pruners import (
     BasePruner,
     MedianPruner,
@@ -25,13 +26,16 @@ from optuna.pruners import (
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
 
 from config import Space, TrialConfig, baseline, suggest
 from files import UserError, one_line, read_json, write_json, write_text
-from summary import DATABASE, STUDY_NAME, trial_dir
+from summary import DATABASE, STUDY_NAME, read_history, trial_dir
 
 STARTUP_TRIALS = 5
 REDRAWS = 100
+MAX_CONTINUATIONS = 3  # in a row: what kills a trial so often is the trial itself
 SAMPLERS = ("tpe", "random", "gp")
 PRUNERS = ("median", "percentile", "halving", "none")
 
@@ -44,19 +48,34 @@ class SpaceExhaustedError(Exception):
 
 
 def open_study(checkpoint_dir: Path) -> optuna.Study:
-    """Open the study in the checkpoint directory, or create it there."""
+    """Open the study in the checkpoint directory, or create it there.
+
+    Raises UserError when the file cannot be used: another version's, or damaged where only Optuna
+    looks.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{checkpoint_dir / DATABASE}",
-        # Others may read, and a dashboard may even hold the file for a moment.
-        engine_kwargs={"connect_args": {"timeout": 60}},
-    )
-    return optuna.create_study(
-        study_name=STUDY_NAME,
-        storage=storage,
-        direction=StudyDirection.MAXIMIZE,
-        load_if_exists=True,
-    )
+    database = checkpoint_dir / DATABASE
+    try:
+        storage = optuna.storages.RDBStorage(
+            str(URL.create("sqlite", database=str(database))),
+            # Others may read, and a dashboard may even hold the file for a moment.
+            engine_kwargs={"connect_args": {"timeout": 60}},
+        )
+        study = optuna.create_study(
+            study_name=STUDY_NAME,
+            storage=storage,
+            direction=StudyDirection.MAXIMIZE,
+            load_if_exists=True,
+        )
+        study.get_trials(deepcopy=False)
+    except RuntimeError as error:  # Optuna's word on another version of its tables
+        raise UserError(f"{database}: {one_line(error)}") from None
+    except (OptunaError, SQLAlchemyError, LookupError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{database} cannot be used ({one_line(error.__cause__ or error)}); "
+            "--recover rebuilds it from the trial directories"
+        ) from None
+    return study
 
 
 def record_settings(study: optuna.Study, settings: Mapping[str, Any]) -> None:
@@ -245,13 +264,19 @@ def write_record(study: optuna.Study, checkpoint_dir: Path, number: int) -> None
             "state": trial.state.name,
             "value": trial.value,
             "params": trial.params,
-            "distributions": {n: distribution_to_json(d) for n, d in trial.distributions.items()},
+            "distributions": distributions_of(study, number),
             "intermediate_values": trial.intermediate_values,
             "datetime_start": _iso(trial.datetime_start),
             "datetime_complete": _iso(trial.datetime_complete),
             "user_attrs": trial.user_attrs,
         },
     )
+
+
+def distributions_of(study: optuna.Study, number: int) -> dict[str, str]:
+    """Describe the distributions of a trial's hyperparameters, as Optuna stores them."""
+    distributions = study.get_trials(deepcopy=False)[number].distributions
+    return {name: distribution_to_json(d) for name, d in distributions.items()}
 
 
 def _iso(naive_local: datetime | None) -> str | None:
@@ -295,14 +320,20 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
 def _settle(study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial) -> str:
     directory = trial_dir(checkpoint_dir, trial.number)
     epochs = len(trial.intermediate_values)
+    most = study.user_attrs.get("settings", {}).get("epochs", epochs + 1)
     handle = Trial(study, trial._trial_id)  # Optuna has no public way to a trial that runs
+    reported = set(trial.intermediate_values)
+    for row in read_history(directory):  # epochs that were saved, but not told any more
+        if row["epoch"] not in reported:
+            handle.report(row["macro_top1"], row["epoch"])
+            epochs = max(epochs, row["epoch"])
     value = finished_value(directory)
     if value is not None:
         handle.set_user_attr("epochs", epochs)
         tell(study, checkpoint_dir, trial.number, TrialState.COMPLETE, value)
         return f"trial {trial.number} had finished with {100 * value:.2f}%: recorded"
     cause = (
-        f"cut off without a word after epoch {epochs}: "
+        f"cut off without a word at epoch {min(epochs + 1, most)}: "
         "kill -9, power loss or out-of-memory kill of the search"
     )
     write_error_log(
@@ -310,8 +341,54 @@ def _settle(study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial) -> st
     )
     handle.set_user_attr("epochs", epochs)
     handle.set_user_attr("failure", cause)
+    handle.set_user_attr("interrupted", True)
     tell(study, checkpoint_dir, trial.number, TrialState.FAIL)
-    return f"trial {trial.number} was cut off after epoch {epochs}: recorded as failed"
+    return f"trial {trial.number} was cut off at epoch {min(epochs + 1, most)}: recorded as failed"
+
+
+def continue_interrupted(study: optuna.Study) -> list[str]:
+    """Let a waiting trial follow each interrupted one, with its hyperparameters and seed.
+
+    Once for each interruption, and at most MAX_CONTINUATIONS times in a row. A trial that failed by
+    itself is not followed. Returns a line for each trial that is to be continued.
+    """
+    trials = study.get_trials(deepcopy=False)
+    followed = {trial.user_attrs.get("continues") for trial in trials}
+    lines = []
+    for trial in trials:
+        attributes = trial.user_attrs
+        if trial.state != TrialState.FAIL or not attributes.get("interrupted"):
+            continue
+        times = attributes.get("continued", 0) + 1
+        if trial.number in followed or times > MAX_CONTINUATIONS or "seed" not in attributes:
+            continue
+        study.add_trial(
+            create_trial(
+                state=TrialState.WAITING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={
+                    "draw": attributes["draw"],
+                    "seed": attributes["seed"],
+                    "continues": trial.number,
+                    "continued": times,
+                },
+            )
+        )
+        lines.append(f"trial {trial.number} was interrupted: a new trial goes on with it")
+    return lines
+
+
+def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Trial) -> Path | None:
+    """Give the directory of the newest checkpoint among the trials that this one continues."""
+    trials = study.get_trials(deepcopy=False)
+    number = trial.user_attrs.get("continues")
+    while number is not None:
+        directory = trial_dir(checkpoint_dir, number)
+        if (directory / "latest_checkpoint.pth").exists():
+            return directory
+        number = trials[number].user_attrs.get("continues")
+    return None
 
 
 def finished_value(directory: Path) -> float | None:

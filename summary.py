@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from files import UserError, is_locked, one_line, write_json, write_text, write_
 DATABASE = "optuna_study.db"
 STUDY_NAME = "writer_identification"
 UNFINISHED = ("RUNNING", "WAITING")
+STALLED_SECONDS = 300.0  # a running trial shows a sign of life at every batch
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,24 @@ def publish_best_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Path | None
     return target
 
 
+def remove_weights(
+    checkpoint_dir: Path, rows: Sequence[Row], kept: int, running: Collection[int]
+) -> None:
+    """Delete the weights of finished trials that are not among the best `kept`.
+
+    An interrupted trial keeps its own until a trial that continues it has finished.
+    """
+    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
+    best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
+    needed = {row.number for row in best} | set(running)
+    done = {row.attributes.get("continues") for row in complete}
+    needed |= {r.number for r in rows if r.attributes.get("interrupted") and r.number not in done}
+    for row in rows:
+        if row.state not in UNFINISHED and row.number not in needed:
+            for weights in trial_dir(checkpoint_dir, row.number).glob("*.pth"):
+                weights.unlink(missing_ok=True)
+
+
 # -------------------------------------------------------------------------------------- for people
 
 
@@ -327,10 +346,18 @@ def _running_line(
         line += f" | val macro top-1 {percent(history[-1]['macro_top1'])} | best {percent(best)}"
     if not active:
         return f"{line} | cut off; the next start records it as failed"
-    latest = trial_dir(checkpoint_dir, row.number) / "history.jsonl"
-    told = latest.stat().st_mtime if latest.exists() else None
-    ago = f" | last epoch ended {duration(time.time() - told)} ago" if told else ""
-    return f"{line} | running for {duration(row.seconds or 0)}{ago}"
+    line += f" | running for {duration(row.seconds or 0)}"
+    silent = _seconds_silent(trial_dir(checkpoint_dir, row.number))
+    if silent is not None and silent > STALLED_SECONDS:
+        line += f" | stalled: no sign of life for {duration(silent)}"
+    return line
+
+
+def _seconds_silent(directory: Path) -> float | None:
+    """Tell how long ago a trial's process last did anything: it touches its log while it works."""
+    signs = [directory / name for name in ("config.json", "train.log", "history.jsonl")]
+    times = [sign.stat().st_mtime for sign in signs if sign.exists()]
+    return max(0.0, time.time() - max(times)) if times else None
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:

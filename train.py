@@ -97,8 +97,9 @@ def train(
 
     `report(epoch, metrics)` is called after each epoch, epochs counted from 1; `check(progress)`
     before each batch, progress in epochs. Either may raise to end the trial: the state is then in
-    `latest_checkpoint.pth`. `continue_from` is a trial directory whose checkpoint to go on from;
-    the result is what it would have been without the break. `micro_batch` bounds how many images
+    `latest_checkpoint.pth`. `continue_from` is a trial directory whose checkpoint to go on from:
+    the epochs in it are reported again, none is trained again, and the result is what it would
+    have been without the break. `micro_batch` bounds how many images
     are on the device at once; gradients are accumulated to the same batch.
 
     Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
@@ -111,6 +112,8 @@ def train(
     state = TrainingState.start(config, len(data.writers), place)
     if continue_from is not None:
         restore(state, continue_from, trial_dir, config, data)
+        for row in state.history:  # whoever judges the trial has to know what it had shown
+            report(row["epoch"], row)
     steps = steps_per_epoch(config, len(training))
 
     while not is_finished(state, config):

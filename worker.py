@@ -34,8 +34,9 @@ PROGRESS_SECONDS = 0.5  # a trial tells its progress at most so often
 class SearchLine:
     """The child's end of the pipe; ends the whole process when the search process is gone."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, log: Path) -> None:
+        self._connection, self._log = connection, log
+        self._has_trained = False
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._last_progress = 0.0
@@ -60,7 +61,7 @@ class SearchLine:
 
     def report(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Send an epoch's metrics and wait for the answer. Raises Pruned or Stopped."""
-        self.send("report", epoch=epoch, metrics=metrics)
+        self.send("report", epoch=epoch, metrics=metrics, again=not self._has_trained)
         answer = self._answers.get()
         if answer == PRUNE:
             raise Pruned
@@ -69,18 +70,22 @@ class SearchLine:
 
     def check(self, progress: float) -> None:
         """Raise Stopped when the search asked for it; tell it now and then how far this is."""
+        self._has_trained = True
         if self._stop.is_set():
             raise Stopped
         now = time.monotonic()
         if now - self._last_progress > PROGRESS_SECONDS:
             self._last_progress = now
             self.send("progress", progress=progress)
+            with contextlib.suppress(OSError):
+                os.utime(self._log)  # a sign of life, for `--status`
 
 
 def run_trial(connection: Connection, job: Job) -> None:
     """Run one trial to its end, and send how it ended as the last message."""
-    line = SearchLine(connection)
-    with _output_to(job.trial_dir / "train.log"):
+    log = job.trial_dir / "train.log"
+    line = SearchLine(connection, log)
+    with _output_to(log):
         try:
             line.send("done", metrics=asdict(_train(job, line)))
         except BaseException as error:
@@ -93,7 +98,16 @@ def _train(job: Job, line: SearchLine) -> Metrics:
         os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu  # read when torch first touches a device
     torch.set_num_threads(job.threads)
     device = "cpu" if job.gpu is None else "cuda"
-    return train(job.config, job.data, job.trial_dir, line.report, line.check, device=device)
+    return train(
+        job.config,
+        job.data,
+        job.trial_dir,
+        line.report,
+        line.check,
+        device=device,
+        continue_from=job.continue_from,
+        micro_batch=job.micro_batch,
+    )
 
 
 def _outcome(error: BaseException) -> tuple[str, dict[str, Any]]:
@@ -104,13 +118,20 @@ def _outcome(error: BaseException) -> tuple[str, dict[str, Any]]:
         return "stopped", {}
     text = "".join(traceback.format_exception(error))
     print(text, file=sys.stderr, flush=True)
-    if isinstance(error, torch.OutOfMemoryError):
-        cause = f"out of memory on the device: {one_line(error)}"
-    elif isinstance(error, DivergedError):
+    if _is_out_of_memory(error):
+        cause = f"out of memory: {one_line(error)}"
+        return "out_of_memory", {"cause": cause, "traceback": text}
+    if isinstance(error, DivergedError):
         cause = one_line(error)
     else:
         cause = one_line(f"{type(error).__name__}: {error}")
     return "failed", {"cause": cause, "traceback": text}
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell a device, or a host, that has no memory left for this batch."""
+    host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ def test_kill_9_in_a_trial_loses_that_trial_alone(
     again = start("--epochs", "15")
     code, printed, problems = again.finish()
     assert (code, problems) == (0, "")
-    assert "trial 1 was cut off after epoch " in printed
+    assert "trial 1 was cut off at epoch " in printed
     assert "trial   0 |" not in printed, "a finished trial is not trained again"
     assert states_of(tmp_path / "c") == ["COMPLETE", "FAIL", "COMPLETE"]
     assert (tmp_path / "c" / "trial_000" / "final_model.pth").read_bytes() == weights

@@ -329,8 +329,8 @@ def test_unfinished_trials_are_settled_at_the_next_start(
     assert states[:2] == [(0, "FAIL", None), (1, "COMPLETE", value)]
     assert len(states) == 3, "one more, for the one that was cut off"
     log = (directory / "trial_000" / "error.log").read_text()
-    assert "cut off without a word after epoch 2" in log
-    assert "trial 0 was cut off after epoch 2: recorded as failed" in capfd.readouterr().out
+    assert "cut off without a word at epoch 2" in log
+    assert "trial 0 was cut off at epoch 2: recorded as failed" in capfd.readouterr().out
     assert len({json.dumps(p, sort_keys=True) for p in params_of(directory)}) == 3
     assert (directory / "trial_001" / "trial.json").exists(), "a missing record is written again"
 

@@ -1,0 +1,224 @@
+"""A damaged or lost study: noticing it, and rebuilding it from the trial directories."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import json_to_distribution
+from optuna.trial import FrozenTrial, TrialState
+
+from files import UserError, one_line, read_json, sync_directory
+from study import finished_value, open_study
+from summary import DATABASE, read_history, read_rows, trial_dir
+
+WAY_OUT = "--recover rebuilds it from the trial directories, the damaged file is kept beside it"
+
+
+def trial_directories(checkpoint_dir: Path) -> list[int]:
+    """Give the numbers of the trials that have a directory, in order."""
+    names = (path.parent.name for path in checkpoint_dir.glob("trial_*/config.json"))
+    return sorted(int(name[6:]) for name in names if name[6:].isdecimal())
+
+
+def refuse_damage(checkpoint_dir: Path) -> None:
+    """Raise UserError, naming the way out, when the database is damaged, or lost.
+
+    Reads only; takes milliseconds.
+    """
+    damage = find_damage(checkpoint_dir)
+    if damage:
+        raise UserError(f"{checkpoint_dir / DATABASE} {damage}; {WAY_OUT}")
+
+
+def find_damage(checkpoint_dir: Path) -> str | None:
+    """Say what is wrong with the database; None when it is whole, or there is nothing yet."""
+    database = checkpoint_dir / DATABASE
+    numbers = trial_directories(checkpoint_dir)
+    if not database.exists():
+        return "is missing beside trial directories" if numbers else None
+    if database.stat().st_size == 0:
+        # What Optuna was killed over before its first write is an empty file too.
+        return "is empty beside trial directories" if numbers else None
+    try:
+        problem = _check(database)
+        known = {row.number for row in read_rows(database)}
+    except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+        return f"is damaged ({one_line(error)})"
+    if problem:
+        return f"is damaged ({one_line(problem)})"
+    lacking = [number for number in numbers if number not in known]
+    if lacking:
+        return f"lacks {len(lacking)} trial(s) that have directories, first trial {lacking[0]}"
+    return None
+
+
+def _check(database: Path) -> str | None:
+    """Run SQLite's own check. Opened for writing, so that a killed writer's journal is undone."""
+    with closing(sqlite3.connect(database, timeout=60)) as connection:
+        (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    return None if answer == "ok" else str(answer)
+
+
+def recover(checkpoint_dir: Path) -> list[str]:
+    """Move the database aside and rebuild it; under the directory's lock.
+
+    Every trial that has a record comes back as it was: number, state, parameters, value,
+    intermediate values, attributes, times. One that has a directory but no record had not been
+    told: it comes back complete when its metrics.json is there, otherwise as cut off. Gaps are
+    filled with failed trials, so that numbers stay equal to directories.
+
+    The new study is built under another name and put in place whole: a recovery that is cut off is
+    begun again. Returns lines for people. Raises UserError when there is nothing to rebuild from.
+    """
+    numbers = trial_directories(checkpoint_dir)
+    if not numbers:
+        raise UserError(f"{checkpoint_dir} has no trial directories to rebuild a study from")
+    trials = [_rebuild(checkpoint_dir, number) for number in range(numbers[-1] + 1)]
+    if find_damage(checkpoint_dir) is None and _agrees(checkpoint_dir, trials):
+        return ["the database is whole and agrees with the trial directories: left as it is"]
+    workplace = checkpoint_dir / ".recovery"
+    workplace.mkdir(exist_ok=True)
+    for leftover in workplace.iterdir():
+        leftover.unlink()
+    study = open_study(workplace)
+    settings = _settings(checkpoint_dir, numbers)
+    if settings is not None:
+        study.set_user_attr("settings", settings)
+    study.add_trials(trials)
+    aside = _move_aside(checkpoint_dir)
+    os.replace(workplace / DATABASE, checkpoint_dir / DATABASE)
+    sync_directory(checkpoint_dir)
+    for leftover in workplace.iterdir():
+        leftover.unlink()
+    workplace.rmdir()
+    states = [trial.state.name for trial in trials]
+    counts = ", ".join(f"{states.count(name)} {name}" for name in sorted(set(states)))
+    kept = [f"the damaged database is kept as {aside}"] if aside else []
+    return [f"rebuilt {len(trials)} trials from their directories: {counts}", *kept]
+
+
+def _agrees(checkpoint_dir: Path, trials: list[FrozenTrial]) -> bool:
+    """Tell whether the database has the finished trials as their directories have them."""
+    rows = {row.number: row for row in read_rows(checkpoint_dir / DATABASE)}
+    for trial in trials:
+        row = rows.get(trial.number)
+        value = trial.value if trial.state == TrialState.COMPLETE else None
+        wanted = (trial.state.name, value, trial.params)
+        if row is None or (row.state, row.value, row.params) != wanted:
+            return False
+    return True
+
+
+def _move_aside(checkpoint_dir: Path) -> Path | None:
+    database = checkpoint_dir / DATABASE
+    if not database.exists():
+        return None
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    aside = checkpoint_dir / f"{DATABASE}.damaged-{stamp}"
+    # The journal first: beside a new database it would be taken for that one's.
+    journal = checkpoint_dir / f"{DATABASE}-journal"
+    if journal.exists():
+        os.replace(journal, aside.with_name(f"{aside.name}-journal"))
+    os.replace(database, aside)
+    return aside
+
+
+def _settings(checkpoint_dir: Path, numbers: list[int]) -> dict[str, Any] | None:
+    """Find the study's settings in the newest trial's config.json that has them."""
+    for number in reversed(numbers):
+        config = _read_dict(trial_dir(checkpoint_dir, number) / "config.json")
+        if isinstance(settings := config.get("settings"), dict):
+            return settings
+    return None
+
+
+def _rebuild(checkpoint_dir: Path, number: int) -> FrozenTrial:
+    directory = trial_dir(checkpoint_dir, number)
+    record = _read_dict(directory / "trial.json")
+    try:
+        return _from_record(record, number)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # no record, or one that is not ours
+    try:
+        return _from_config(directory, number)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return _placeholder(number, "lost: the trial left neither record nor configuration")
+
+
+def _from_record(record: dict[str, Any], number: int) -> FrozenTrial:
+    state = TrialState[record["state"]]
+    if record["number"] != number or not state.is_finished():
+        raise ValueError("not the record of this finished trial")
+    trial = FrozenTrial(
+        number=number,
+        state=state,
+        value=record["value"],
+        datetime_start=_local(record["datetime_start"]),
+        datetime_complete=_local(record["datetime_complete"]),
+        params=record["params"],
+        distributions=_distributions(record["distributions"]),
+        user_attrs=record["user_attrs"],
+        system_attrs={},
+        intermediate_values={int(k): v for k, v in record["intermediate_values"].items()},
+        trial_id=number,
+    )
+    trial._validate()
+    return trial
+
+
+def _from_config(directory: Path, number: int) -> FrozenTrial:
+    """Rebuild a trial that had not been told: finished, or cut off."""
+    config = _read_dict(directory / "config.json")
+    value = finished_value(directory)
+    history = read_history(directory)
+    attributes = {**config["user_attrs"], "epochs": len(history)}
+    if value is None:
+        attributes |= {
+            "failure": f"cut off without a word at epoch {len(history) + 1}",
+            "interrupted": True,
+        }
+    started = datetime.fromisoformat(config["started"]).astimezone().replace(tzinfo=None)
+    trial = FrozenTrial(
+        number=number,
+        state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+        value=value,
+        datetime_start=started,
+        datetime_complete=datetime.now(),
+        params=config["hyperparameters"],
+        distributions=_distributions(config["distributions"]),
+        user_attrs=attributes,
+        system_attrs={},
+        intermediate_values={row["epoch"]: row["macro_top1"] for row in history},
+        trial_id=number,
+    )
+    trial._validate()
+    return trial
+
+
+def _placeholder(number: int, cause: str) -> FrozenTrial:
+    return optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"failure": cause})
+
+
+def _distributions(described: dict[str, str]) -> dict[str, Any]:
+    return {name: json_to_distribution(text) for name, text in described.items()}
+
+
+def _local(aware: str | None) -> datetime | None:
+    """Optuna's trials carry naive local times."""
+    if aware is None:
+        return None
+    return datetime.fromisoformat(aware).astimezone().replace(tzinfo=None)
+
+
+def _read_dict(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
