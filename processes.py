@@ -85,8 +85,9 @@ class ChildProcess:
         return message
 
     def kill(self) -> None:
-        """End the child at once."""
-        self._process.kill()
+        """End the child at once, unless it has ended."""
+        with contextlib.suppress(ValueError):  # `end` has closed it
+            self._process.kill()
 
     def end(self, seconds: float = 10.0) -> int | None:
         """Wait for the child's end, killing it after `seconds`; give its exit code (-signal)."""

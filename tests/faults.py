@@ -70,22 +70,63 @@ def diverge(connection: Connection, job: Any) -> None:
 
 def signal_search(connection: Connection, job: Any) -> None:
     """Send the search process SIGTERM at the trial's third batch, then go on as if nothing was."""
-    import worker
-
-    calls = iter(range(10**9))
-    real_check = worker.SearchLine.check
-
-    def check(line: Any, progress: float) -> None:
-        if next(calls) == 2:
-            os.kill(job_parent(job), signal.SIGTERM)
-            time.sleep(0.5)
-        real_check(line, progress)
-
-    worker.SearchLine.check = check  # type: ignore[method-assign]
-    worker.run_trial(connection, job)
+    _signal_at(connection, job, 2)
 
 
 def job_parent(job: Any) -> int:
     """Find the search process by its lock file."""
     holder = (job.trial_dir.parent / "search.lock").read_text()
     return int(holder.split()[1])
+
+
+def out_of_memory(connection: Connection, job: Any) -> None:
+    """Out of memory with more than four images at once, at the trial's third batch."""
+    import torch
+
+    import worker
+
+    real_check = worker.SearchLine.check
+    calls = iter(range(10**9))
+
+    def check(line: Any, progress: float) -> None:
+        if next(calls) == 2 and (job.micro_batch or job.config.batch_size) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        real_check(line, progress)
+
+    worker.SearchLine.check = check  # type: ignore[method-assign]
+    worker.run_trial(connection, job)
+
+
+def always_out_of_memory(connection: Connection, job: Any) -> None:
+    import torch
+
+    def action() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    _with_training_replaced(connection, job, action)
+
+
+def signal_search_late(connection: Connection, job: Any) -> None:
+    """Send the search process SIGTERM in the second epoch."""
+    _signal_at(connection, job, 5)
+
+
+def signal_search_first(connection: Connection, job: Any) -> None:
+    """Send the search process SIGTERM before the first batch."""
+    _signal_at(connection, job, 0)
+
+
+def _signal_at(connection: Connection, job: Any, call: int) -> None:
+    import worker
+
+    calls = iter(range(10**9))
+    real_check = worker.SearchLine.check
+
+    def check(line: Any, progress: float) -> None:
+        if next(calls) == call:
+            os.kill(job_parent(job), signal.SIGTERM)
+            time.sleep(0.5)
+        real_check(line, progress)
+
+    worker.SearchLine.check = check  # type: ignore[method-assign]
+    worker.run_trial(connection, job)

@@ -1,0 +1,478 @@
+"""What survives: interrupted trials, memory, the database, the disk, and crashes at any step."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from faults import RealChild, faulty
+from optuna.trial import TrialState
+from test_search import Run, params_of, run, snapshot, trials_of
+from torch import nn
+
+import files
+import processes
+import search as search_module
+import study as study_module
+from config import TrialConfig
+from hyperparameter_search import main
+from study import open_study
+from train import TrainingState, training_step
+
+__all__ = ["run"]  # the fixture
+
+
+@pytest.fixture
+def put_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """End a test's faults, and nothing else that is patched."""
+    return lambda: monkeypatch.setattr(search_module, "ChildProcess", RealChild)
+
+
+def complete(directory: Path) -> list[tuple[dict[str, Any], float]]:
+    trials = open_study(directory).get_trials()
+    return [(t.params, t.value) for t in trials if t.state == TrialState.COMPLETE]
+
+
+def epochs_of(directory: Path) -> list[int]:
+    lines = (directory / "history.jsonl").read_text().splitlines()
+    return [json.loads(line)["epoch"] for line in lines]
+
+
+# ----------------------------------------------------------------------------- interrupted trials
+
+
+@pytest.mark.parametrize("fault", ["signal_search", "signal_search_late"])
+def test_continued_search_equals_an_unbroken_one(
+    fault: str,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    put_back: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert run(checkpoint_dir=str(tmp_path / "whole"), n_trials="3") == 0
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: fault, 2: fault}))
+    assert run("--continue_interrupted", n_trials="3") == 143
+    assert run("--continue_interrupted", n_trials="3") == 143
+    put_back()
+    capfd.readouterr()
+    assert run("--continue_interrupted", n_trials="3") == 0
+    printed = capfd.readouterr().out
+    directory = tmp_path / "c"
+    states = [state for _, state, _ in trials_of(directory)]
+    assert states == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert complete(directory) == complete(tmp_path / "whole")
+    final = [
+        torch.load(path / "final_model.pth", weights_only=True)["model"]
+        for path in (directory / "trial_003", tmp_path / "whole" / "trial_001")
+    ]
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[1])
+    assert epochs_of(directory / "trial_003") == [1, 2]
+    if fault == "signal_search_late":
+        assert "trial   3 | epoch  1/2" not in printed, "no epoch is trained twice"
+    study = open_study(directory)
+    whole = open_study(tmp_path / "whole")
+    assert study.trials[3].intermediate_values == whole.trials[1].intermediate_values
+
+
+def test_trial_is_continued_three_times_at_most(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
+) -> None:
+    killers = dict.fromkeys(range(9), "signal_search_first")
+    monkeypatch.setattr(search_module, "ChildProcess", faulty(killers))
+    for _ in range(5):
+        assert run("--continue_interrupted", n_trials="1") == 143
+    params = params_of(tmp_path / "c")
+    assert params[0] == params[1] == params[2] == params[3] != params[4]
+    continues = [t.user_attrs.get("continues") for t in open_study(tmp_path / "c").get_trials()]
+    assert continues == [None, 0, 1, 2, None]
+
+
+def test_trial_that_failed_by_itself_is_not_continued(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "raise_error"}))
+    assert run("--continue_interrupted", n_trials="1") == 1
+    put_back()
+    assert run("--continue_interrupted", n_trials="1") == 0
+    params = params_of(tmp_path / "c")
+    assert len(params) == 2
+    assert params[0] != params[1]
+
+
+def test_exit_code_of_a_batch_system(
+    run: Run, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "signal_search"}))
+    assert run("--requeue_exit_code", "99", n_trials="1") == 99
+    put_back()
+    assert run("--requeue_exit_code", "99", n_trials="1") == 0
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def test_out_of_memory_starts_the_same_trial_with_smaller_batches(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "out_of_memory"}))
+    assert run(n_trials="1") == 0
+    directory = tmp_path / "c"
+    (trial,) = open_study(directory).get_trials()
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs["micro_batch"] == 4
+    config = json.loads((directory / "trial_000" / "config.json").read_text())
+    assert config["micro_batch"] == 4
+    assert config["config"]["batch_size"] == 8, "the sampler's configuration is untouched"
+    assert "out of memory: started again with 4 images at once" in capfd.readouterr().out
+
+
+def test_out_of_memory_with_four_images_fails(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "always_out_of_memory"}))
+    assert run(n_trials="2") == 0
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "COMPLETE"]
+    log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
+    assert "cause:  out of memory" in log
+    assert "smaller batch" in log
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.3])
+def test_accumulated_gradients_agree_with_plain_ones(
+    mixup_alpha: float, config: TrialConfig
+) -> None:
+    """Without batch norm's statistics, which are of the images at once, nothing differs."""
+    from dataclasses import replace
+
+    config = replace(config, dropout=0.0, mixup_alpha=mixup_alpha)
+    images, labels = torch.randn(8, 1, 16, 32), torch.arange(8) % 4
+    gradients, losses = [], []
+    for micro_batch in (None, 4, 3):
+        state = TrainingState.start(config, 4, torch.device("cpu"))
+        for module in state.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        losses.append(training_step(state, config, images, labels, micro_batch))
+        gradients.append([p.grad for p in state.model.parameters()])
+    for other in (1, 2):
+        torch.testing.assert_close(losses[other], losses[0])
+        torch.testing.assert_close(gradients[other], gradients[0])
+
+
+# ------------------------------------------------------------------------------------------- disk
+
+
+def test_weights_of_the_best_trials_alone_are_kept(run: Run, tmp_path: Path) -> None:
+    assert run("--keep_checkpoints", "2", n_trials="4") == 0
+    directory = tmp_path / "c"
+    values = {number: value or 0.0 for number, _, value in trials_of(directory)}
+    best = sorted(values, key=lambda number: (-values[number], number))[:2]
+    having = [n for n in values if list((directory / f"trial_{n:03d}").glob("*.pth"))]
+    assert having == sorted(best)
+    assert (directory / "summary" / "best_model.pth").exists()
+    assert run("--keep_checkpoints", "best", n_trials="5") == 0
+    assert len(list(directory.glob("trial_*/best_model.pth"))) == 1
+
+
+def test_records_that_a_full_disk_kept_back_are_written_later(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, "write_record", full)
+        assert run(n_trials="1") == 0
+    assert "warning: [Errno 28] No space left on device" in capfd.readouterr().err
+    assert not (tmp_path / "c" / "trial_000" / "trial.json").exists()
+    assert run(n_trials="1") == 0
+    assert (tmp_path / "c" / "trial_000" / "trial.json").exists()
+
+
+# --------------------------------------------------------------------------------------- database
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, lines_root: Path, cache_dir: Path) -> Path:
+    """A search of complete, pruned, failed and interrupted trials."""
+    directory = tmp_path_factory.mktemp("searched") / "c"
+    argv = ["--data_root", str(lines_root), "--checkpoint_dir", str(directory)]
+    for value in ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"):
+        argv += ["--fix", value]
+    argv += ["--use_all_writers", "--weights", "none", "--device", "cpu", "--epochs", "2"]
+    argv += ["--cache_dir", str(cache_dir), "--n_trials", "5"]
+
+    class PruneThird(optuna.pruners.BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            return trial.number == 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "make_pruner", lambda name, epochs: PruneThird())
+        patch.setattr(search_module, "ChildProcess", faulty({1: "raise_error", 4: "signal_search"}))
+        assert main(argv) == 143
+    assert [s for _, s, _ in trials_of(directory)] == [
+        "COMPLETE",
+        "FAIL",
+        "PRUNED",
+        "COMPLETE",
+        "FAIL",
+    ]
+    return directory
+
+
+@pytest.fixture
+def copied(searched: Path, tmp_path: Path) -> Path:
+    """A copy of that search, where `run` goes on with it."""
+    return Path(shutil.copytree(searched, tmp_path / "c"))
+
+
+def facts(directory: Path) -> list[tuple[Any, ...]]:
+    return [
+        (
+            t.number,
+            t.state,
+            t.value,
+            t.params,
+            t.distributions,
+            t.intermediate_values,
+            t.user_attrs,
+            t.datetime_start,
+            t.datetime_complete,
+        )
+        for t in open_study(directory).get_trials()
+    ]
+
+
+def damage(database: Path, kind: str) -> None:
+    content = bytearray(database.read_bytes())
+    if kind == "deleted":
+        database.unlink()
+        return
+    if kind == "middle":
+        content[4096 * 3 : 4096 * 6] = random.Random(0).randbytes(4096 * 3)
+    damaged = {
+        "empty": b"",
+        "text": b"this is not a database\n" * 100,
+        "truncated": bytes(content[: len(content) // 2]),
+        "cut page": bytes(content[:-1000]),
+        "header": b"x" * 100 + bytes(content[100:]),
+        "middle": bytes(content),
+    }
+    database.write_bytes(damaged[kind])
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "truncated", "cut page", "header", "middle", "deleted"]
+)
+def test_damaged_database_is_refused_and_recovered(
+    kind: str, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = facts(copied)
+    database = copied / "optuna_study.db"
+    damage(database, kind)
+    left = snapshot(copied)
+    capfd.readouterr()
+    assert run(n_trials="3") == 2
+    printed, problem = capfd.readouterr()
+    assert printed == ""
+    assert problem.count("\n") == 1
+    assert "--recover" in problem
+    assert snapshot(copied) == left, "nothing was touched"
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    assert facts(copied) == before
+    assert len(list(copied.glob("optuna_study.db.damaged-*"))) == (kind != "deleted")
+    assert run(n_trials="3") == 0
+    assert [state for _, state, _ in trials_of(copied)][5:] == ["COMPLETE"]
+    params = [json.dumps(p, sort_keys=True) for p in params_of(copied)]
+    assert len(set(params)) == len(params), "no draw repeats"
+
+
+def test_damage_anywhere_is_recovered(copied: Path) -> None:
+    """Flip bytes at random offsets: what is rebuilt equals the original, trial by trial."""
+    before = facts(copied)
+    database = copied / "optuna_study.db"
+    whole = database.read_bytes()
+    rng = random.Random(1)
+    for _ in range(12):
+        content = bytearray(whole)
+        for _ in range(rng.choice([1, 20, 400])):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        database.write_bytes(content)
+        assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+        assert facts(copied) == before
+
+
+def test_recovery_of_what_had_not_been_told(copied: Path, run: Run) -> None:
+    """Killed between a trial's end and its record: complete; without metrics: cut off."""
+    before = facts(copied)
+    (copied / "optuna_study.db").unlink()
+    (copied / "trial_000" / "trial.json").unlink()
+    (copied / "trial_003" / "trial.json").write_text('{"state": "COMPLETE", "params": ')
+    (copied / "trial_003" / "metrics.json").unlink()
+    shutil.rmtree(copied / "trial_001")
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    after = facts(copied)
+    assert [row[0] for row in after] == [0, 1, 2, 3, 4]
+    assert after[0][1:6] == before[0][1:6]
+    assert after[1][1] == TrialState.FAIL
+    assert after[2] == before[2]
+    assert after[3][1] == TrialState.FAIL
+    assert "cut off" in after[3][6]["failure"]
+    assert run(n_trials="3") == 0
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["[]", '{"number": 0}', '{"number": 0, "state": "__class__"}', "\x00", '{"a":' * 5000],
+)
+def test_hostile_records_do_no_harm(hostile: str, copied: Path) -> None:
+    (copied / "optuna_study.db").unlink()
+    (copied / "trial_000" / "trial.json").write_text(hostile)
+    (copied / "trial_000" / "config.json").write_text(hostile)
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    assert trials_of(copied)[0][1] == "FAIL"
+
+
+def test_whole_database_is_left_as_it_is(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(copied)
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    assert "left as it is" in capfd.readouterr().out
+    assert snapshot(copied) == before
+
+
+def test_recovery_that_is_cut_off_is_begun_again(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = facts(copied)
+    damage(copied / "optuna_study.db", "text")
+    for step in range(6):
+        with monkeypatch.context() as patch:
+            crash_at(patch, step, ["replace", "add_trial"])
+            try:
+                main(["--recover", "--checkpoint_dir", str(copied)])
+            except Crash:
+                continue
+            break
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    assert facts(copied) == before
+
+
+@pytest.mark.parametrize("version", ["v0.1.old", "v99.0.0.a"])
+def test_database_of_another_version_is_refused(
+    version: str, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with sqlite3.connect(copied / "optuna_study.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", (version,))
+    connection.close()
+    assert run() == 2
+    problem = capfd.readouterr().err
+    assert problem.count("\n") == 1
+    assert "version" in problem or "upgrade" in problem
+
+
+# ------------------------------------------------------------------------------------------- lock
+
+
+def test_file_system_without_locks_is_warned_of(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = files.fcntl.flock
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        path = Path(f"/proc/self/fd/{getattr(descriptor, 'fileno', lambda: descriptor)()}")
+        if path.resolve().name == "search.lock":
+            raise OSError(errno.ENOLCK, "No locks available")
+        real(descriptor, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    assert run(n_trials="1") == 0
+    assert "this file system has no locks" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------- crashes at each of its steps
+
+
+class Crash(BaseException):
+    """Ends the search process where it stands, as far as a test in one process can."""
+
+
+def crash_at(patch: pytest.MonkeyPatch, step: int, kinds: list[str]) -> Iterator[int]:
+    """Let the step-th call of any of these functions, before or after its work, raise Crash."""
+    counter = iter(range(10**9))
+
+    def breaking(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if next(counter) == step:
+                raise Crash
+            result = real(*arguments, **named)
+            if next(counter) == step:
+                raise Crash
+            return result
+
+        return call
+
+    places: dict[str, tuple[Any, str]] = {
+        "replace": (files.os, "replace"),
+        "tell": (optuna.Study, "tell"),
+        "ask": (optuna.Study, "ask"),
+        "add_trial": (optuna.Study, "add_trial"),
+        "receive": (processes.ChildProcess, "receive"),
+        "order": (processes.ChildProcess, "order"),
+    }
+    for kind in kinds:
+        owner, name = places[kind]
+        patch.setattr(owner, name, breaking(getattr(owner, name)))
+    return counter
+
+
+@pytest.mark.parametrize("more", [[], ["--continue_interrupted"]], ids=["new", "continued"])
+@pytest.mark.parametrize("kind", ["replace", "tell", "ask", "add_trial", "receive", "order"])
+def test_crash_at_any_step_loses_and_repeats_nothing(
+    kind: str,
+    more: list[str],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Crash at the first step, go on and crash at the second, and so on, in one directory."""
+    directory = tmp_path / "c"
+    crashes = 0
+    for step in range(0, 40, 1 if kind in ("tell", "ask", "add_trial") else 3):
+        finished = trials_of(directory) if (directory / "optuna_study.db").exists() else []
+        with monkeypatch.context() as patch:
+            crash_at(patch, step, [kind])
+            try:
+                assert run(*more, n_trials="2", epochs="1") == 0
+                break
+            except Crash:
+                crashes += 1
+        if finished:
+            after = trials_of(directory)
+            for before in finished:
+                if before[1] in ("COMPLETE", "PRUNED"):
+                    assert before in after
+    assert crashes > 0
+    assert run(*more, n_trials="2", epochs="1") == 0
+    states = [state for _, state, _ in trials_of(directory)]
+    assert states.count("COMPLETE") == 2
+    assert set(states) <= {"COMPLETE", "FAIL"}
+    trials = open_study(directory).get_trials()
+    fresh = [
+        json.dumps(t.params, sort_keys=True) for t in trials if "continues" not in t.user_attrs
+    ]
+    assert len(set(fresh)) == len(fresh), "no draw repeats"
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE:
+            assert epochs_of(directory / f"trial_{trial.number:03d}") == [1]
+    assert "Traceback" not in capfd.readouterr().err
