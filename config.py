@@ -124,7 +124,7 @@ class TrialConfig:
     batch_size: int = 16
     precision: str = "float32"
     pooling: str = "avg"
-    learning_rate: float = 2e-3  # at the peak
+    learning_rate: float = 1e-3  # at the peak
     backbone_lr_mult: float = 1.0
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
@@ -276,7 +276,7 @@ def default_space(tier: str, pretrained: bool) -> Space:
     backbones = BACKBONES_BY_TIER[tier, pretrained]
     searched: dict[str, Rule] = {
         "backbone": Choice(backbones),
-        "learning_rate": Range(5e-5, 1e-3, log=True) if pretrained else Range(5e-4, 5e-3, log=True),
+        "learning_rate": Range(5e-5, 1e-3, log=True) if pretrained else Range(3e-4, 3e-3, log=True),
         "weight_decay": Range(1e-3, 0.3, log=True),
         "label_smoothing": Range(0.0, 0.2),
         "dropout": Range(0.0, 0.5),

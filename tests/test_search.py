@@ -111,7 +111,7 @@ def test_new_resumed_and_extended(
     assert trials_of(directory)[:2] == first
     assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE"] * 4
     params = params_of(directory)
-    assert params[0]["learning_rate"] == 0.002, "the known-good values come first"
+    assert params[0]["learning_rate"] == 0.001, "the known-good values come first"
     assert len({json.dumps(p, sort_keys=True) for p in params}) == 4, "no draw repeats"
 
 

@@ -50,9 +50,10 @@ def epochs_of(directory: Path) -> list[int]:
 # ----------------------------------------------------------------------------- interrupted trials
 
 
-@pytest.mark.parametrize("fault", ["signal_search", "signal_search_late"])
+@pytest.mark.parametrize(("fault", "breaks"), [("signal_search", 2), ("signal_search_late", 1)])
 def test_continued_search_equals_an_unbroken_one(
     fault: str,
+    breaks: int,
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -60,28 +61,30 @@ def test_continued_search_equals_an_unbroken_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert run(checkpoint_dir=str(tmp_path / "whole"), n_trials="3") == 0
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: fault, 2: fault}))
-    assert run("--continue_interrupted", n_trials="3") == 143
-    assert run("--continue_interrupted", n_trials="3") == 143
+    faults = dict.fromkeys(range(1, 1 + breaks), fault)
+    monkeypatch.setattr(search_module, "ChildProcess", faulty(faults))
+    for _ in range(breaks):
+        assert run("--continue_interrupted", n_trials="3") == 143
     put_back()
     capfd.readouterr()
     assert run("--continue_interrupted", n_trials="3") == 0
     printed = capfd.readouterr().out
     directory = tmp_path / "c"
     states = [state for _, state, _ in trials_of(directory)]
-    assert states == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert states == ["COMPLETE", *["FAIL"] * breaks, "COMPLETE", "COMPLETE"]
     assert complete(directory) == complete(tmp_path / "whole")
+    continued = directory / f"trial_{1 + breaks:03d}"
     final = [
         torch.load(path / "final_model.pth", weights_only=True)["model"]
-        for path in (directory / "trial_003", tmp_path / "whole" / "trial_001")
+        for path in (continued, tmp_path / "whole" / "trial_001")
     ]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[1])
-    assert epochs_of(directory / "trial_003") == [1, 2]
+    assert epochs_of(continued) == [1, 2]
     if fault == "signal_search_late":
-        assert "trial   3 | epoch  1/2" not in printed, "no epoch is trained twice"
+        assert "trial   2 | epoch  1/2" not in printed, "no epoch is trained twice"
     study = open_study(directory)
     whole = open_study(tmp_path / "whole")
-    assert study.trials[3].intermediate_values == whole.trials[1].intermediate_values
+    assert study.trials[1 + breaks].intermediate_values == whole.trials[1].intermediate_values
 
 
 def test_trial_is_continued_three_times_at_most(
