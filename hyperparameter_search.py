@@ -241,7 +241,7 @@ def _add_training_flags(group: Any) -> None:
     group.add_argument(
         "--epochs",
         type=whole_number,
-        default=30,
+        default=25,
         metavar="N",
         help="most epochs of a trial (default: %(default)s)",
     )

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -504,7 +504,7 @@ def save(state: TrainingState, trial_dir: Path, config: TrialConfig, data: LineS
         "history": state.history,
         **_binding(config, data),
     }
-    write_whole(trial_dir / "latest_checkpoint.pth", lambda file: torch.save(checkpoint, file))
+    write_tensors(trial_dir / "latest_checkpoint.pth", checkpoint)
 
 
 def restore(
@@ -553,7 +553,40 @@ def save_model(
         "metrics": row,
         **_binding(config, data),
     }
-    write_whole(path, lambda file: torch.save(saved, file))
+    write_tensors(path, saved)
+
+
+class _ErrorKeeper:
+    """A file that remembers why it could not be written: torch.save hides a full disk."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write what `torch.load` reads, whole. Raises OSError."""
+
+    def write(file: BinaryIO) -> None:
+        keeper = _ErrorKeeper(file)
+        try:
+            torch.save(content, keeper)  # type: ignore[arg-type]
+        except Exception:
+            if keeper.error is not None:
+                raise keeper.error from None
+            raise
+
+    write_whole(path, write)
 
 
 def load_model(path: Path) -> tuple[WriterModel, TrialConfig, tuple[str, ...]]:

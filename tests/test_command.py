@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +22,17 @@ pytestmark = pytest.mark.slow
 class Command:
     """A running search whose printed lines can be waited for."""
 
-    def __init__(self, argv: list[str], ignore_interrupt: bool = False) -> None:
-        def ignore() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def __init__(
+        self,
+        argv: list[str],
+        ignore_interrupt: bool = False,
+        limit_file_size: tuple[int, int] | None = None,
+    ) -> None:
+        def prepare() -> None:
+            if ignore_interrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if limit_file_size is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit_file_size)
 
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *argv],
@@ -30,7 +40,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=ignore if ignore_interrupt else None,
+            preexec_fn=prepare,
         )
 
     def wait_for(self, text: str) -> None:
@@ -81,14 +91,14 @@ def gone_within(pids: set[int], seconds: float) -> bool:
 def start(lines_root: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
     started: list[Command] = []
 
-    def command(*more: str, ignore_interrupt: bool = False) -> Command:
-        argv = ["--data_root", str(lines_root), "--checkpoint_dir", str(tmp_path / "c")]
+    def command(*more: str, directory: str = "c", **limits: Any) -> Command:
+        argv = ["--data_root", str(lines_root), "--checkpoint_dir", str(tmp_path / directory)]
         for value in ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"):
             argv += ["--fix", value]
         argv += ["--use_all_writers", "--weights", "none", "--device", "cpu", *more]
         argv += ["--patience", "9999", "--n_trials", "2"]
         argv += [] if "--epochs" in more else ["--epochs", "9999"]  # longer than any test
-        started.append(Command(argv, ignore_interrupt))
+        started.append(Command(argv, **limits))
         return started[-1]
 
     yield command
@@ -196,3 +206,44 @@ def test_second_start_is_refused_while_the_first_runs(start: Callable[..., Comma
     code, printed, problems = start().finish()
     assert (code, printed) == (2, "")
     assert f"is in use by another search (pid {command.process.pid} on " in problems
+
+
+def test_killed_fork_server_costs_no_trial(start: Callable[..., Command], tmp_path: Path) -> None:
+    command = start("--epochs", "15")
+    command.wait_for("trial   0 | epoch  1/15")
+    servers = {
+        pid
+        for pid in command.descendants()
+        if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
+        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        == str(command.process.pid)
+    }
+    assert len(servers) == 1
+    os.kill(servers.pop(), signal.SIGKILL)
+    code, _, problems = command.finish()
+    assert (code, problems) == (0, "")
+    assert states_of(tmp_path / "c") == ["COMPLETE", "COMPLETE"]
+
+
+def test_full_disk_fails_the_trial_and_spares_the_rest(
+    start: Callable[..., Command], tmp_path: Path
+) -> None:
+    """No file may grow beyond a megabyte: a checkpoint of resnet_thin has ten, the study less."""
+    limit = (2**20, resource.RLIM_INFINITY)
+    command = start(
+        *("--epochs", "1", "--fix", "backbone=resnet_thin", "--max_consecutive_failed_trials", "2"),
+        directory="full",
+        limit_file_size=limit,
+    )
+    code, printed, problems = command.finish()
+    assert code == 3, printed + problems
+    assert "common cause: OSError: [Errno 27] File too large" in problems
+    assert states_of(tmp_path / "full") == ["FAIL", "FAIL"]
+    for number in (0, 1):
+        directory = tmp_path / "full" / f"trial_{number:03d}"
+        assert "File too large" in (directory / "error.log").read_text()
+        assert not list(directory.glob("*.pth"))
+        assert not list(directory.glob(".*.tmp"))
+    after = start("--epochs", "1", "--fix", "backbone=resnet_thin", directory="full")
+    assert after.finish()[0] == 0
+    assert states_of(tmp_path / "full") == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
