@@ -252,13 +252,8 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
 # Evidence for the ranges: see the README's section on the search space.
 OPENED_BY_SPACE: dict[str, Rule] = {
     "backbone_lr_mult": Range(0.1, 1.0, log=True),
-    "sampler_alpha": Range(0.0, 1.0),
-    "loss": Choice(LOSSES),
     "margin": Range(0.05, 0.4),
     "scale": Range(16.0, 64.0, log=True),
-    "pooling": Choice(POOLINGS),
-    "crop_width": Choice((192, 256, 512, 768)),
-    "batch_size": Choice((16, 32, 64, 128)),
 }
 BACKBONES_BY_TIER: dict[tuple[str, bool], tuple[str, ...]] = {
     ("cpu", False): ("resnet_thin", "resnet18"),

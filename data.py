@@ -32,6 +32,11 @@ from tqdm import tqdm
 from files import UserError, one_line, sync_directory, write_whole
 
 SPLITS = ("train", "val", "test")
+MISNAMED_SPLITS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
@@ -121,6 +126,7 @@ def find_lines(data_root: Path, num_writers: int | None = None, seed: int = 0) -
 
 
 def _scan(data_root: Path) -> list[LineFile]:
+    _refuse_misnamed_splits(data_root)
     has_splits = (data_root / "train").is_dir()
     if not has_splits and any((data_root / split).is_dir() for split in SPLITS[1:]):
         raise UserError(f"--data_root {data_root} has val or test but no train directory")
@@ -131,6 +137,14 @@ def _scan(data_root: Path) -> list[LineFile]:
             for writer in sorted(entry.name for entry in os.scandir(top) if _is_visible_dir(entry)):
                 lines += list(_scan_writer(data_root, split, writer))
     return lines
+
+
+def _refuse_misnamed_splits(data_root: Path) -> None:
+    """Raise UserError for directories that mean a split but would be taken for writers."""
+    for entry in os.scandir(data_root):
+        meant = MISNAMED_SPLITS.get(entry.name.casefold())
+        if meant and entry.name != meant and entry.is_dir() and not (data_root / meant).is_dir():
+            raise UserError(f"--data_root {data_root}: rename {entry.name} to {meant}")
 
 
 def _is_visible_dir(entry: os.DirEntry[str]) -> bool:
@@ -501,7 +515,7 @@ def _report(
         own[line.split] += 1
     contents = [digest.tobytes() for digest in digests]
     return {
-        "lines": dict(Counter(line.split for line in kept)),
+        "lines": {split: sum(line.split == split for line in kept) for split in SPLITS},
         "pages": len({(line.split, line.writer, line.page) for line in kept}),
         "writers": counts,
         "writers_without_validation": [w for w, own in counts.items() if not own["val"]],

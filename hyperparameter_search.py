@@ -12,13 +12,15 @@ import os
 import shlex
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
 from files import DirectoryLock, UserError, one_line, refuse_if_in_use, write_json
+from progress import lasting_output
 from signals import Interrupted, StopSignals
 from summary import (
     DATABASE,
@@ -90,6 +92,13 @@ def seed_number(text: str) -> int:
 
 def two_or_more(text: str) -> int:
     return whole_number(text, 2)
+
+
+def number_of_jobs(text: str) -> int:
+    number = whole_number(text)
+    if number > 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 1024 trials at once")
+    return number
 
 
 def seconds(text: str) -> float:
@@ -185,8 +194,7 @@ def _add_search_flags(group: Any) -> None:
     group.add_argument(
         "--pruner",
         choices=("median", "percentile", "halving", "none"),
-        default="median",
-        help="(default: %(default)s)",
+        help="(default: median; with --sampler gp none)",
     )
     group.add_argument(
         "--seed", type=seed_number, default=0, metavar="N", help="(default: %(default)s)"
@@ -271,7 +279,7 @@ def _add_machine_flags(group: Any) -> None:
     )
     group.add_argument(
         "--n_jobs",
-        type=whole_number,
+        type=number_of_jobs,
         metavar="N",
         help="trials at once (default: one per GPU; one without a GPU)",
     )
@@ -309,6 +317,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if args.data_root is not None:
             raise UserError("--demo makes its own lines: leave out --data_root")
         args.data_root = args.checkpoint_dir / "demo_lines"
+    if args.sampler == "gp" and args.pruner not in (None, "none"):
+        raise UserError("--sampler gp learns nothing from pruned trials: use --pruner none")
+    args.pruner = args.pruner or ("none" if args.sampler == "gp" else "median")
     if args.data_root is None and not (args.status or args.recover):
         raise UserError("--data_root is missing: say where the line images are")
     return args
@@ -382,14 +393,20 @@ def ask_machine(
 
     start_fork_server()
     backbones: tuple[str, ...] | None = None
-    weights: str | None = args.weights
-    if recorded is not None:
-        backbones, weights = (), None  # decided once per study
+    weights = args.weights
+    if recorded is not None:  # decided once per study
+        backbones, weights = tuple(recorded["precision"]), recorded["weights"]
     elif "backbone" in fix or "backbone" in ranges:
         backbones = backbones_of(narrow(default_space("cpu", False), fix, ranges))
-    child = ChildProcess("worker:answer_question", MachineQuestion(args.device, weights, backbones))
-    message = child.receive()
-    child.end()
+    question = MachineQuestion(args.device, weights, backbones, measure=recorded is None)
+    child = ChildProcess("worker:answer_question", question)
+    try:
+        message = child.receive()
+    except BaseException:
+        child.kill()
+        raise
+    finally:
+        child.end()
     if message is None:
         raise UserError("torch cannot be used here; see the messages above")
     kind, answer = message
@@ -403,6 +420,9 @@ def prepare(args: argparse.Namespace) -> Plan:
 
     Raises UserError.
     """
+    from study import make_sampler
+
+    make_sampler(args.sampler, 0)  # it may need what is not installed
     fix, ranges = parse_fix(args.fix), read_ranges(args.space)
     for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
         narrow(default_space("cpu", pretrained), fix, ranges)
@@ -430,6 +450,7 @@ def prepare(args: argparse.Namespace) -> Plan:
             "fingerprint": data.fingerprint,
             "writers": len(data.writers),
             "lines": data.report["lines"],
+            "split": "given" if (args.data_root / "train").is_dir() else f"by seed {args.seed}",
         },
         "epochs": args.epochs,
         "patience": args.patience,
@@ -556,9 +577,13 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     rows = read_rows(args.checkpoint_dir / DATABASE)
     write_summary(args.checkpoint_dir, rows)
     published = publish_best_model(args.checkpoint_dir, rows)
-    print("\n".join([RULE, *closing_lines(args.checkpoint_dir, rows, args.n_trials), RULE]))
+    print(
+        "\n".join(
+            [RULE, *closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted), RULE]
+        )
+    )
     if search.stop.name is not None:
-        raise Interrupted(search.stop.name)
+        raise Interrupted(search.stop.name, began=True)
     if search.gave_up:
         print(
             f"error: stopped after {len(search.failures)} failed trials in a row; common cause: "
@@ -581,12 +606,26 @@ def recover_study(args: argparse.Namespace) -> None:
         print("\n".join(recover(args.checkpoint_dir)), flush=True)
 
 
+@contextmanager
+def told_when_unwritable(database: Path) -> Iterator[None]:
+    """Turn a study that cannot be written (disk full, permission) into the user's mistake."""
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        yield
+    except StorageInternalError as error:
+        raise UserError(
+            f"{database} cannot be written: {one_line(error.__cause__ or error)}; what was "
+            "recorded is safe; mend it, and the same command goes on"
+        ) from None
+
+
 def run_search(args: argparse.Namespace) -> int:
     """Prepare, search, conclude."""
-    from recovery import refuse_damage
-    from search import Search
-
     with StopSignals() as stop:
+        from recovery import refuse_damage
+        from search import Search
+
         check_checkpoint_dir(args.checkpoint_dir)
         if args.recover:
             recover_study(args)
@@ -594,21 +633,29 @@ def run_search(args: argparse.Namespace) -> int:
                 return EXIT_OK
         refuse_damage(args.checkpoint_dir)
         plan = prepare(args)
-        args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--checkpoint_dir cannot be made: {one_line(error)}") from None
         with DirectoryLock(args.checkpoint_dir):
             study = open_search(args, plan)
             search = Search(study, plan, stop)
-            with stop.deferred():
+            with stop.deferred(), told_when_unwritable(args.checkpoint_dir / DATABASE):
                 search.run()
                 return conclude(args, search)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    for stream in (sys.stdout, sys.stderr):  # file names may hold anything
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    with lasting_output():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    requeue = None
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(argv)
+        requeue = args.requeue_exit_code
         if args.status:
             print(status_text(args.checkpoint_dir))
             return EXIT_OK
@@ -617,12 +664,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error, 1000)}", file=sys.stderr)
         return EXIT_USAGE
     except Interrupted as error:
+        command = shlex.join([Path(sys.executable).name, *sys.argv])
+        what = "everything is saved" if error.began else "before the search began"
         print(
-            f"stopped by {error}: everything is saved; to go on, run the same command: "
-            f"{shlex.join([Path(sys.executable).name, *sys.argv])}",
+            f"stopped by {error}: {what}; to go on, run the same command: {command}",
             file=sys.stderr,
         )
-        return error.exit_code if args.requeue_exit_code is None else args.requeue_exit_code
+        return error.exit_code if requeue is None else requeue
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ class MachineQuestion:
     """What the search wants to know before its first trial; see `worker.answer_question`."""
 
     device: str  # auto, cpu, cuda or cuda:N
-    weights: str | None  # auto, imagenet or none; None: decided already
+    weights: str  # auto, imagenet or none
     backbones: tuple[str, ...] | None  # None: the tier's own
+    measure: bool  # whether to find out the faster precision of each
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,12 @@ def start_fork_server() -> None:
         # slower training of a small model beside one busy process, on 2 cores with 2 threads.
         OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "passive"),
     ):
-        forkserver.ensure_running()
+        # A Ctrl-C while it imports is not for it: it ends with this process.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

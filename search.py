@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -41,6 +42,7 @@ from study import (
 )
 from summary import (
     DATABASE,
+    Row,
     best_row,
     duration,
     finished_epochs,
@@ -53,6 +55,7 @@ from summary import (
 )
 
 SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
+LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
 STOP_SECONDS = 20.0  # a trial that was told to stop and has not ended by then is killed
 
 
@@ -79,6 +82,10 @@ class Plan:
     def epochs(self) -> int:
         return int(self.settings["epochs"])
 
+    @property
+    def patience(self) -> int:
+        return int(self.settings["patience"])
+
 
 @dataclass
 class RunningTrial:
@@ -92,9 +99,11 @@ class RunningTrial:
     epoch: int = 0  # epochs done
     progress: float = 0.0  # epochs done, with a fraction
     best: float | None = None
+    best_epoch: int = 0
     pruned: bool = False
     stop_cause: str | None = None
     kill_at: float = math.inf
+    killed: bool = False
 
     @property
     def number(self) -> int:
@@ -112,15 +121,20 @@ class Search:
     failures: list[str] = field(default_factory=list)  # causes of the failures in a row
     gave_up: bool = False
     exhausted: bool = False
+    rows: list[Row] = field(default_factory=list)  # of the database, as of the last change
+    to_start: int = 0  # trials that this run may still start
+    deadline: float = math.inf  # after which no trial starts
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
+        self.rows = read_rows(plan.checkpoint_dir / DATABASE)
+        self.to_start = max(0, plan.n_trials - self.complete())
+        self.deadline = time.monotonic() + (plan.timeout or math.inf)
+        self.progress = Progress(self.complete(), plan.n_trials, plan.epochs)
 
     def run(self) -> None:
         """Run the search. Whatever it raises, no process of it stays behind."""
-        self.drawer = Drawer(self.plan.space, self.plan.sampler, self.plan.seed)
-        self.rows = read_rows(self.plan.checkpoint_dir / DATABASE)
-        complete = sum(row.state == "COMPLETE" for row in self.rows)
-        self.to_start = max(0, self.plan.n_trials - complete)
-        self.deadline = time.monotonic() + (self.plan.timeout or math.inf)
-        self.progress = Progress(complete, self.plan.n_trials, self.plan.epochs)
         try:
             while True:
                 while self.may_start():
@@ -214,7 +228,7 @@ class Search:
                 self.receive(by_connection[pipe])
         self.watch_the_clock()
 
-    def seconds_to_next_deadline(self) -> float | None:
+    def seconds_to_next_deadline(self) -> float:
         deadlines = [r.kill_at for r in self.running.values()]
         if self.plan.trial_timeout is not None:
             deadlines += [
@@ -223,7 +237,7 @@ class Search:
                 if r.stop_cause is None
             ]
         soonest = min(deadlines, default=math.inf)
-        return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+        return min(LONGEST_WAIT, max(0.0, soonest - time.monotonic()))
 
     def watch_the_clock(self) -> None:
         now = time.monotonic()
@@ -231,7 +245,8 @@ class Search:
         for running in self.running.values():
             if limit is not None and now >= running.started + limit:
                 self.stop_one(running, f"ran longer than --trial_timeout {limit:g} s")
-            if now >= running.kill_at:
+            if now >= running.kill_at and not running.killed:
+                running.killed = True
                 running.child.kill()
 
     def stop_all(self, cause: str) -> None:
@@ -250,7 +265,8 @@ class Search:
         message = running.child.receive()
         if message is None:
             code = running.child.end()
-            self.end_failed(running, exit_text(code), log=True)
+            how = "killed when it did not stop in time" if running.killed else exit_text(code)
+            self.end_failed(running, how, log=True)
             return
         kind, content = message
         if kind == "progress":
@@ -299,8 +315,11 @@ class Search:
         if epoch > running.epoch:
             running.trial.report(value, epoch)
         running.epoch, running.progress = epoch, float(epoch)
-        running.best = max(value, running.best or 0.0)
-        if running.stop_cause is None and running.trial.should_prune():
+        if running.best is None or value > running.best:
+            running.best, running.best_epoch = value, epoch
+        # What is done is not pruned.
+        is_last = epoch >= self.plan.epochs or epoch - running.best_epoch >= self.plan.patience
+        if running.stop_cause is None and not is_last and running.trial.should_prune():
             # Told at once: a search killed from here on leaves a pruned trial, not a lost one.
             running.pruned = True
             self.finish(running.trial, TrialState.PRUNED, epoch)
@@ -381,7 +400,9 @@ class Search:
         if interrupted:
             trial.set_user_attr("interrupted", True)
         advice = (
-            "nothing: the same command goes on with new trials" if interrupted else _advice(cause)
+            "nothing to do: the same command goes on with new trials"
+            if interrupted
+            else _advice(cause)
         )
         self.attempt(
             lambda: write_error_log(
@@ -390,7 +411,7 @@ class Search:
         )
         self.finish(trial, TrialState.FAIL, epoch)
         if not interrupted:
-            self.failures.append(cause)
+            self.failures.append(re.sub(r" (at|in) epoch \d+", "", cause))  # to be counted
             self.gave_up = len(self.failures) >= self.plan.max_consecutive_failed_trials
         self.progress.end(
             trial.number, f"failed: {one_line(cause)} | {duration(seconds)}", self.complete()

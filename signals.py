@@ -13,7 +13,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 class Interrupted(Exception):
-    """A signal asked for the end of the search; its name is the argument."""
+    """A signal asked for the end of the search; its name is the argument.
+
+    began: whether there was a search already, with something to save.
+    """
+
+    def __init__(self, name: str, began: bool = False) -> None:
+        super().__init__(name)
+        self.began = began
 
     @property
     def exit_code(self) -> int:

@@ -36,8 +36,6 @@ from summary import DATABASE, STUDY_NAME, read_history, trial_dir
 STARTUP_TRIALS = 5
 REDRAWS = 100
 MAX_CONTINUATIONS = 3  # in a row: what kills a trial so often is the trial itself
-SAMPLERS = ("tpe", "random", "gp")
-PRUNERS = ("median", "percentile", "halving", "none")
 
 
 class SpaceExhaustedError(Exception):
@@ -109,7 +107,7 @@ def refuse_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> No
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix != "space.":  # a range is told as one
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
@@ -174,11 +172,13 @@ class Drawer:
         """
         number = 1 + max((trial.user_attrs.get("draw", -1) for trial in trials), default=-1)
         taken = {_key(trial.params) for trial in trials}
+        # Where a finite space has nothing else left, what was interrupted is worth a new start.
+        tried = {_key(t.params) for t in trials if not t.user_attrs.get("interrupted")}
         placeholders = self._mirror(trials)
         try:
-            for attempt in range(REDRAWS):
+            for attempt in range(2 * REDRAWS):
                 drawn = self._draw(number, attempt)
-                if _key(drawn.params) not in taken:
+                if _key(drawn.params) not in (taken if attempt < REDRAWS else tried):
                     return create_trial(
                         state=TrialState.WAITING,
                         params=drawn.params,
@@ -290,7 +290,7 @@ def write_error_log(
     """Write error.log: when, where, why in one line, the traceback, what to try."""
     lines = [
         f"when:   {datetime.now().astimezone().isoformat(timespec='seconds')}",
-        f"epoch:  {'before the first' if epoch is None else epoch}",
+        f"epochs: {epoch or 0} done",
         f"cause:  {cause}",
     ]
     if advice:
@@ -308,6 +308,11 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     records that are missing. Returns a line for each trial that was settled.
     """
     settled = []
+    for leftover in [
+        *checkpoint_dir.glob("trial_*/.*.tmp"),
+        *checkpoint_dir.glob("summary/.*.tmp"),
+    ]:
+        leftover.unlink(missing_ok=True)  # half-written by a process that was killed
     for trial in study.get_trials(deepcopy=False):
         directory = trial_dir(checkpoint_dir, trial.number)
         if trial.state == TrialState.RUNNING:
@@ -337,7 +342,10 @@ def _settle(study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial) -> st
         "kill -9, power loss or out-of-memory kill of the search"
     )
     write_error_log(
-        directory, cause, epoch=epochs or None, advice="nothing: the search goes on with new draws"
+        directory,
+        cause,
+        epoch=epochs or None,
+        advice="nothing to do: the search goes on with new draws",
     )
     handle.set_user_attr("epochs", epochs)
     handle.set_user_attr("failure", cause)

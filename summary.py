@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from files import UserError, is_locked, one_line, write_json, write_text, write_whole
+from files import UserError, is_locked, one_line, read_json, write_json, write_text, write_whole
 
 DATABASE = "optuna_study.db"
 STUDY_NAME = "writer_identification"
@@ -165,11 +165,20 @@ def write_summary(checkpoint_dir: Path, rows: Sequence[Row]) -> None:
                 "value": best.value,
                 "metric": "validation macro top-1 accuracy",
                 "params": best.params,
+                "config": _config(trial_dir(checkpoint_dir, best.number)),
                 "seconds": best.seconds,
                 "directory": trial_dir(Path(), best.number).name,
                 "model": f"{trial_dir(Path(), best.number).name}/best_model.pth",
             },
         )
+
+
+def _config(directory: Path) -> Any:
+    """Give a trial's whole configuration, what was fixed included."""
+    try:
+        return read_json(directory / "config.json")["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -249,7 +258,9 @@ def shown_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def closing_lines(checkpoint_dir: Path, rows: Sequence[Row], n_trials: int) -> list[str]:
+def closing_lines(
+    checkpoint_dir: Path, rows: Sequence[Row], n_trials: int, exhausted: bool = False
+) -> list[str]:
     """Say how the search stands: counts, the best trial, where things are, what comes next."""
     states = Counter(row.state for row in rows)
     lines = [
@@ -271,7 +282,12 @@ def closing_lines(checkpoint_dir: Path, rows: Sequence[Row], n_trials: int) -> l
         for row in failed[-3:]
     ]
     missing = max(0, n_trials - states["COMPLETE"])
-    if missing:
+    if missing and exhausted:
+        lines.append(
+            f"{missing} of {n_trials} trials still missing, but the space has no other "
+            "configuration: widen it in a fresh --checkpoint_dir"
+        )
+    elif missing:
         lines.append(f"{missing} of {n_trials} trials still missing: the same command runs them.")
     else:
         lines.append("All trials are complete: the same command with a higher --n_trials extends.")

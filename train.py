@@ -130,7 +130,11 @@ def train(
         seconds = time.perf_counter() - started
         images = state.step * config.batch_size - images_before
         end_epoch(state, config, data, trial_dir, metrics, steps, seconds, images)
-        report(state.epoch, state.history[-1])
+        try:
+            report(state.epoch, state.history[-1])
+        except (Pruned, Stopped):
+            if not is_finished(state, config):  # nothing is saved by giving up what is done
+                raise
 
     return finish(state, config, data, trial_dir)
 

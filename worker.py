@@ -23,7 +23,7 @@ import torchvision
 from config import BACKBONES, BACKBONES_BY_TIER
 from files import UserError, one_line
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
-from processes import PRUNE, STOP, Job, MachineQuestion
+from processes import PRUNE, STOP, Job, MachineQuestion, Message
 from train import DivergedError, Metrics, Pruned, Stopped, train
 
 PROGRESS_SECONDS = 0.5  # a trial tells its progress at most so often
@@ -154,9 +154,11 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
     """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
-        connection.send(("machine", _describe_machine(question)))
+        answer: Message = ("machine", _describe_machine(question))
     except UserError as error:
-        connection.send(("mistake", {"cause": str(error)}))
+        answer = ("mistake", {"cause": str(error)})
+    with contextlib.suppress(OSError):  # nobody waits for it any more
+        connection.send(answer)
 
 
 def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
@@ -170,7 +172,9 @@ def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
         "tier": tier,
         "weights": weights,
         "weights_why": why,
-        "precision": {name: _faster_precision(name, tier) for name in backbones},
+        "precision": {
+            name: _faster_precision(name, tier) for name in (backbones if question.measure else ())
+        },
         "versions": {
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -203,7 +207,7 @@ def _visible_gpus(device: str) -> list[str]:
 
 def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
     """Decide between ImageNet weights and none, once per study; also say why."""
-    if question.weights in (None, "none"):
+    if question.weights == "none":
         return "none", ""
     backbones = question.backbones or BACKBONES_BY_TIER[tier, True]
     without = [name for name in backbones if not BACKBONES[name]]

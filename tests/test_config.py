@@ -16,7 +16,8 @@ from config import (
     BACKBONES,
     BACKBONES_BY_TIER,
     LIMITS,
-    OPENED_BY_SPACE,
+    LOSSES,
+    POOLINGS,
     Choice,
     Range,
     Rule,
@@ -57,6 +58,16 @@ OTHER: dict[str, Value] = {
     "margin": 0.15,
     "scale": 20.0,
     "mixup_alpha": 0.31,
+}
+OPENED_BY_SPACE: dict[str, Rule] = {
+    "backbone_lr_mult": Range(0.1, 1.0, log=True),
+    "sampler_alpha": Range(0.0, 1.0),
+    "loss": Choice(LOSSES),
+    "margin": Range(0.05, 0.4),
+    "scale": Range(16.0, 64.0, log=True),
+    "pooling": Choice(POOLINGS),
+    "crop_width": Choice((192, 256, 512, 768)),
+    "batch_size": Choice((16, 32, 64, 128)),
 }
 OPENED: dict[str, Any] = {
     name: {"choices": list(rule.choices)}

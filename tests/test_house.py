@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "hyperparameter_search": {
-        *("config", "data", "files", "processes", "recovery", "search", "signals", "study"),
-        *("summary", "synthetic"),
+        *("config", "data", "files", "processes", "progress", "recovery", "search", "signals"),
+        *("study", "summary", "synthetic"),
     },
     "search": {"config", "data", "files", "processes", "progress", "signals", "study", "summary"},
     "study": {"config", "files", "summary"},

@@ -279,15 +279,17 @@ def test_continued_trial_equals_an_unbroken_one_for_every_break(
     assert len(calls) > 2 * steps
     for stop_at in range(len(calls)):
         seen: list[float] = []
-        reported: list[int] = []
+        reported: dict[int, dict[str, Any]] = {}
 
         def check(progress: float, stop_at: int = stop_at, seen: list[float] = seen) -> None:
             if len(seen) == stop_at:
                 raise Stopped
             seen.append(progress)
 
-        def report(epoch: int, row: dict[str, Any], reported: list[int] = reported) -> None:
-            reported.append(epoch)
+        def report(
+            epoch: int, row: dict[str, Any], reported: dict[int, dict[str, Any]] = reported
+        ) -> None:
+            assert reported.setdefault(epoch, row) == row, "what is told again is the same"
 
         broken, continued = tmp_path / f"broken_{stop_at}", tmp_path / f"continued_{stop_at}"
         with pytest.raises(Stopped):
@@ -303,7 +305,7 @@ def test_continued_trial_equals_an_unbroken_one_for_every_break(
         assert metrics == whole
         assert_same_weights(continued / "final_model.pth", tmp_path / "whole" / "final_model.pth")
         assert_same_weights(continued / "best_model.pth", tmp_path / "whole" / "best_model.pth")
-        assert reported == [1, 2], "no epoch is reported twice"
+        assert list(reported) == [1, 2]
         batches = [progress for progress in seen if progress != int(progress)]
         assert len(batches) == len(set(batches)), "no batch is trained twice"
 
@@ -347,7 +349,7 @@ def test_checkpoint_of_another_configuration_or_data_is_refused(
 
     with pytest.raises(Stopped):
         train(config, data, tmp_path / "a", stop)
-    other = changed(config, learning_rate=0.001)
+    other = changed(config, learning_rate=0.004)
     with pytest.raises(CheckpointMismatchError, match="config_hash"):
         train(other, data, tmp_path / "b", continue_from=tmp_path / "a")
     elsewhere = dataclasses.replace(data, fingerprint="0" * 16)
