@@ -1,0 +1,163 @@
+"""What the benchmarks share: lines to work on, alternation of sides, tables, the JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from config import TrialConfig
+from data import LineSet, default_cache_dir, find_lines, load_lines
+from synthetic import make_lines
+
+
+def parser_for(documentation: str | None) -> argparse.ArgumentParser:
+    """Make a parser with the flags of every benchmark."""
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch"
+    )
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says which lines to measure on."""
+    parser.add_argument("--data_root", type=Path, help="line images (default: synthetic ones)")
+    parser.add_argument("--writers", type=int, default=8, help="of synthetic lines")
+    parser.add_argument("--pages", type=int, default=12, help="of each writer; a third validates")
+
+
+@contextmanager
+def line_images(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
+    """Give the data root and the cache directory; synthetic lines vanish afterwards."""
+    if args.data_root is not None:
+        yield args.data_root, default_cache_dir()
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory) / "lines"
+        held_out = max(1, args.pages // 3)
+        pages = {"train": max(1, args.pages - held_out), "val": held_out}
+        make_lines(root, num_writers=args.writers, pages_per_split=pages)
+        yield root, Path(directory) / "cache"
+
+
+def decoded(data_root: Path, cache_dir: Path, line_height: int) -> LineSet:
+    """Open all lines, decoded to a height."""
+    return load_lines(data_root, find_lines(data_root), line_height, cache_dir)
+
+
+def trial_config(device: str, backbone: str, **values: Any) -> TrialConfig:
+    """Give the default trial of a device's tier, in the precision that trials have there."""
+    from worker import _faster_precision
+
+    tier = "gpu" if device == "cuda" else "cpu"
+    if tier == "gpu":
+        values = {"line_height": 96, "crop_width": 512} | values
+    if "precision" not in values:
+        values["precision"] = _faster_precision(backbone, tier)
+    return TrialConfig(seed=0, epochs=1000, patience=1000, backbone=backbone, **values)
+
+
+def devices() -> list[str]:
+    """Name the devices to measure on."""
+    import torch
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def default_batch_sizes(device: str, wanted: Sequence[int]) -> Sequence[int]:
+    """Give the batch sizes that were asked for, or the default of the device's tier."""
+    return wanted or ([64] if device == "cuda" else [32])
+
+
+def seconds_of(work: Callable[[], object], device: str = "cpu") -> float:
+    """Time one call, with all that it started on the device."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Time each side once a round, after a round to warm up; every other round backwards.
+
+    What else the machine does then slows all sides alike.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        names = list(sides)[:: 1 if number % 2 else -1]
+        for name in names:
+            seconds = seconds_of(sides[name], device)
+            if number > 0:
+                measured[name].append(seconds)
+    return measured
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Give the median of the ratios of what was measured in the same round."""
+    return median(n / d for n, d in zip(numerators, denominators, strict=True))
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table, numbers to three digits or more, the first column to the left."""
+    cells = [list(header), *([shown(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    print(f"\n{title}")
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        print("  ".join([first, *rest]).rstrip(), flush=True)
+
+
+def shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def describe_machine() -> str:
+    """Say in one line what is measured on."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "numpy"))
+    cores = len(os.sched_getaffinity(0))
+    python = platform.python_version()
+    return f"{cores} cores of {(names or [processor])[0]}{gpu}; Python {python}, {packages}"
+
+
+def memory_mib(kind: str = "VmRSS") -> float:
+    """Give this process's resident memory: VmRSS, or its parts RssAnon and RssFile."""
+    with open("/proc/self/status") as file:
+        found = {line.partition(":")[0]: line.split()[1] for line in file if "kB" in line}
+    return int(found[kind]) / 1024
+
+
+def print_result(**keys: float | None) -> None:
+    """Print the JSON line that ends each benchmark."""
+    rounded = {key: None if value is None else round(value, 4) for key, value in keys.items()}
+    print(json.dumps(rounded), flush=True)
