@@ -119,12 +119,12 @@ class TrialConfig:
     patience: int  # epochs without a better validation value before the trial ends
     backbone: str
     pretrained: bool = False  # ImageNet weights
-    line_height: int = 48
-    crop_width: int = 192  # of a training crop and of a validation window
-    batch_size: int = 16
+    line_height: int = 64
+    crop_width: int = 256  # of a training crop and of a validation window
+    batch_size: int = 32
     precision: str = "float32"
     pooling: str = "avg"
-    learning_rate: float = 1e-3  # at the peak
+    learning_rate: float = 2e-3  # at the peak
     backbone_lr_mult: float = 1.0
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
@@ -249,6 +249,8 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
     return values
 
 
+# The cache has one height; precision is measured once per study, unless --fix names it.
+FIXED_ONLY = ("line_height", "precision")
 # Evidence for the ranges: see the README's section on the search space.
 OPENED_BY_SPACE: dict[str, Rule] = {
     "backbone_lr_mult": Range(0.1, 1.0, log=True),
@@ -271,7 +273,7 @@ def default_space(tier: str, pretrained: bool) -> Space:
     backbones = BACKBONES_BY_TIER[tier, pretrained]
     searched: dict[str, Rule] = {
         "backbone": Choice(backbones),
-        "learning_rate": Range(5e-5, 1e-3, log=True) if pretrained else Range(3e-4, 3e-3, log=True),
+        "learning_rate": Range(5e-5, 1e-3, log=True) if pretrained else Range(5e-4, 5e-3, log=True),
         "weight_decay": Range(1e-3, 0.3, log=True),
         "label_smoothing": Range(0.0, 0.2),
         "dropout": Range(0.0, 0.5),
@@ -331,8 +333,8 @@ def narrow(space: Space, fix: Mapping[str, Value], ranges: Mapping[str, Any]) ->
         fixed.pop(name, None)
         _open_conditions(name, searched, fixed)
     for name, value in fix.items():
-        if name not in _searchable() and name != "line_height":
-            raise UserError(f"--fix {name}: unknown hyperparameter; known: {_names('line_height')}")
+        if name not in _searchable() | set(FIXED_ONLY):
+            raise UserError(f"--fix {name}: unknown hyperparameter; known: {_names(*FIXED_ONLY)}")
         fixed[name] = _checked(f"--fix {name}", name, value)
         searched.pop(name, None)
     _settle_mixup(searched, fixed)
@@ -363,7 +365,7 @@ def _open_conditions(name: str, searched: dict[str, Rule], fixed: dict[str, Valu
 
 
 def _searchable() -> set[str]:
-    return (set(LIMITS) - {"precision", "line_height"}) | {"backbone", "mixup"}
+    return (set(LIMITS) - set(FIXED_ONLY)) | {"backbone", "mixup"}
 
 
 def _names(*more: str) -> str:

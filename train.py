@@ -22,8 +22,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -31,6 +29,7 @@ from batches import Lines, augment, epoch_order, gather, random_offsets, strip_o
 from config import TrialConfig
 from data import LineSet
 from files import write_json, write_text, write_whole
+from metrics import Metrics, compute_metrics
 from model import WriterModel, classification_loss, mix_images
 
 WARM_UP = 0.05  # share of all steps in which the learning rate rises
@@ -59,24 +58,6 @@ class CheckpointMismatchError(Exception):
 
 Report = Callable[[int, dict[str, Any]], None]
 Check = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What a model gets right on one split, as fractions.
-
-    macro_top1: mean over writers of the share of their lines whose first guess is right.
-    macro_top5: the same for the first five guesses; None with five writers or fewer.
-    micro_top1: share of all lines. page_macro_top1: pages instead of lines.
-    loss: mean cross-entropy of lines. per_writer: each writer's share, writers with lines only.
-    """
-
-    macro_top1: float
-    macro_top5: float | None
-    micro_top1: float
-    page_macro_top1: float
-    loss: float
-    per_writer: dict[str, float]
 
 
 # -------------------------------------------------------------------------------------- the story
@@ -319,63 +300,6 @@ def line_logits(
     return total / torch.bincount(line, minlength=len(lines))[:, None]
 
 
-def compute_metrics(
-    logits: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    pages: NDArray[np.int64],
-    writers: tuple[str, ...],
-) -> Metrics:
-    """Compute all metrics from logits (lines, writers), labels (lines,) and pages (lines,).
-
-    A line is right when its writer has the highest logit of *all* writers; ties go to the first.
-    """
-    counts = np.bincount(labels, minlength=len(writers))
-    measured = np.flatnonzero(counts)
-    right = logits.argmax(1) == labels
-    per_writer = _mean_by(right, labels, len(writers))[measured]
-    log_softmax = F.log_softmax(torch.from_numpy(logits), 1).numpy()
-    top5 = None
-    if len(writers) > 5:
-        true_logit = logits[np.arange(len(labels)), labels]
-        in_top5 = (logits > true_logit[:, None]).sum(1) < 5
-        top5 = float(_mean_by(in_top5, labels, len(writers))[measured].mean())
-    return Metrics(
-        macro_top1=float(per_writer.mean()),
-        macro_top5=top5,
-        micro_top1=float(right.mean()),
-        page_macro_top1=_page_macro_top1(log_softmax, labels, pages, len(writers)),
-        loss=float(-log_softmax[np.arange(len(labels)), labels].mean()),
-        per_writer={
-            writers[w]: float(share) for w, share in zip(measured, per_writer, strict=True)
-        },
-    )
-
-
-def _mean_by(
-    values: NDArray[Any], groups: NDArray[np.int64], num_groups: int
-) -> NDArray[np.float64]:
-    """Average values by group; 0 where a group is empty."""
-    sums = np.bincount(groups, weights=values, minlength=num_groups)
-    mean: NDArray[np.float64] = sums / np.bincount(groups, minlength=num_groups).clip(min=1)
-    return mean
-
-
-def _page_macro_top1(
-    log_softmax: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    pages: NDArray[np.int64],
-    num_writers: int,
-) -> float:
-    num_pages = int(pages.max()) + 1
-    page_scores = np.zeros((num_pages, num_writers))
-    np.add.at(page_scores, pages, log_softmax)  # the mean has the same argmax as the sum
-    page_labels = np.zeros(num_pages, np.int64)
-    page_labels[pages] = labels
-    right = page_scores.argmax(1) == page_labels
-    by_writer = _mean_by(right, page_labels, num_writers)
-    return float(by_writer[np.unique(page_labels)].mean())
-
-
 # ------------------------------------------------------------------------ optimiser, average, seed
 
 
@@ -460,7 +384,7 @@ def steps_per_epoch(config: TrialConfig, num_lines: int) -> int:
 
 def derived_seed(*words: int) -> int:
     """Derive an independent seed of 63 bits from whole numbers."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:

@@ -247,3 +247,15 @@ def test_full_disk_fails_the_trial_and_spares_the_rest(
     after = start("--epochs", "1", "--fix", "backbone=resnet_thin", directory="full")
     assert after.finish()[0] == 0
     assert states_of(tmp_path / "full") == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_reader_that_goes_away_does_not_end_the_search(
+    start: Callable[..., Command], tmp_path: Path
+) -> None:
+    """As in `... | head -3`: the output ends, the search does not."""
+    search = start("--epochs", "3")
+    assert search.process.stdout is not None
+    search.process.stdout.readline()
+    search.process.stdout.close()
+    assert search.process.wait(60) == 0
+    assert states_of(tmp_path / "c") == ["COMPLETE", "COMPLETE"]

@@ -343,7 +343,7 @@ def test_values_take_the_type_of_their_hyperparameter() -> None:
         ({"dropuot": 0.1}, "dropuot"),
         ({"seed": 1}, "seed"),
         ({"pretrained": True}, "pretrained"),
-        ({"precision": "float32"}, "precision"),
+        ({"precision": "float16"}, "float16"),
         ({"dropout": 0.99}, "0.99"),
         ({"dropout": math.nan}, "nan"),
         ({"dropout": True}, "True"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_search import Run, run
 
+from command_line import build_parser, parse_args
 from config import LIMITS, default_space, narrow
-from hyperparameter_search import build_parser, parse_args
 from train import load_model
 
 __all__ = ["run"]  # the fixture

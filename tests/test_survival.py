@@ -346,6 +346,33 @@ def test_hostile_records_do_no_harm(hostile: str, copied: Path) -> None:
     assert trials_of(copied)[0][1] == "FAIL"
 
 
+class Hostile:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_hostile_checkpoint_executes_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "signal_search"}))
+    assert run() == 143
+    put_back()
+    touched = tmp_path / "executed"
+    checkpoint = tmp_path / "c" / "trial_001" / "latest_checkpoint.pth"
+    torch.save({"model": Hostile(touched)}, checkpoint)
+    assert run("--continue_interrupted", "--timeout", "600") == 0
+    assert not touched.exists()
+    error_log = (tmp_path / "c" / "trial_002" / "error.log").read_text()
+    assert "cause:  UnpicklingError: Weights only load failed" in error_log
+    torch.load(checkpoint, weights_only=False)
+    assert touched.exists(), "the checkpoint was hostile indeed"
+
+
 def test_whole_database_is_left_as_it_is(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = snapshot(copied)
     assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
