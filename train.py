@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,7 +37,7 @@ CLIP_NORM = 1.0
 EMA_SHARE = 0.05  # the moving average looks back over this share of all steps
 CHECK_LOSS_STEPS = 20  # the loss is read from the device this often, to end a diverged trial
 EVALUATION_BATCH = 64
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 class Pruned(Exception):
@@ -215,7 +215,7 @@ def end_epoch(
     row = {
         "epoch": epoch,
         "train_loss": state.loss_sum.item() / steps,
-        **asdict(metrics),
+        **metrics.row(),
         "learning_rate": config.learning_rate * schedule(state.step - 1, config.epochs * steps),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1),
@@ -224,7 +224,7 @@ def end_epoch(
     state.epoch = epoch
     state.loss_sum.zero_()
     if state.best is None or metrics.macro_top1 > state.best["macro_top1"]:
-        state.best = row
+        state.best = {**row, "confusion": metrics.confusion}
         save_model(trial_dir / "best_model.pth", state.average, config, data, row)
     write_history(trial_dir, state.history)
     save(state, trial_dir, config, data)
@@ -408,7 +408,7 @@ class TrainingState:
     loss_sum: Tensor  # (), of the steps of the epoch under way
     step: int = 0  # steps done in all
     epoch: int = 0  # epochs done, validation included
-    best: dict[str, Any] | None = None  # the best epoch's row of the history
+    best: dict[str, Any] | None = None  # the best epoch's row of the history, and its confusion
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod

@@ -73,6 +73,10 @@ def test_metrics_by_hand() -> None:
     # Page 0 of a: log-softmax sums favour a (3 of the first line outweigh the second line).
     assert metrics.page_macro_top1 == pytest.approx((1 + 1 / 2) / 2)
     assert metrics.macro_top5 is None
+    assert metrics.confusion == {
+        "writers": ["a", "b", "c"],
+        "counts": [[1, 0, 1], [1, 2, 0], [0, 0, 0]],
+    }
 
 
 def test_top5_needs_more_than_five_writers_and_counts_them() -> None:
@@ -194,7 +198,7 @@ def test_epochs_and_patience_end_a_trial(
     values = iter([0.3, 0.5, 0.4, 0.5, 0.2, 0.9])
 
     def scripted(*_: Any, **__: Any) -> Metrics:
-        return Metrics(next(values), None, 0.0, 0.0, 1.0, {})
+        return Metrics(next(values), None, 0.0, 0.0, 1.0, {}, {})
 
     monkeypatch.setattr(train_module, "evaluate", scripted)
     epochs: list[int] = []
@@ -372,7 +376,13 @@ def test_files_of_a_finished_trial(data: LineSet, config: TrialConfig, tmp_path:
     assert {"train_loss", "macro_top1", "learning_rate", "seconds", "images_per_second"} <= set(
         history[0]
     )
+    confusion = written["best"].pop("confusion")
     assert written["best"] in history
+    assert not any("confusion" in row for row in history)
+    counts = np.array(confusion["counts"])
+    assert confusion["writers"] == list(data.writers)
+    assert counts.sum() == data.report["lines"]["val"]
+    assert (counts.diagonal() / counts.sum(1)).mean() == pytest.approx(metrics.macro_top1)
     assert written["final"] == history[-1]
     assert set(written["best"]["per_writer"]) == set(data.writers)
 
