@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from command_line import parse_args
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
+from devices import divide
 from files import DirectoryLock, UserError, one_line, refuse_if_in_use, write_json
 from progress import lasting_output
 from signals import Interrupted, StopSignals
@@ -193,8 +194,7 @@ def make_plan(
     """Divide the machine between the trials that run at once."""
     from search import Plan, provenance
 
-    gpus: list[str | None] = list(machine["gpus"]) or [None]
-    n_jobs = args.n_jobs or len(gpus)
+    slots = divide(machine["gpus"], args.n_jobs, 1)
     if machine["weights_why"]:
         print(
             f"warning: training from scratch, without ImageNet weights: {machine['weights_why']}",
@@ -208,8 +208,8 @@ def make_plan(
         space=space,
         settings=settings,
         n_trials=args.n_trials,
-        slots=tuple(gpus[job % len(gpus)] for job in range(n_jobs)),
-        threads=max(1, len(os.sched_getaffinity(0)) // n_jobs),
+        slots=slots,
+        threads=max(1, len(os.sched_getaffinity(0)) // len(slots)),
         sampler=args.sampler,
         seed=args.seed,
         timeout=args.timeout,
@@ -285,7 +285,7 @@ def describe_plan(plan: Plan) -> str:
     """Say on what the search runs, in one line."""
     lines = plan.data.report["lines"]
     counts = ", ".join(f"{lines[split]} {split}" for split in lines)
-    where = ", ".join(sorted({f"GPU {slot}" for slot in plan.slots if slot is not None}))
+    where = ", ".join(dict.fromkeys(f"GPU {gpu}" for slot in plan.slots for gpu in slot))
     return (
         f"{len(plan.data.writers)} writers | lines: {counts} | {plan.data.line_height} px | "
         f"{where or 'CPU'}, {len(plan.slots)} trial(s) at once, {plan.threads} thread(s) each | "
@@ -311,6 +311,9 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
             f"{one_line(search.common_cause())}; mend it, and the same command goes on",
             file=sys.stderr,
         )
+        return EXIT_FAILURES
+    if search.complete() < args.n_trials and (cause := search.no_device()):
+        print(f"error: {cause}; mend it, and the same command goes on", file=sys.stderr)
         return EXIT_FAILURES
     return (
         EXIT_OK if published or any(r.state == "COMPLETE" for r in rows) else EXIT_NOTHING_COMPLETE

@@ -2,8 +2,9 @@
 
 Children are forked from a fork server that has torch imported and no device touched, so that one
 starts in hundredths of a second and a broken one takes nothing with it. A pipe joins each to the
-search process. Up go `(kind, content)` messages: progress, report, done, pruned, stopped, failed.
-Down go the orders CONTINUE, PRUNE and STOP. This file imports no torch.
+search process. Up go `(kind, content)` messages: started, progress, report, done, pruned, stopped,
+failed, out_of_memory, device_failed. Down go the orders CONTINUE, PRUNE and STOP. This file imports
+no torch.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class MachineQuestion:
 class Job:
     """All that a trial's process needs.
 
-    gpu: one entry of CUDA_VISIBLE_DEVICES, or None.   micro_batch: images on the device at once.
+    gpus: entries of CUDA_VISIBLE_DEVICES; none: the CPU.   micro_batch: images on a device at once.
     continue_from: the trial directory whose checkpoint to go on from.
     """
 
@@ -50,7 +51,7 @@ class Job:
     data: LineSet
     trial_dir: Path
     threads: int
-    gpu: str | None = None
+    gpus: tuple[str, ...] = ()
     continue_from: Path | None = None
     micro_batch: int | None = None
 

@@ -27,6 +27,7 @@ from optuna.trial import Trial, TrialState
 
 from config import Space
 from data import LineSet
+from devices import STARTS_IN_A_ROW, Devices, Slot
 from files import UserError, one_line, write_json
 from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, exit_text
 from progress import Progress
@@ -68,8 +69,8 @@ class Plan:
     space: Space
     settings: dict[str, Any]
     n_trials: int
-    slots: tuple[str | None, ...]  # per trial at once: its entry of CUDA_VISIBLE_DEVICES, or None
-    threads: int
+    slots: tuple[Slot, ...]  # the GPUs of each trial that runs at once
+    threads: int  # of each trial
     sampler: str
     seed: int
     timeout: float | None
@@ -96,6 +97,7 @@ class RunningTrial:
     child: ChildProcess
     slot: int
     started: float
+    on_device: bool = False  # it has reached its GPU
     epoch: int = 0  # epochs done
     progress: float = 0.0  # epochs done, with a fraction
     best: float | None = None
@@ -118,6 +120,7 @@ class Search:
     plan: Plan
     stop: StopSignals
     running: dict[int, RunningTrial] = field(default_factory=dict)  # by slot
+    displaced: list[RunningTrial] = field(default_factory=list)  # their GPU failed: to be restarted
     failures: list[str] = field(default_factory=list)  # causes of the failures in a row
     gave_up: bool = False
     exhausted: bool = False
@@ -128,6 +131,7 @@ class Search:
     def __post_init__(self) -> None:
         plan = self.plan
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
+        self.devices = Devices(plan.slots)
         self.rows = read_rows(plan.checkpoint_dir / DATABASE)
         self.to_start = max(0, plan.n_trials - self.complete())
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
@@ -140,18 +144,21 @@ class Search:
                 while self.may_start():
                     self.start_next()
                 if not self.running:
-                    return
+                    break
                 self.wait_for_news()
+            self.give_up_displaced()
         finally:
             for trial in self.running.values():
                 trial.child.kill()
             self.progress.close()
 
     def may_start(self) -> bool:
+        if self.devices.free(self.running) is None or self.stop.name is not None:
+            return False
+        if self.displaced:
+            return True
         return (
             self.to_start > 0
-            and len(self.running) < len(self.plan.slots)
-            and self.stop.name is None
             and not self.gave_up
             and not self.exhausted
             and time.monotonic() < self.deadline
@@ -160,7 +167,10 @@ class Search:
     # -------------------------------------------------------------------------------------- start
 
     def start_next(self) -> None:
-        """Ask for the next trial and start its process."""
+        """Start a trial whose GPU had failed on another one, or ask for the next trial."""
+        if self.displaced:
+            self.restart(self.displaced.pop(0))
+            return
         try:
             trial = self.drawer.ask(self.study)
         except SpaceExhaustedError as error:
@@ -179,7 +189,7 @@ class Search:
     def launch(self, trial: Trial) -> RunningTrial:
         """Make the trial's directory and start its process."""
         plan = self.plan
-        slot = next(n for n in range(len(plan.slots)) if n not in self.running)
+        slot = self.free_slot()
         config = config_of(trial, plan.space, plan.settings, plan.seed)
         directory = trial_dir(plan.checkpoint_dir, trial.number)
         directory.mkdir()
@@ -189,6 +199,24 @@ class Search:
         self.write_config(trial, job)
         child = ChildProcess("worker:run_trial", job)
         return RunningTrial(trial, job, child, slot, time.monotonic())
+
+    def free_slot(self) -> int:
+        slot = self.devices.free(self.running)
+        assert slot is not None, "may_start has looked"
+        return slot
+
+    def restart(self, running: RunningTrial) -> None:
+        """Start a trial again on a free slot: its GPU had failed before it began."""
+        running.slot, running.started = self.free_slot(), time.monotonic()
+        running.job = replace(running.job, gpus=self.plan.slots[running.slot])
+        self.running[running.slot] = running
+        self.start_again(running)
+
+    def start_again(self, running: RunningTrial) -> None:
+        """Start a trial's process anew, as its job now says."""
+        self.write_config(running.trial, running.job)
+        running.child = ChildProcess("worker:run_trial", running.job)
+        running.on_device = False
 
     def write_config(self, trial: Trial, job: Job) -> None:
         """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
@@ -203,7 +231,7 @@ class Search:
                 "data_fingerprint": self.plan.data.fingerprint,
                 "user_attrs": trial.user_attrs,
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-                "device": job.gpu or "cpu",
+                "device": ",".join(job.gpus) or "cpu",
                 "threads": job.threads,
                 "micro_batch": job.micro_batch,
                 "settings": self.plan.settings,
@@ -265,11 +293,17 @@ class Search:
         message = running.child.receive()
         if message is None:
             code = running.child.end()
+            if running.job.gpus and not running.on_device and not running.stop_cause:
+                self.leave_device(running, running.job.gpus[0], exit_text(code))
+                return
             how = "killed when it did not stop in time" if running.killed else exit_text(code)
             self.end_failed(running, how, log=True)
             return
         kind, content = message
-        if kind == "progress":
+        if kind == "started":
+            running.on_device = True
+            self.devices.started(running.job.gpus)
+        elif kind == "progress":
             running.progress = content["progress"]
             self.progress.advance(running.number, running.progress)
         elif kind == "report":
@@ -277,6 +311,9 @@ class Search:
         elif kind == "out_of_memory" and running.stop_cause is None and smaller_batch(running.job):
             running.child.end()
             self.start_smaller(running)
+        elif kind == "device_failed" and running.stop_cause is None:
+            running.child.end()
+            self.leave_device(running, content["gpu"], content["cause"])
         else:
             running.child.end()
             if kind == "done":
@@ -297,12 +334,40 @@ class Search:
             continue_from=directory if has_saved else running.job.continue_from,
         )
         running.trial.set_user_attr("micro_batch", running.job.micro_batch)
-        self.write_config(running.trial, running.job)
-        running.child = ChildProcess("worker:run_trial", running.job)
+        self.start_again(running)
         self.progress.line(
             f"trial {running.number:3d} | out of memory: started again with "
             f"{running.job.micro_batch} images at once"
         )
+
+    def leave_device(self, running: RunningTrial, gpu: str, cause: str) -> None:
+        """Take a trial off a GPU that failed before the trial began: that is not its fault."""
+        del self.running[running.slot]
+        self.displaced.append(running)
+        self.progress.line(
+            f"trial {running.number:3d} | GPU {gpu} failed at the start: {one_line(cause)}"
+        )
+        if self.devices.failed(gpu, cause):
+            print(
+                f"warning: GPU {gpu} failed {STARTS_IN_A_ROW} times in a row and is set aside: "
+                f"{one_line(cause)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def give_up_displaced(self) -> None:
+        """Record the trials that no GPU is left for, or that a signal came before."""
+        for running in self.displaced:
+            cause = f"interrupted by {self.stop.name}" if self.stop.name else self.no_device()
+            self.record_failure(running.trial, str(cause), 0, 0.0, interrupted=True)
+        self.displaced.clear()
+
+    def no_device(self) -> str | None:
+        """Say why no device is left; None where one is."""
+        if self.devices.usable:
+            return None
+        causes = [f"GPU {gpu}: {one_line(why)}" for gpu, why in self.devices.set_aside.items()]
+        return "no device is left: " + "; ".join(causes)
 
     def receive_report(
         self, running: RunningTrial, epoch: int, metrics: dict[str, Any], again: bool
@@ -392,10 +457,17 @@ class Search:
         )
 
     def record_failure(
-        self, trial: Trial, cause: str, epoch: int, seconds: float, traceback: str = ""
+        self,
+        trial: Trial,
+        cause: str,
+        epoch: int,
+        seconds: float,
+        traceback: str = "",
+        interrupted: bool = False,
     ) -> None:
+        """Record a trial that failed by itself, or that was interrupted."""
         directory = trial_dir(self.plan.checkpoint_dir, trial.number)
-        interrupted = self.stop.name is not None
+        interrupted = interrupted or self.stop.name is not None
         trial.set_user_attr("failure", cause)
         if interrupted:
             trial.set_user_attr("interrupted", True)

@@ -21,6 +21,7 @@ import torch
 import torchvision
 
 from config import BACKBONES, BACKBONES_BY_TIER
+from devices import visible_entries
 from files import UserError, one_line
 from metrics import Metrics
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
@@ -95,10 +96,9 @@ def run_trial(connection: Connection, job: Job) -> None:
 
 
 def _train(job: Job, line: SearchLine) -> Metrics:
-    if job.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu  # read when torch first touches a device
     torch.set_num_threads(job.threads)
-    device = "cpu" if job.gpu is None else "cuda"
+    device = open_device(job)
+    line.send("started")
     return train(
         job.config,
         job.data,
@@ -111,6 +111,27 @@ def _train(job: Job, line: SearchLine) -> Metrics:
     )
 
 
+class DeviceError(Exception):
+    """A device that cannot be used: which, and why."""
+
+    def __init__(self, gpu: str, cause: str) -> None:
+        super().__init__(f"GPU {gpu}: {cause}")
+        self.gpu, self.cause = gpu, cause
+
+
+def open_device(job: Job) -> str:
+    """Make this process see its own device alone, and touch it. Raises DeviceError."""
+    if not job.gpus:
+        return "cpu"
+    (gpu,) = job.gpus
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when torch first touches a device
+    try:
+        torch.zeros(1, device="cuda").cpu()
+    except Exception as error:
+        raise DeviceError(gpu, one_line(f"{type(error).__name__}: {error}")) from error
+    return "cuda"
+
+
 def _outcome(error: BaseException) -> tuple[str, dict[str, Any]]:
     """Turn how a trial ended into a message: kind, cause in one line, traceback."""
     if isinstance(error, Pruned):
@@ -119,6 +140,8 @@ def _outcome(error: BaseException) -> tuple[str, dict[str, Any]]:
         return "stopped", {}
     text = "".join(traceback.format_exception(error))
     print(text, file=sys.stderr, flush=True)
+    if isinstance(error, DeviceError):
+        return "device_failed", {"gpu": error.gpu, "cause": error.cause, "traceback": text}
     if _is_out_of_memory(error):
         cause = f"out of memory: {one_line(error)}"
         return "out_of_memory", {"cause": cause, "traceback": text}
@@ -196,8 +219,7 @@ def _visible_gpus(device: str) -> list[str]:
                 "use --device cpu, or install torch for your CUDA driver"
             )
         return []
-    given = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
-    entries = given[:count] if given else [str(number) for number in range(count)]
+    entries = visible_entries(os.environ.get("CUDA_VISIBLE_DEVICES"), count)
     if ":" in device:
         number = int(device.partition(":")[2])
         if number >= count:

@@ -106,6 +106,22 @@ def always_out_of_memory(connection: Connection, job: Any) -> None:
     _with_training_replaced(connection, job, action)
 
 
+def on_fake_gpu(connection: Connection, job: Any) -> None:
+    """Train on the CPU in a GPU's place; one that is called broken or dying fails at the start."""
+    import worker
+
+    def open_device(job: Any) -> str:
+        for gpu in job.gpus:
+            if gpu.startswith("broken"):
+                raise worker.DeviceError(gpu, "RuntimeError: CUDA error: initialization error")
+            if gpu.startswith("dying"):
+                os.kill(os.getpid(), signal.SIGSEGV)
+        return "cpu"
+
+    worker.open_device = open_device
+    worker.run_trial(connection, job)
+
+
 def signal_search_late(connection: Connection, job: Any) -> None:
     """Send the search process SIGTERM in the second epoch."""
     _signal_at(connection, job, 5)

@@ -12,11 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "hyperparameter_search": {
-        *("command_line", "config", "data", "files", "processes", "progress", "recovery", "search"),
-        *("signals", "study", "summary", "synthetic"),
+        *("command_line", "config", "data", "devices", "files", "processes", "progress"),
+        *("recovery", "search", "signals", "study", "summary", "synthetic"),
     },
     "command_line": {"files"},
-    "search": {"config", "data", "files", "processes", "progress", "signals", "study", "summary"},
+    "search": {
+        *("config", "data", "devices", "files", "processes", "progress", "signals", "study"),
+        *("summary",),
+    },
+    "devices": {"files"},
     "study": {"config", "files", "summary"},
     "recovery": {"files", "study", "summary"},
     "summary": {"files"},
@@ -25,7 +29,7 @@ MAY_IMPORT = {
     "signals": set(),
     "processes": {"config", "data"},
     "fork_server_preload": {"worker"},
-    "worker": {"config", "files", "metrics", "model", "processes", "train"},
+    "worker": {"config", "devices", "files", "metrics", "model", "processes", "train"},
     "train": {"batches", "config", "data", "files", "metrics", "model"},
     "metrics": set(),
     "batches": {"data"},

@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from faults import faulty
 from optuna.trial import TrialState
 
@@ -170,11 +171,13 @@ def test_same_seed_gives_the_same_search_whatever_the_breaks(
 
 
 def test_two_trials_at_once_give_the_same_as_one(
-    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A trial's result does not depend on its neighbour; lines are not torn."""
+    """A trial's result does not depend on its neighbour, bit for bit; lines are not torn."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     assert run("--n_jobs", "2", "--sampler", "random", n_trials="4") == 0
     lines = capfd.readouterr().out.splitlines()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one thread each here too
     assert (
         run(
             "--n_jobs",
@@ -189,6 +192,14 @@ def test_two_trials_at_once_give_the_same_as_one(
     parallel = {json.dumps(t.params): t.value for t in open_study(tmp_path / "c").get_trials()}
     alone = {json.dumps(t.params): t.value for t in open_study(tmp_path / "one").get_trials()}
     assert parallel == alone
+    for number in range(4):
+        weights = [
+            torch.load(tmp_path / name / f"trial_{number:03d}/final_model.pth", weights_only=True)
+            for name in ("c", "one")
+        ]
+        assert weights[0]["config"] == weights[1]["config"]
+        pairs = zip(weights[0]["model"].values(), weights[1]["model"].values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
     trial_lines = [line for line in lines if line.startswith("trial ")]
     assert len(trial_lines) == 4 * 3
     assert all(re.match(r"trial +\d+ \| ", line) for line in trial_lines)
