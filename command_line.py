@@ -274,7 +274,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
-    args = parser.parse_args([_underscored(word) for word in argv])
+    args = parser.parse_args([underscored(word) for word in argv])
     if args.checkpoint_dir is None:
         raise UserError("--checkpoint_dir is missing: say where the search is to be kept")
     if args.demo:
@@ -289,7 +289,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")

@@ -43,6 +43,8 @@ BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
 MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
 EXIF_ORIENTATION = 0x0112
 CACHE_FORMAT = 1
+# What `decode_line` makes of an image: a model is used with what it was trained on.
+PREPROCESSING = {"version": CACHE_FORMAT, "ink_deviation": INK_DEVIATION}
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,11 @@ def _walk(
     for entry in entries:
         if _is_visible_dir(entry):
             yield from _walk(Path(entry.path), above | {identity})
+
+
+def find_images(directory: Path) -> list[Path]:
+    """Find the images in a directory and below it, in a fixed order. Raises OSError."""
+    return [Path(e.path) for _, entries in _walk(directory, frozenset()) for e in entries]
 
 
 def _identity(directory: Path) -> tuple[int, int]:

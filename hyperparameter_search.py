@@ -23,6 +23,7 @@ from data import default_cache_dir, describe_report, find_lines, load_lines
 from devices import divide
 from files import DirectoryLock, UserError, one_line, refuse_if_in_use, write_json
 from progress import lasting_output
+from provenance import provenance
 from signals import Interrupted, StopSignals
 from summary import (
     DATABASE,
@@ -192,7 +193,7 @@ def make_plan(
     settings: dict[str, Any],
 ) -> Plan:
     """Divide the machine between the trials that run at once."""
-    from search import Plan, provenance
+    from search import Plan
 
     slots = divide(machine["gpus"], args.n_jobs, 1)
     if machine["weights_why"]:

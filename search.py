@@ -7,17 +7,13 @@ and talk through pipes.
 from __future__ import annotations
 
 import math
-import platform
 import re
-import socket
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from importlib.metadata import version
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -549,32 +545,3 @@ def _end_of(log: Path, lines: int = 30) -> str:
     except OSError:
         return ""
     return "end of train.log:\n" + "\n".join(text.splitlines()[-lines:]) if text else ""
-
-
-def provenance(data_root: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """Say what ran where: for config.json."""
-    packages = ("optuna", "numpy", "pillow")
-    return {
-        "data_root": str(data_root),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": _git_commit(),
-        "host": socket.gethostname(),
-        "device_names": machine["device_names"],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-            **machine["versions"],
-        },
-    }
-
-
-def _git_commit() -> str | None:
-    """Name the program's commit, "-dirty" when files differ from it; None outside of a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

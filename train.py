@@ -6,6 +6,8 @@
     data = load_lines(Path("lines"), lines, 64, default_cache_dir())
     config = TrialConfig(seed=0, epochs=20, patience=10, backbone="resnet_thin")
     metrics = train(config, data, Path("my_trial"))
+
+Run as a program it predicts with a model, or repeats a trial: see train_command.py.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -27,8 +31,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from batches import Lines, augment, epoch_order, gather, random_offsets, strip_on, windows
 from config import TrialConfig
-from data import LineSet
-from files import write_json, write_text, write_whole
+from data import PREPROCESSING, LineSet
+from files import UserError, one_line, write_json, write_text, write_whole
 from metrics import Metrics, compute_metrics
 from model import WriterModel, classification_loss, mix_images
 
@@ -479,6 +483,7 @@ def save_model(
         "writers": list(data.writers),
         "epoch": row["epoch"],
         "metrics": row,
+        "preprocessing": PREPROCESSING,
         **_binding(config, data),
     }
     write_tensors(path, saved)
@@ -518,13 +523,55 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_model(path: Path) -> tuple[WriterModel, TrialConfig, tuple[str, ...]]:
-    """Load a saved model for use: the model, its configuration and its writers' names."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    config = TrialConfig.from_dict(saved["config"])
-    # Built without ImageNet weights: its own follow.
-    model = build_model(replace(config, pretrained=False), len(saved["writers"]))
-    model.load_state_dict(saved["model"])
-    return model.eval(), config, tuple(saved["writers"])
+    """Load a saved model for use: the model, its configuration and its writers' names.
+
+    Raises UserError, in one line, for whatever is not a model of this program.
+    """
+    saved = _load_saved_model(path)
+    try:
+        config = TrialConfig.from_dict(saved["config"])
+        writers = tuple(map(str, saved["writers"]))
+        if len(writers) < 2:
+            raise ValueError("it knows fewer than two writers")
+        # Built without ImageNet weights: its own follow.
+        model = build_model(replace(config, pretrained=False), len(writers))
+        model.load_state_dict(saved["model"])
+    except Exception as error:  # nearly anything, where a file holds nearly anything
+        raise UserError(f"{path} is not a model of this program: {one_line(error, 150)}") from None
+    return model.eval(), config, writers
+
+
+def _load_saved_model(path: Path) -> dict[str, Any]:
+    """Read a file of `save_model`. Raises UserError; runs nothing that the file holds."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on files that are not its own
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; give a best_model.pth or final_model.pth"
+        ) from None
+    except pickle.UnpicklingError:  # torch's own advice, to load it all the same, is a bad one
+        raise UserError(
+            f"{path} is not a model of this program: refused, it does not hold tensors and plain "
+            "values alone"
+        ) from None
+    except Exception as error:
+        cause = one_line(f"{type(error).__name__}: {error}", 150)
+        raise UserError(f"{path} is not a model of this program: {cause}") from None
+    if isinstance(saved, dict) and "optimizer" in saved:
+        raise UserError(
+            f"{path} is the checkpoint of a trial under way, not a model; "
+            "give a best_model.pth or final_model.pth"
+        )
+    if not isinstance(saved, dict) or not {"model", "config", "writers"} <= saved.keys():
+        raise UserError(f"{path} is not a model of this program: it has no writers' names")
+    if saved.get("preprocessing", PREPROCESSING) != PREPROCESSING:
+        raise UserError(
+            f"{path} was trained on lines that were prepared in another way "
+            f"({one_line(saved['preprocessing'], 100)}); use the version of the program it is from"
+        )
+    return saved
 
 
 def write_history(trial_dir: Path, history: list[dict[str, Any]]) -> None:
@@ -541,3 +588,11 @@ def _binding(config: TrialConfig, data: LineSet) -> dict[str, Any]:
         "data_fingerprint": data.fingerprint,
         "config": config.to_dict(),
     }
+
+
+if __name__ == "__main__":
+    import sys
+
+    from train_command import main
+
+    sys.exit(main())

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "hyperparameter_search": {
         *("command_line", "config", "data", "devices", "files", "processes", "progress"),
+        "provenance",
         *("recovery", "search", "signals", "study", "summary", "synthetic"),
     },
     "command_line": {"files"},
@@ -26,11 +27,15 @@ MAY_IMPORT = {
     "summary": {"files"},
     "plots": {"files", "study", "summary"},
     "progress": set(),
+    "provenance": set(),
     "signals": set(),
     "processes": {"config", "data"},
     "fork_server_preload": {"worker"},
     "worker": {"config", "devices", "files", "metrics", "model", "processes", "train"},
-    "train": {"batches", "config", "data", "files", "metrics", "model"},
+    # The last one only where train.py is run as a program.
+    "train": {"batches", "config", "data", "files", "metrics", "model", "train_command"},
+    "train_command": {"command_line", "files", "prediction", "progress", "signals", "train"},
+    "prediction": {"batches", "config", "data", "files", "model", "train"},
     "metrics": set(),
     "batches": {"data"},
     "data": {"files"},

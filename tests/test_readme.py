@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_search import Run, run
 
+import train_command
 from command_line import build_parser, parse_args
 from config import LIMITS, default_space, narrow
 from train import load_model
@@ -31,20 +34,27 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("optional arguments:", "options:")).strip()
 
 
-def test_help_is_the_program_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parser", [build_parser(), train_command.build_parser()])
+def test_help_is_the_program_s(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    (shown,) = (block for block in blocks("") if block.startswith("usage:"))
-    assert squeezed(shown) == squeezed(build_parser().format_help())
+    (shown,) = (block for block in blocks("") if block.startswith(f"usage: {parser.prog}"))
+    assert squeezed(shown) == squeezed(parser.format_help())
 
 
-def test_commands_are_understood() -> None:
+@pytest.mark.parametrize(
+    ("program", "parse", "at_least"),
+    [("hyperparameter_search.py", parse_args, 3), ("train.py", train_command.parse_args, 2)],
+)
+def test_commands_are_understood(
+    program: str, parse: Callable[[list[str]], object], at_least: int
+) -> None:
     text = README.replace("\\\n", " ")
-    commands = re.findall(r"python hyperparameter_search\.py ([^`|#\n]*)", text)
-    understood = 0
+    commands = re.findall(rf"python {re.escape(program)} ([^`|#\n]*)", text)
     for command in commands:
-        parse_args(shlex.split(command))
-        understood += 1
-    assert understood >= 3
+        parse(shlex.split(command))
+    assert len(commands) >= at_least
 
 
 def test_ranges_are_accepted() -> None:
