@@ -77,7 +77,8 @@ def train(
     device: str = "cpu",
     continue_from: Path | None = None,
     micro_batch: int | None = None,
-) -> Metrics:
+    last_epoch: int | None = None,
+) -> Metrics | None:
     """Train one configuration and return the best epoch's validation metrics.
 
     `report(epoch, metrics)` is called after each epoch, epochs counted from 1; `check(progress)`
@@ -85,7 +86,9 @@ def train(
     `latest_checkpoint.pth`. `continue_from` is a trial directory whose checkpoint to go on from:
     the epochs in it are reported again, none is trained again, and the result is what it would
     have been without the break. `micro_batch` bounds how many images
-    are on the device at once; gradients are accumulated to the same batch.
+    are on the device at once; gradients are accumulated to the same batch. `last_epoch` ends the
+    training early, on the learning rates of the whole. Without validation lines all epochs are
+    trained, no epoch is the best, and None is returned.
 
     Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
     metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
@@ -101,14 +104,16 @@ def train(
             report(row["epoch"], row)
     steps = steps_per_epoch(config, len(training))
 
-    while not is_finished(state, config):
+    while not is_finished(state, config, last_epoch):
         started = time.perf_counter()
         images_before = state.step * config.batch_size
         try:
             train_epoch(state, config, training, steps, check, micro_batch)
-            metrics = evaluate(
-                state.average, config, validation, data.writers, lambda: check(state.epoch + 1)
-            )
+            metrics = None
+            if len(validation):
+                metrics = evaluate(
+                    state.average, config, validation, data.writers, lambda: check(state.epoch + 1)
+                )
         except Stopped:
             save(state, trial_dir, config, data)
             raise
@@ -118,7 +123,9 @@ def train(
         try:
             report(state.epoch, state.history[-1])
         except (Pruned, Stopped):
-            if not is_finished(state, config):  # nothing is saved by giving up what is done
+            if not is_finished(
+                state, config, last_epoch
+            ):  # nothing is saved by giving up what is done
                 raise
 
     return finish(state, config, data, trial_dir)
@@ -209,7 +216,7 @@ def end_epoch(
     config: TrialConfig,
     data: LineSet,
     trial_dir: Path,
-    metrics: Metrics,
+    metrics: Metrics | None,
     steps: int,
     seconds: float,
     images: int,
@@ -219,7 +226,7 @@ def end_epoch(
     row = {
         "epoch": epoch,
         "train_loss": state.loss_sum.item() / steps,
-        **metrics.row(),
+        **(metrics.row() if metrics is not None else {}),
         "learning_rate": config.learning_rate * schedule(state.step - 1, config.epochs * steps),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1),
@@ -227,22 +234,25 @@ def end_epoch(
     state.history.append(row)
     state.epoch = epoch
     state.loss_sum.zero_()
-    if state.best is None or metrics.macro_top1 > state.best["macro_top1"]:
+    if metrics is not None and (
+        state.best is None or metrics.macro_top1 > state.best["macro_top1"]
+    ):
         state.best = {**row, "confusion": metrics.confusion}
         save_model(trial_dir / "best_model.pth", state.average, config, data, row)
     write_history(trial_dir, state.history)
     save(state, trial_dir, config, data)
 
 
-def finish(state: TrainingState, config: TrialConfig, data: LineSet, trial_dir: Path) -> Metrics:
+def finish(
+    state: TrainingState, config: TrialConfig, data: LineSet, trial_dir: Path
+) -> Metrics | None:
     """Write what a finished trial leaves; metrics.json last, since it says that all is there."""
-    assert state.best is not None, "a trial has one epoch or more"
     final = state.history[-1]
     save_model(trial_dir / "final_model.pth", state.average, config, data, final)
     write_json(
         trial_dir / "metrics.json",
         {
-            "value": state.best["macro_top1"],
+            "value": state.best["macro_top1"] if state.best is not None else None,
             "best": state.best,
             "final": final,
             "epochs": state.epoch,
@@ -251,13 +261,16 @@ def finish(state: TrainingState, config: TrialConfig, data: LineSet, trial_dir: 
         },
     )
     (trial_dir / "latest_checkpoint.pth").unlink(missing_ok=True)
+    if state.best is None:
+        return None
     return Metrics(**{name: state.best[name] for name in Metrics.__dataclass_fields__})
 
 
-def is_finished(state: TrainingState, config: TrialConfig) -> bool:
+def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | None = None) -> bool:
     """Tell whether all epochs are done, or `patience` of them without a better value."""
-    best_epoch = state.best["epoch"] if state.best else 0
-    return state.epoch >= config.epochs or state.epoch - best_epoch >= config.patience
+    if state.epoch >= min(config.epochs, last_epoch or config.epochs):
+        return True
+    return state.best is not None and state.epoch - state.best["epoch"] >= config.patience
 
 
 # ------------------------------------------------------------------------------------- evaluation

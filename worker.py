@@ -89,13 +89,15 @@ def run_trial(connection: Connection, job: Job) -> None:
     line = SearchLine(connection, log)
     with _output_to(log):
         try:
-            line.send("done", metrics=asdict(_train(job, line)))
+            metrics = _train(job, line)
+            assert metrics is not None, "a search has validation lines"
+            line.send("done", metrics=asdict(metrics))
         except BaseException as error:
             kind, content = _outcome(error)
             line.send(kind, **content)
 
 
-def _train(job: Job, line: SearchLine) -> Metrics:
+def _train(job: Job, line: SearchLine) -> Metrics | None:
     torch.set_num_threads(job.threads)
     device = open_device(job)
     line.send("started")

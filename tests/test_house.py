@@ -34,7 +34,11 @@ MAY_IMPORT = {
     "worker": {"config", "devices", "files", "metrics", "model", "processes", "train"},
     # The last one only where train.py is run as a program.
     "train": {"batches", "config", "data", "files", "metrics", "model", "train_command"},
-    "train_command": {"command_line", "files", "prediction", "progress", "signals", "train"},
+    "train_command": {
+        *("command_line", "data", "files", "prediction", "progress", "retraining", "signals"),
+        "train",
+    },
+    "retraining": {"config", "data", "files", "provenance", "signals", "summary", "train"},
     "prediction": {"batches", "config", "data", "files", "model", "train"},
     "metrics": set(),
     "batches": {"data"},

@@ -214,7 +214,7 @@ def test_file_that_is_no_model_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ([], "--predict is missing"),
+        ([], "give --predict, to use a model, or --config"),
         (["--predict", "x.png"], "--model is missing"),
         (["--predict", "x", "--model", "m", "--json", "--csv"], "not allowed with"),
         (["--predict", "x", "--model", "m", "--device", "tpu"], "'tpu' is not auto"),
