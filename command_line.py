@@ -253,6 +253,12 @@ def _add_afterwards_flags(group: Any) -> None:
         "--status", action="store_true", help="print the state of the search and exit; reads only"
     )
     group.add_argument(
+        "--evaluate_test",
+        action="store_true",
+        help="at the end measure the chosen model on the test lines, once, with 95 %% intervals; "
+        "never used for choosing",
+    )
+    group.add_argument(
         "--recover",
         action="store_true",
         help="rebuild a damaged or lost database from the trial directories, then go on",

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chosen import Chosen, chosen_model, publish
 from command_line import parse_args
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
@@ -29,7 +30,6 @@ from summary import (
     DATABASE,
     closing_lines,
     percent,
-    publish_best_model,
     read_rows,
     read_study,
     status_text,
@@ -143,6 +143,7 @@ def prepare(args: argparse.Namespace) -> Plan:
 
     Raises UserError.
     """
+    from evaluation import require_test_lines
     from study import make_sampler
 
     make_sampler(args.sampler, 0)  # it may need what is not installed
@@ -167,6 +168,8 @@ def prepare(args: argparse.Namespace) -> Plan:
         int(space.fixed["line_height"]),
         args.cache_dir or default_cache_dir(),
     )
+    if args.evaluate_test:
+        require_test_lines(data)
     settings = {
         "metric": "validation macro top-1 accuracy",
         "data": {
@@ -298,12 +301,12 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     """Bring the summary up to date, say how the search stands, and give the exit code."""
     rows = read_rows(args.checkpoint_dir / DATABASE)
     write_summary(args.checkpoint_dir, rows)
-    published = publish_best_model(args.checkpoint_dir, rows)
-    print(
-        "\n".join(
-            [RULE, *closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted), RULE]
-        )
-    )
+    chosen = chosen_model(args.checkpoint_dir, rows)
+    published = publish(args.checkpoint_dir, chosen)
+    lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
+    if args.evaluate_test and chosen and published and not (search.stop.name or search.gave_up):
+        lines += measured_on_test(search, chosen, published)
+    print("\n".join([RULE, *lines, RULE]))
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True)
     if search.gave_up:
@@ -319,6 +322,16 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     return (
         EXIT_OK if published or any(r.state == "COMPLETE" for r in rows) else EXIT_NOTHING_COMPLETE
     )
+
+
+def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:
+    """Measure the chosen model on the test lines, unless it has been; lines for people."""
+    from evaluation import evaluate_test
+    from processes import TestQuestion
+
+    plan = search.plan
+    question = TestQuestion(model_file, plan.data, plan.threads, plan.slots[0][:1])
+    return evaluate_test(plan.checkpoint_dir, chosen, question, search.stop)
 
 
 def recover_study(args: argparse.Namespace) -> None:

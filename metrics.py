@@ -53,14 +53,12 @@ def compute_metrics(
     log_softmax = F.log_softmax(torch.from_numpy(logits), 1).numpy()
     top5 = None
     if len(writers) > 5:
-        true_logit = logits[np.arange(len(labels)), labels]
-        in_top5 = (logits > true_logit[:, None]).sum(1) < 5
-        top5 = float(_mean_by(in_top5, labels, len(writers))[measured].mean())
+        top5 = float(_mean_by(in_top5(logits, labels), labels, len(writers))[measured].mean())
     return Metrics(
         macro_top1=float(per_writer.mean()),
         macro_top5=top5,
         micro_top1=float(right.mean()),
-        page_macro_top1=_page_macro_top1(log_softmax, labels, pages, len(writers)),
+        page_macro_top1=_page_macro_top1(log_softmax, labels, pages),
         loss=float(-log_softmax[np.arange(len(labels)), labels].mean()),
         per_writer={
             writers[w]: float(share) for w, share in zip(measured, per_writer, strict=True)
@@ -87,17 +85,31 @@ def _mean_by(
     return mean
 
 
-def _page_macro_top1(
-    log_softmax: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    pages: NDArray[np.int64],
-    num_writers: int,
-) -> float:
+def in_top5(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Tell of each line whether its writer is among the first five guesses: (lines,)."""
+    true_logit = logits[np.arange(len(labels)), labels]
+    found: NDArray[np.bool_] = (logits > true_logit[:, None]).sum(1) < 5
+    return found
+
+
+def pages_right(
+    log_softmax: NDArray[np.float64], labels: NDArray[np.int64], pages: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Give each page's writer, and whether its lines' mean log-softmax guesses him: (pages,).
+
+    log_softmax (lines, writers), labels (lines,), pages (lines,) numbered from 0 without gaps.
+    """
     num_pages = int(pages.max()) + 1
-    page_scores = np.zeros((num_pages, num_writers))
+    page_scores = np.zeros((num_pages, log_softmax.shape[1]))
     np.add.at(page_scores, pages, log_softmax)  # the mean has the same argmax as the sum
     page_labels = np.zeros(num_pages, np.int64)
     page_labels[pages] = labels
-    right = page_scores.argmax(1) == page_labels
-    by_writer = _mean_by(right, page_labels, num_writers)
+    return page_labels, page_scores.argmax(1) == page_labels
+
+
+def _page_macro_top1(
+    log_softmax: NDArray[np.float64], labels: NDArray[np.int64], pages: NDArray[np.int64]
+) -> float:
+    page_labels, right = pages_right(log_softmax, labels, pages)
+    by_writer = _mean_by(right, page_labels, log_softmax.shape[1])
     return float(by_writer[np.unique(page_labels)].mean())

@@ -56,6 +56,16 @@ class Job:
     micro_batch: int | None = None
 
 
+@dataclass(frozen=True)
+class TestQuestion:
+    """What is to be measured on the test lines; see `worker.measure_on_test`."""
+
+    model_file: Path
+    data: LineSet
+    threads: int
+    gpus: tuple[str, ...]  # one or none
+
+
 class ChildProcess:
     """The search process's end of one child: a trial, or a question about the machine.
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from files import UserError, is_locked, one_line, read_json, write_json, write_text, write_whole
+from files import UserError, is_locked, one_line, read_json, write_json, write_text
 
 DATABASE = "optuna_study.db"
 STUDY_NAME = "writer_identification"
@@ -200,20 +200,6 @@ def _csv(rows: Sequence[Row]) -> str:
             ]
         )
     return text.getvalue()
-
-
-def publish_best_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Path | None:
-    """Copy the best trial's model to summary/best_model.pth; None when there is none."""
-    best = best_row(rows)
-    if best is None:
-        return None
-    source = trial_dir(checkpoint_dir, best.number) / "best_model.pth"
-    target = checkpoint_dir / "summary" / "best_model.pth"
-    if not source.exists():
-        return None
-    with open(source, "rb") as model:
-        write_whole(target, lambda file: shutil.copyfileobj(model, file))
-    return target
 
 
 def remove_weights(

@@ -1,4 +1,4 @@
-"""What a child process does: run one trial, or find out what the machine can do."""
+"""What a child process does: run a trial, measure a model, or find out what the machine can do."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 
+from batches import Lines, strip_on
+from bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
 from config import BACKBONES, BACKBONES_BY_TIER
 from devices import visible_entries
 from files import UserError, one_line
-from metrics import Metrics
+from metrics import Metrics, compute_metrics
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
-from processes import PRUNE, STOP, Job, MachineQuestion, Message
-from train import DivergedError, Pruned, Stopped, train
+from processes import PRUNE, STOP, Job, MachineQuestion, Message, TestQuestion
+from train import DivergedError, Pruned, Stopped, line_logits, load_model, train
 
+TEST_METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1", "loss")
 PROGRESS_SECONDS = 0.5  # a trial tells its progress at most so often
 
 # ----------------------------------------------------------------------------------------- trials
@@ -121,7 +125,7 @@ class DeviceError(Exception):
         self.gpu, self.cause = gpu, cause
 
 
-def open_device(job: Job) -> str:
+def open_device(job: Job | TestQuestion) -> str:
     """Make this process see its own device alone, and touch it. Raises DeviceError."""
     if not job.gpus:
         return "cpu"
@@ -171,6 +175,64 @@ def _output_to(path: Path) -> Iterator[None]:
     yield
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+# ------------------------------------------------------------------------------------------- test
+
+
+def measure_on_test(connection: Connection, question: TestQuestion) -> None:
+    """Send ("measured", metrics with intervals) or ("failed", …) of a model on the test lines."""
+
+    def check() -> None:
+        if connection.poll():  # the search sends nothing: it is gone
+            os._exit(1)
+
+    try:
+        answer: Message = ("measured", _measure(question, check))
+    except Exception as error:  # told in a line: the search's results stand without it
+        answer = ("failed", {"cause": one_line(f"{type(error).__name__}: {error}")})
+    with contextlib.suppress(OSError):
+        connection.send(answer)
+
+
+def _measure(question: TestQuestion, check: Callable[[], None]) -> dict[str, Any]:
+    torch.set_num_threads(question.threads)
+    device = torch.device(open_device(question))
+    model, config, writers = load_model(question.model_file)
+    lines = Lines.of(question.data, "test", strip_on(question.data, device))
+    with torch.inference_mode():
+        output = line_logits(model.to(device), config, lines, len(writers), check)
+    logits = output.double().cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise DivergedError("the model's output on the test lines is not finite")
+    labels, numbers = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
+    metrics, pages = (
+        compute_metrics(logits, labels, numbers, writers),
+        count_pages(logits, labels, numbers),
+    )
+    return {
+        **{name: getattr(metrics, name) for name in TEST_METRICS},
+        "intervals": intervals(pages),
+        "interval_method": INTERVAL_METHOD,
+        "lines": len(labels),
+        "pages": len(pages.labels),
+        "writers_with_one_page": int((np.bincount(pages.labels) == 1).sum()),
+        "writers_without_test_lines": sorted(set(writers) - set(metrics.per_writer)),
+        "per_writer": {
+            name: _of_writer(pages, writers.index(name), share)
+            for name, share in metrics.per_writer.items()
+        },
+    }
+
+
+def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
+    own = pages.labels == label
+    return {
+        "top1": share,
+        "lines": int(pages.lines[own].sum()),
+        "pages": int(own.sum()),
+        "page_top1": float(pages.page_right[own].mean()),
+    }
 
 
 # ---------------------------------------------------------------------------------------- machine

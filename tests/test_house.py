@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "hyperparameter_search": {
+        *("chosen", "evaluation", "provenance"),
         *("command_line", "config", "data", "devices", "files", "processes", "progress"),
-        "provenance",
         *("recovery", "search", "signals", "study", "summary", "synthetic"),
     },
     "command_line": {"files"},
@@ -31,7 +31,13 @@ MAY_IMPORT = {
     "signals": set(),
     "processes": {"config", "data"},
     "fork_server_preload": {"worker"},
-    "worker": {"config", "devices", "files", "metrics", "model", "processes", "train"},
+    "worker": {
+        *("batches", "bootstrap", "config", "devices", "files", "metrics", "model", "processes"),
+        "train",
+    },
+    "bootstrap": {"metrics"},
+    "chosen": {"files", "summary"},
+    "evaluation": {"chosen", "data", "files", "processes", "signals", "summary"},
     # The last one only where train.py is run as a program.
     "train": {"batches", "config", "data", "files", "metrics", "model", "train_command"},
     "train_command": {

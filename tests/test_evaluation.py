@@ -1,0 +1,167 @@
+"""The test split: intervals by hand, measured once, told apart from what was chosen by."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_search import Run, run
+
+import evaluation
+from batches import Lines, strip_on
+from bootstrap import Pages, count_pages, intervals, resample
+from data import LineSet
+from train import evaluate, load_model
+
+__all__ = ["run"]  # the fixture
+
+
+def counted(*pages: tuple[int, int, int, int]) -> Pages:
+    """Build pages from (writer, lines, right lines, whether the page is right)."""
+    labels, lines, right, page_right = np.array(pages).T
+    return Pages(labels, lines, right, None, page_right)
+
+
+def test_resamples_by_hand() -> None:
+    """Writer 0 has a page with 1 of 1 line right and one with 0 of 3; writer 1 a page, 1 of 2.
+
+    Writer 0's pages are drawn (2, 0), (1, 1), (0, 2) times with chances 1/4, 1/2, 1/4.
+    """
+    pages = counted((0, 1, 1, 1), (0, 3, 0, 0), (1, 2, 1, 1))
+    found = resample(pages, 20_000)
+    assert set(found) == {"macro_top1", "micro_top1", "page_macro_top1"}
+    expected = {  # metric → value of each of the three draws
+        "macro_top1": [(1 + 1 / 2) / 2, (1 / 4 + 1 / 2) / 2, (0 + 1 / 2) / 2],
+        "micro_top1": [3 / 4, 2 / 6, 1 / 8],
+        "page_macro_top1": [(1 + 1) / 2, (1 / 2 + 1) / 2, (0 + 1) / 2],
+    }
+    for name, values in expected.items():
+        shares = [np.isclose(found[name], value).mean() for value in values]
+        # Four standard errors of a share of 20,000.
+        assert shares == pytest.approx([1 / 4, 1 / 2, 1 / 4], abs=4 * 0.5 / 20_000**0.5), name
+
+
+def test_interval_is_the_middle_95_percent_and_repeats() -> None:
+    """With the three draws above each end is the extreme one: its chance is above 2.5 %."""
+    pages = counted((0, 1, 1, 1), (0, 3, 0, 0), (1, 2, 1, 1))
+    found = intervals(pages)
+    assert found["macro_top1"] == pytest.approx([1 / 4, 3 / 4])
+    assert found["micro_top1"] == pytest.approx([1 / 8, 3 / 4])
+    assert found["page_macro_top1"] == pytest.approx([1 / 2, 1])
+    assert found["macro_top5"] is None
+    assert intervals(pages) == found
+
+
+def test_lines_of_a_page_stand_or_fall_together() -> None:
+    """100 lines on 4 pages, of which one is all wrong: as uncertain as 4 draws, not as 100."""
+    pages = counted(*[(w, 25, 25 * (p > 0), 1) for w in (0, 1) for p in range(4)])
+    low, high = intervals(pages)["macro_top1"] or (0.0, 0.0)
+    deviation = (0.75 * 0.25 / 4 / 2) ** 0.5  # of the mean of two writers with 4 pages each
+    assert high - low == pytest.approx(2 * 1.96 * deviation, abs=0.13)  # pages come in eighths
+    assert high - low > 0.4, "of 100 independent lines each it would be 0.12"
+
+
+def test_pages_are_counted_and_averaged() -> None:
+    """Page 0: two lines err by little and one is right by far. Its mean is right."""
+    logits = np.array([[1.0, 1.5], [1.0, 1.5], [6.0, 0.0], [0.0, 1.0]])
+    pages = count_pages(logits, np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1]))
+    assert pages.lines.tolist() == [3, 1]
+    assert pages.right.tolist() == [1, 1]
+    assert pages.page_right.tolist() == [1, 1]
+    assert pages.labels.tolist() == [0, 1]
+    six = np.tile(np.arange(6.0), (2, 1))  # the first five guesses are 5, 4, 3, 2, 1
+    pages = count_pages(six, np.array([0, 1]), np.array([0, 1]))
+    assert pages.top5 is not None
+    assert pages.top5.tolist() == [0, 1]
+    assert intervals(pages)["macro_top5"] == [0.5, 0.5], "one page a writer cannot vary"
+
+
+def read(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "summary" / "test_metrics.json").read_text())
+    return found
+
+
+def test_chosen_model_is_measured_once(
+    run: Run,
+    data: LineSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    directory = tmp_path / "c"
+    assert run(n_trials="1") == 0
+    assert not (directory / "summary" / "test_metrics.json").exists()
+    assert run("--evaluate_test", n_trials="1") == 0
+    printed, problems = capfd.readouterr()
+    assert problems == ""
+    found = read(directory)
+    model, config, writers = load_model(directory / "summary" / "best_model.pth")
+    lines = Lines.of(data, "test", strip_on(data, torch.device("cpu")))
+    expected = evaluate(model, config, lines, writers)
+    for name in ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1", "loss"):
+        assert found[name] == pytest.approx(getattr(expected, name)), name
+    assert {w: of["top1"] for w, of in found["per_writer"].items()} == expected.per_writer
+    assert (found["trial"], found["directory"]) == (0, "trial_000")
+    assert (found["config_hash"], found["data_fingerprint"]) == (config.hash(), data.fingerprint)
+    assert (found["lines"], found["pages"], found["writers_with_one_page"]) == (12, 4, 4)
+    assert found["earlier"] == []
+    low, high = found["intervals"]["macro_top1"]
+    assert low <= found["macro_top1"] <= high
+    assert "never used for choosing" in printed
+    assert f"macro top-1 {100 * expected.macro_top1:.2f}% [" in printed
+    assert "4 writer(s) have one test page" in printed
+
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "ChildProcess", forbidden)
+        assert run("--evaluate_test", n_trials="1") == 0
+    assert "macro top-1 " in capfd.readouterr().out
+    assert read(directory) == found
+
+
+def test_another_choice_is_measured_and_the_earlier_one_remembered(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "c"
+    assert run("--evaluate_test", n_trials="1") == 0
+    first = read(directory)
+    # As if the search had gone on and another trial had been better.
+    first["trial"] = 7
+    (directory / "summary" / "test_metrics.json").write_text(json.dumps(first))
+    capfd.readouterr()
+    assert run("--evaluate_test", n_trials="1") == 0
+    again = read(directory)
+    assert again["trial"] == 0
+    assert [(e["trial"], e["macro_top1"]) for e in again["earlier"]] == [(7, first["macro_top1"])]
+    assert "had been looked at 1 time(s) before" in capfd.readouterr().out
+
+
+def test_failure_to_measure_spares_the_search(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = evaluation.ChildProcess
+    monkeypatch.setattr(
+        evaluation, "ChildProcess", lambda _, question: real("faults:exit_silently", question)
+    )
+    assert run("--evaluate_test", n_trials="1") == 0
+    assert "could not be evaluated: ended with exit code 7" in capfd.readouterr().out
+    assert not (tmp_path / "c" / "summary" / "test_metrics.json").exists()
+
+
+def test_no_test_lines_is_told_before_the_search(
+    run: Run, lines_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(lines_root, tmp_path / "lines", ignore=shutil.ignore_patterns("test"))
+    assert run("--evaluate_test", data_root=str(tmp_path / "lines")) == 2
+    printed, problems = capfd.readouterr()
+    assert printed == ""
+    assert problems.startswith("error: --evaluate_test: there are no test lines")
+    assert problems.count("\n") == 1
+    assert not (tmp_path / "c").exists()
