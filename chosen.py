@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from files import read_json, write_whole
-from summary import Row, best_row, trial_dir
+from summary import Row, best_row, home_of, trial_dir
 
 CONFIRM = "confirm"
 
@@ -49,7 +49,10 @@ def chosen_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Chosen | None:
         winner = confirmation["winner"]
         return Chosen(winner["trial"], checkpoint_dir / winner["directory"])
     best = best_row(rows)
-    return None if best is None else Chosen(best.number, trial_dir(checkpoint_dir, best.number))
+    if best is None:
+        return None
+    home = home_of(best.attributes, checkpoint_dir)
+    return Chosen(best.number, trial_dir(home, best.number))
 
 
 def publish(checkpoint_dir: Path, chosen: Chosen | None) -> Path | None:

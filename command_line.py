@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from files import UserError
+from summary import STUDY_NAME
 
 EPILOG = """\
 examples:
@@ -234,6 +235,18 @@ def _add_training_flags(group: Any) -> None:
 
 def _add_machine_flags(group: Any) -> None:
     group.add_argument(
+        "--storage",
+        metavar="URL",
+        help="share the study with searches on other machines: postgresql+psycopg://user@host/db, "
+        "mysql+pymysql://user@host/db, or grpc://host:port, Optuna's proxy "
+        "(default: SQLite in --checkpoint_dir, for one search)",
+    )
+    group.add_argument(
+        "--study_name",
+        metavar="NAME",
+        help=f"which study of that storage (default: {STUDY_NAME})",
+    )
+    group.add_argument(
         "--device",
         type=device_name,
         default="auto",
@@ -281,8 +294,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     args = parser.parse_args([underscored(word) for word in argv])
-    if args.checkpoint_dir is None:
+    if args.checkpoint_dir is None and not (args.status and args.storage):
         raise UserError("--checkpoint_dir is missing: say where the search is to be kept")
+    if args.study_name is not None and args.storage is None:
+        raise UserError("--study_name is of a study in a --storage: give that too")
+    args.study_name = args.study_name or STUDY_NAME
     if args.demo:
         if args.data_root is not None:
             raise UserError("--demo makes its own lines: leave out --data_root")

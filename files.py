@@ -26,7 +26,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     A reader sees the old file or the new one, also after a power cut: the contents reach the disk
     before the name does, and the name before this returns.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Several hosts may write to one directory, and have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -114,6 +115,56 @@ class DirectoryLock:
             os.close(self._descriptor)
 
 
+class SharedLock:
+    """A place among several searches in one directory, held while the `with` block runs.
+
+    Each has a lock file of its own, by which others on the same host see at once that it is dead;
+    `path` is None where the file system has no locks. Together they keep out a search that wants
+    the directory for itself, and are kept out by it. Raises UserError for the latter.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._common = directory / "search.lock"
+        name = f"search-{socket.gethostname()}-{os.getpid()}-{os.urandom(3).hex()}.lock"
+        self.path: Path | None = directory / name
+        self._descriptors: list[int] = []
+
+    def __enter__(self) -> SharedLock:
+        assert self.path is not None
+        common = os.open(self._common, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptors.append(common)
+        if not _try_lock(common, fcntl.LOCK_SH):
+            os.close(self._descriptors.pop())
+            raise _in_use(self._common)
+        os.pwrite(common, b"searches with --storage\n", 0)
+        own = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptors.append(own)
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.path = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+def holder_is_dead(lock: Path) -> bool:
+    """Tell whether the process that made a lock file on this host has ended; changes nothing."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except OSError:
+        return False  # another host's, or another container's: nobody can tell
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def refuse_if_in_use(directory: Path) -> None:
     """Raise UserError when another process holds the directory's lock; changes nothing."""
     if is_locked(directory):
@@ -128,12 +179,12 @@ def _in_use(path: Path) -> UserError:
     )
 
 
-def _try_lock(descriptor: int, seconds: float = 0.5) -> bool:
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX, seconds: float = 0.5) -> bool:
     """Try for a moment: `is_locked` of another process may hold the lock for microseconds."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() > deadline:

@@ -12,6 +12,7 @@ import os
 import shlex
 import sqlite3
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,13 @@ from command_line import parse_args
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
 from devices import divide
-from files import DirectoryLock, UserError, one_line, refuse_if_in_use, write_json
+from files import DirectoryLock, SharedLock, UserError, one_line, refuse_if_in_use, write_json
 from progress import lasting_output
 from provenance import provenance
 from signals import Interrupted, StopSignals
 from summary import (
     DATABASE,
+    Row,
     closing_lines,
     percent,
     read_rows,
@@ -37,7 +39,7 @@ from summary import (
 )
 
 if TYPE_CHECKING:
-    import optuna
+    from optuna.storages import BaseStorage
 
     from data import LineSet
     from search import Plan, Search
@@ -63,9 +65,15 @@ def check_checkpoint_dir(directory: Path) -> None:
     refuse_if_in_use(directory)
 
 
-def recorded_settings(directory: Path) -> dict[str, Any] | None:
+def recorded_settings(
+    args: argparse.Namespace, storage: BaseStorage | None
+) -> dict[str, Any] | None:
     """Read the settings of the study that is to be gone on with; None for a new one."""
-    database = directory / DATABASE
+    if storage is not None:
+        from storage import settings_of
+
+        return settings_of(storage, args.study_name)
+    database = args.checkpoint_dir / DATABASE
     if not database.exists():
         return None
     try:
@@ -138,7 +146,7 @@ def ask_machine(
     return answer
 
 
-def prepare(args: argparse.Namespace) -> Plan:
+def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Plan:
     """Check everything and decode the lines; nothing is written to the checkpoint directory.
 
     Raises UserError.
@@ -156,7 +164,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         make_lines(args.data_root)
     wanted = None if args.use_all_writers else args.num_writers_subset
     lines = find_lines(args.data_root, wanted, args.seed)
-    recorded = recorded_settings(args.checkpoint_dir)
+    recorded = recorded_settings(args, storage)
     machine = ask_machine(args, recorded, fix, ranges)
     decided = recorded or machine
     if recorded is not None and args.weights not in ("auto", recorded["weights"]):
@@ -220,15 +228,16 @@ def make_plan(
         trial_timeout=args.trial_timeout,
         max_consecutive_failed_trials=args.max_consecutive_failed_trials,
         kept_models=args.keep_checkpoints,
-        provenance=provenance(args.data_root, machine),
+        provenance={**provenance(args.data_root, machine), "command": public_command(args)},
     )
 
 
 # ---------------------------------------------------------------------------------------- the study
 
 
-def open_search(args: argparse.Namespace, plan: Plan) -> optuna.Study:
+def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Search:
     """Open or create the study, settle what a dead search left, print the banner."""
+    from search import Search
     from study import (
         continue_interrupted,
         make_pruner,
@@ -245,19 +254,56 @@ def open_search(args: argparse.Namespace, plan: Plan) -> optuna.Study:
     settled = settle_unfinished(study, args.checkpoint_dir)
     if args.continue_interrupted:
         settled += continue_interrupted(study)
+    database = args.checkpoint_dir / DATABASE
+    rows = None if is_new else read_rows(database)
+    announce(args, plan, banner(args, str(database), rows), settled)
+    return Search(study, plan, stop)
+
+
+def open_shared_search(
+    args: argparse.Namespace,
+    plan: Plan,
+    stop: StopSignals,
+    storage: BaseStorage,
+    lock: SharedLock,
+    is_new: bool,
+) -> Search:
+    """Take part in a study in a shared storage; print the banner."""
+    from fleet import Fleet
+    from shared_search import SharedSearch, bury_dead, open_shared
+    from storage import shown_url
+    from study import Drawer, make_pruner
+
+    pruner = make_pruner(args.pruner, args.epochs)
+    study = open_shared(storage, args.study_name, args.checkpoint_dir, plan.settings, pruner)
+    where = str(args.checkpoint_dir.absolute())
+    study.set_user_attr("run", {"n_trials": args.n_trials, "checkpoint_dir": where})
+    # A number of its own in the seeds of each search: they draw differently from the same trials.
+    drawer = Drawer(plan.space, plan.sampler, plan.seed, salt=[int.from_bytes(os.urandom(4))])
+    fleet = Fleet(
+        study, drawer, args.n_trials, args.checkpoint_dir, lock, args.continue_interrupted
+    )
+    settled = bury_dead(fleet, fleet.trials())
+    search = SharedSearch(study, plan, stop, fleet=fleet)
+    shown = f"{shown_url(args.storage)}, study {args.study_name}"
+    announce(args, plan, banner(args, shown, None if is_new else search.rows), settled)
+    return search
+
+
+def announce(
+    args: argparse.Namespace, plan: Plan, banner_lines: list[str], settled: list[str]
+) -> None:
     (args.checkpoint_dir / "summary").mkdir(exist_ok=True)
     write_json(args.checkpoint_dir / "summary" / "data_report.json", plan.data.report)
-    print("\n".join(banner(args, is_new)), flush=True)
+    print("\n".join(banner_lines), flush=True)
     for line in settled:
         print(line, flush=True)
     print(describe_plan(plan), flush=True)
-    return study
 
 
-def banner(args: argparse.Namespace, is_new: bool) -> list[str]:
-    """Say what is about to start."""
-    database = args.checkpoint_dir / DATABASE
-    if is_new:
+def banner(args: argparse.Namespace, database: str, rows: Sequence[Row] | None) -> list[str]:
+    """Say what is about to start; rows: None for a new study."""
+    if rows is None:
         return [
             RULE,
             "STARTING NEW HYPERPARAMETER SEARCH",
@@ -268,7 +314,6 @@ def banner(args: argparse.Namespace, is_new: bool) -> list[str]:
             "Note: This search is resumable. You can safely stop and restart.",
             RULE,
         ]
-    rows = read_rows(database)
     states = [row.state for row in rows]
     complete = [row.value for row in rows if row.value is not None]
     return [
@@ -299,7 +344,7 @@ def describe_plan(plan: Plan) -> str:
 
 def conclude(args: argparse.Namespace, search: Search) -> int:
     """Bring the summary up to date, say how the search stands, and give the exit code."""
-    rows = read_rows(args.checkpoint_dir / DATABASE)
+    rows = search.read()
     write_summary(args.checkpoint_dir, rows)
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = publish(args.checkpoint_dir, chosen)
@@ -334,18 +379,24 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
     return evaluate_test(plan.checkpoint_dir, chosen, question, search.stop)
 
 
-def recover_study(args: argparse.Namespace) -> None:
+def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None:
     """Rebuild the study from the trial directories. Raises UserError."""
     from recovery import recover
 
     if not args.checkpoint_dir.is_dir():
         raise UserError(f"--recover: {args.checkpoint_dir} does not exist")
     with DirectoryLock(args.checkpoint_dir):
-        print("\n".join(recover(args.checkpoint_dir)), flush=True)
+        if storage is None:
+            lines = recover(args.checkpoint_dir)
+        else:
+            from shared_search import recover_shared
+
+            lines = recover_shared(storage, args.study_name, args.storage, args.checkpoint_dir)
+        print("\n".join(lines), flush=True)
 
 
 @contextmanager
-def told_when_unwritable(database: Path) -> Iterator[None]:
+def told_when_unwritable(storage: str) -> Iterator[None]:
     """Turn a study that cannot be written (disk full, permission) into the user's mistake."""
     from optuna.exceptions import StorageInternalError
 
@@ -353,34 +404,73 @@ def told_when_unwritable(database: Path) -> Iterator[None]:
         yield
     except StorageInternalError as error:
         raise UserError(
-            f"{database} cannot be written: {one_line(error.__cause__ or error)}; what was "
+            f"{storage} cannot be written: {one_line(error.__cause__ or error)}; what was "
             "recorded is safe; mend it, and the same command goes on"
         ) from None
+
+
+def make_checkpoint_dir(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--checkpoint_dir cannot be made: {one_line(error)}") from None
 
 
 def run_search(args: argparse.Namespace) -> int:
     """Prepare, search, conclude."""
     with StopSignals() as stop:
         from recovery import refuse_damage
-        from search import Search
 
         check_checkpoint_dir(args.checkpoint_dir)
+        if args.storage is not None:
+            return run_shared_search(args, stop)
         if args.recover:
-            recover_study(args)
+            recover_study(args, None)
             if args.data_root is None:
                 return EXIT_OK
         refuse_damage(args.checkpoint_dir)
         plan = prepare(args)
-        try:
-            args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--checkpoint_dir cannot be made: {one_line(error)}") from None
+        make_checkpoint_dir(args.checkpoint_dir)
         with DirectoryLock(args.checkpoint_dir):
-            study = open_search(args, plan)
-            search = Search(study, plan, stop)
-            with stop.deferred(), told_when_unwritable(args.checkpoint_dir / DATABASE):
+            search = open_search(args, plan, stop)
+            with stop.deferred(), told_when_unwritable(str(args.checkpoint_dir / DATABASE)):
                 search.run()
                 return conclude(args, search)
+
+
+def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
+    """Prepare, search beside others in one storage, conclude."""
+    from shared_search import refuse_strangers
+    from storage import opened_storage, shown_url
+
+    with opened_storage(args.storage, stop) as storage:
+        if args.recover:
+            recover_study(args, storage)
+            if args.data_root is None:
+                return EXIT_OK
+        refuse_strangers(storage, args.study_name, args.storage, args.checkpoint_dir)
+        plan, is_new = prepare_shared(args, storage)
+        make_checkpoint_dir(args.checkpoint_dir)
+        with SharedLock(args.checkpoint_dir) as lock:
+            search = open_shared_search(args, plan, stop, storage, lock, is_new)
+            with stop.deferred(), told_when_unwritable(shown_url(args.storage)):
+                search.run()
+                return conclude(args, search)
+
+
+def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan, bool]:
+    """Prepare, and create the study where it is not there; also tell whether this search did."""
+    from storage import create_shared_study, find_study, settings_of
+
+    plan = prepare(args, storage)
+    if find_study(storage, args.study_name) is None and create_shared_study(
+        storage, args.study_name, plan.settings
+    ):
+        return plan, True
+    recorded = settings_of(storage, args.study_name)
+    if recorded not in (None, json.loads(json.dumps(plan.settings))):
+        plan = prepare(args, storage)  # what the quicker search has measured holds for all
+    return plan, False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -390,25 +480,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    requeue = None
+    requeue = storage = None
     try:
         args = parse_args(argv)
-        requeue = args.requeue_exit_code
+        requeue, storage = args.requeue_exit_code, args.storage
         if args.status:
-            print(status_text(args.checkpoint_dir))
+            print(status_of(args))
             return EXIT_OK
         return run_search(args)
     except UserError as error:
-        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+        print(f"error: {one_line(hidden(str(error), storage), 1000)}", file=sys.stderr)
         return EXIT_USAGE
     except Interrupted as error:
         command = shlex.join([Path(sys.executable).name, *sys.argv])
         what = "everything is saved" if error.began else "before the search began"
         print(
-            f"stopped by {error}: {what}; to go on, run the same command: {command}",
+            f"stopped by {error}: {what}; to go on, run the same command: "
+            f"{hidden(command, storage)}",
             file=sys.stderr,
         )
         return error.exit_code if requeue is None else requeue
+    except Exception:
+        if storage is None:
+            raise
+        print(hidden(traceback.format_exc(), storage), file=sys.stderr)
+        return EXIT_NOTHING_COMPLETE
+
+
+def status_of(args: argparse.Namespace) -> str:
+    """Describe the search. Raises UserError."""
+    if args.storage is None:
+        return status_text(args.checkpoint_dir)
+    from shared_search import shared_status
+    from storage import find_study, opened_storage, shown_url
+
+    where = f"{shown_url(args.storage)}, study {args.study_name}"
+    with opened_storage(args.storage) as storage:
+        study = find_study(storage, args.study_name)
+        if study is None:
+            raise UserError(f"{where}: there is no such study")
+        return shared_status(study, where, args.checkpoint_dir)
+
+
+def hidden(text: str, storage: str | None) -> str:
+    """Give a text without the password of the storage's URL."""
+    if storage is None:
+        return text
+    from storage import hide_password
+
+    return hide_password(text, storage)
+
+
+def public_command(args: argparse.Namespace) -> list[str]:
+    """Give the command for config.json, without a password."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return [hidden(word, args.storage) for word in words]
 
 
 if __name__ == "__main__":

@@ -76,10 +76,7 @@ def recover(checkpoint_dir: Path) -> list[str]:
     The new study is built under another name and put in place whole: a recovery that is cut off is
     begun again. Returns lines for people. Raises UserError when there is nothing to rebuild from.
     """
-    numbers = trial_directories(checkpoint_dir)
-    if not numbers:
-        raise UserError(f"{checkpoint_dir} has no trial directories to rebuild a study from")
-    trials = [_rebuild(checkpoint_dir, number) for number in range(numbers[-1] + 1)]
+    trials = rebuilt_trials(checkpoint_dir)
     if find_damage(checkpoint_dir) is None and _agrees(checkpoint_dir, trials):
         return ["the database is whole and agrees with the trial directories: left as it is"]
     workplace = checkpoint_dir / ".recovery"
@@ -87,7 +84,7 @@ def recover(checkpoint_dir: Path) -> list[str]:
     for leftover in workplace.iterdir():
         leftover.unlink()
     study = open_study(workplace)
-    settings = _settings(checkpoint_dir, numbers)
+    settings = recorded_settings_of(checkpoint_dir)
     if settings is not None:
         study.set_user_attr("settings", settings)
     study.add_trials(trials)
@@ -101,6 +98,14 @@ def recover(checkpoint_dir: Path) -> list[str]:
     counts = ", ".join(f"{states.count(name)} {name}" for name in sorted(set(states)))
     kept = [f"the damaged database is kept as {aside}"] if aside else []
     return [f"rebuilt {len(trials)} trials from their directories: {counts}", *kept]
+
+
+def rebuilt_trials(checkpoint_dir: Path) -> list[FrozenTrial]:
+    """Rebuild all trials from their directories. Raises UserError where there are none."""
+    numbers = trial_directories(checkpoint_dir)
+    if not numbers:
+        raise UserError(f"{checkpoint_dir} has no trial directories to rebuild a study from")
+    return [_rebuild(checkpoint_dir, number) for number in range(numbers[-1] + 1)]
 
 
 def _agrees(checkpoint_dir: Path, trials: list[FrozenTrial]) -> bool:
@@ -129,9 +134,9 @@ def _move_aside(checkpoint_dir: Path) -> Path | None:
     return aside
 
 
-def _settings(checkpoint_dir: Path, numbers: list[int]) -> dict[str, Any] | None:
+def recorded_settings_of(checkpoint_dir: Path) -> dict[str, Any] | None:
     """Find the study's settings in the newest trial's config.json that has them."""
-    for number in reversed(numbers):
+    for number in reversed(trial_directories(checkpoint_dir)):
         config = _read_dict(trial_dir(checkpoint_dir, number) / "config.json")
         if isinstance(settings := config.get("settings"), dict):
             return settings

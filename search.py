@@ -128,7 +128,7 @@ class Search:
         plan = self.plan
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
         self.devices = Devices(plan.slots)
-        self.rows = read_rows(plan.checkpoint_dir / DATABASE)
+        self.rows = self.read()
         self.to_start = max(0, plan.n_trials - self.complete())
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
         self.progress = Progress(self.complete(), plan.n_trials, plan.epochs)
@@ -136,17 +136,28 @@ class Search:
     def run(self) -> None:
         """Run the search. Whatever it raises, no process of it stays behind."""
         try:
-            while True:
-                while self.may_start():
-                    self.start_next()
-                if not self.running:
-                    break
-                self.wait_for_news()
+            self.loop()
             self.give_up_displaced()
         finally:
             for trial in self.running.values():
                 trial.child.kill()
             self.progress.close()
+
+    def loop(self) -> None:
+        while True:
+            while self.may_start():
+                self.start_next()
+            if not self.running and self.is_done():
+                return
+            self.wait_for_news()
+
+    def is_done(self) -> bool:
+        """Tell, when no trial runs here and none may start, whether that is the end."""
+        return True
+
+    def read(self) -> list[Row]:
+        """Read the study's trials."""
+        return read_rows(self.plan.checkpoint_dir / DATABASE)
 
     def may_start(self) -> bool:
         if self.devices.free(self.running) is None or self.stop.name is not None:
@@ -168,10 +179,13 @@ class Search:
             self.restart(self.displaced.pop(0))
             return
         try:
-            trial = self.drawer.ask(self.study)
+            trial = self.draw()
         except SpaceExhaustedError as error:
             self.exhausted = True
             self.progress.line(f"the space is exhausted: {error}, all of them different")
+            return
+        if trial is None:
+            self.to_start = 0
             return
         self.to_start -= 1
         self.progress.start(trial.number)
@@ -181,6 +195,10 @@ class Search:
             self.record_failure(trial, one_line(error), epoch=0, seconds=0.0)
             return
         self.running[running.slot] = running
+
+    def draw(self) -> Trial | None:
+        """Start the next trial in the study; None when there is no room for one."""
+        return self.drawer.ask(self.study)
 
     def launch(self, trial: Trial) -> RunningTrial:
         """Make the trial's directory and start its process."""
@@ -497,7 +515,7 @@ class Search:
         directory = self.plan.checkpoint_dir
         trial.set_user_attr("epochs", epochs)
         self.study.tell(trial.number, value, state=state)
-        self.rows = read_rows(directory / DATABASE)
+        self.rows = self.read()
         # The database has it. What a full disk keeps from being written now is written later.
         self.attempt(lambda: write_record(self.study, directory, trial.number))
         self.attempt(lambda: write_summary(directory, self.rows))

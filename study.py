@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config import Space, TrialConfig, baseline, suggest
 from files import UserError, one_line, read_json, write_json, write_text
-from summary import DATABASE, STUDY_NAME, read_history, trial_dir
+from summary import DATABASE, STUDY_NAME, home_of, read_history, trial_dir
 
 STARTUP_TRIALS = 5
 REDRAWS = 100
@@ -148,8 +148,9 @@ class Drawer:
     The study in memory mirrors the finished trials of the real one; drawing there needs no queries.
     """
 
-    def __init__(self, space: Space, sampler: str, seed: int) -> None:
-        self._space, self._sampler, self._seed = space, sampler, seed
+    def __init__(self, space: Space, sampler: str, seed: int, salt: Sequence[int] = ()) -> None:
+        """salt: a number of its own for each of several searches that draw at once."""
+        self._space, self._sampler, self._seed, self._salt = space, sampler, seed, tuple(salt)
         self._memory = optuna.create_study(direction=StudyDirection.MAXIMIZE)
         self._mirrored: set[int] = set()
 
@@ -161,29 +162,33 @@ class Drawer:
         """
         trials = study.get_trials(deepcopy=False)
         if not any(trial.state == TrialState.WAITING for trial in trials):
-            study.add_trial(self._new_draw(trials))
+            study.add_trial(self.new_draw(trials))
         return study.ask()
 
-    def _new_draw(self, trials: Sequence[FrozenTrial]) -> FrozenTrial:
-        """Draw parameters that no trial has, as a waiting trial.
+    def new_draw(
+        self, trials: Sequence[FrozenTrial], state: TrialState = TrialState.WAITING
+    ) -> FrozenTrial:
+        """Draw parameters that no trial has, as a trial that waits, or runs. Stores nothing.
 
         The sampler is made afresh from (seed, draws so far, attempt): one that was seeded once
         would repeat its draws after each restart.
         """
         number = 1 + max((trial.user_attrs.get("draw", -1) for trial in trials), default=-1)
-        taken = {_key(trial.params) for trial in trials}
+        taken = {params_key(t.params) for t in trials if not t.user_attrs.get("surplus")}
         # Where a finite space has nothing else left, what was interrupted is worth a new start.
-        tried = {_key(t.params) for t in trials if not t.user_attrs.get("interrupted")}
+        left_out = ("interrupted", "surplus")
+        tried = {params_key(t.params) for t in trials if not any(map(t.user_attrs.get, left_out))}
         placeholders = self._mirror(trials)
         try:
             for attempt in range(2 * REDRAWS):
                 drawn = self._draw(number, attempt)
-                if _key(drawn.params) not in (taken if attempt < REDRAWS else tried):
+                if params_key(drawn.params) not in (taken if attempt < REDRAWS else tried):
+                    seed = _seed(self._seed, number, 0, *self._salt)
                     return create_trial(
-                        state=TrialState.WAITING,
+                        state=state,
                         params=drawn.params,
                         distributions=drawn.distributions,
-                        user_attrs={"draw": number, "seed": _seed(self._seed, number, 0)},
+                        user_attrs={"draw": number, "seed": seed},
                     )
         finally:
             for placeholder in placeholders:
@@ -192,7 +197,7 @@ class Drawer:
 
     def _draw(self, number: int, attempt: int) -> FrozenTrial:
         name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
-        self._memory.sampler = make_sampler(name, _seed(self._seed, number, attempt))
+        self._memory.sampler = make_sampler(name, _seed(self._seed, number, attempt, *self._salt))
         if number == 0 and attempt == 0:
             self._memory.enqueue_trial(baseline(self._space))
         trial = self._memory.ask()
@@ -215,7 +220,8 @@ class Drawer:
         return placeholders
 
 
-def _key(params: Mapping[str, Any]) -> str:
+def params_key(params: Mapping[str, Any]) -> str:
+    """Give equal hyperparameters equal text."""
     return json.dumps(params, sort_keys=True)
 
 
@@ -316,13 +322,19 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     for trial in study.get_trials(deepcopy=False):
         directory = trial_dir(checkpoint_dir, trial.number)
         if trial.state == TrialState.RUNNING:
-            settled.append(_settle(study, checkpoint_dir, trial))
+            settled.append(settle(study, checkpoint_dir, trial))
         elif trial.state.is_finished() and not (directory / "trial.json").exists():
             write_record(study, checkpoint_dir, trial.number)
     return settled
 
 
-def _settle(study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial) -> str:
+CUT_OFF = "kill -9, power loss or out-of-memory kill of the search"
+
+
+def settle(
+    study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial, why: str = CUT_OFF
+) -> str:
+    """Finish a trial whose search is dead; returns what became of it, in a line."""
     directory = trial_dir(checkpoint_dir, trial.number)
     epochs = len(trial.intermediate_values)
     most = study.user_attrs.get("settings", {}).get("epochs", epochs + 1)
@@ -337,10 +349,7 @@ def _settle(study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial) -> st
         handle.set_user_attr("epochs", epochs)
         tell(study, checkpoint_dir, trial.number, TrialState.COMPLETE, value)
         return f"trial {trial.number} had finished with {100 * value:.2f}%: recorded"
-    cause = (
-        f"cut off without a word at epoch {min(epochs + 1, most)}: "
-        "kill -9, power loss or out-of-memory kill of the search"
-    )
+    cause = f"cut off without a word at epoch {min(epochs + 1, most)}: {why}"
     write_error_log(
         directory,
         cause,
@@ -357,12 +366,25 @@ def _settle(study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial) -> st
 def continue_interrupted(study: optuna.Study) -> list[str]:
     """Let a waiting trial follow each interrupted one, with its hyperparameters and seed.
 
-    Once for each interruption, and at most MAX_CONTINUATIONS times in a row. A trial that failed by
-    itself is not followed. Returns a line for each trial that is to be continued.
+    Returns a line for each trial that is to be continued.
     """
-    trials = study.get_trials(deepcopy=False)
-    followed = {trial.user_attrs.get("continues") for trial in trials}
     lines = []
+    for trial in continuations(study.get_trials(deepcopy=False)):
+        study.add_trial(trial)
+        number = trial.user_attrs["continues"]
+        lines.append(f"trial {number} was interrupted: a new trial goes on with it")
+    return lines
+
+
+def continuations(
+    trials: Sequence[FrozenTrial], state: TrialState = TrialState.WAITING
+) -> Iterator[FrozenTrial]:
+    """Give a trial to follow each interrupted one, with its hyperparameters and seed.
+
+    Once for each interruption, and at most MAX_CONTINUATIONS times in a row. A trial that failed by
+    itself is not followed.
+    """
+    followed = {t.user_attrs.get("continues") for t in trials if not t.user_attrs.get("surplus")}
     for trial in trials:
         attributes = trial.user_attrs
         if trial.state != TrialState.FAIL or not attributes.get("interrupted"):
@@ -370,21 +392,17 @@ def continue_interrupted(study: optuna.Study) -> list[str]:
         times = attributes.get("continued", 0) + 1
         if trial.number in followed or times > MAX_CONTINUATIONS or "seed" not in attributes:
             continue
-        study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs={
-                    "draw": attributes["draw"],
-                    "seed": attributes["seed"],
-                    "continues": trial.number,
-                    "continued": times,
-                },
-            )
+        yield create_trial(
+            state=state,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={
+                "draw": attributes["draw"],
+                "seed": attributes["seed"],
+                "continues": trial.number,
+                "continued": times,
+            },
         )
-        lines.append(f"trial {trial.number} was interrupted: a new trial goes on with it")
-    return lines
 
 
 def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Trial) -> Path | None:
@@ -392,7 +410,7 @@ def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Tri
     trials = study.get_trials(deepcopy=False)
     number = trial.user_attrs.get("continues")
     while number is not None:
-        directory = trial_dir(checkpoint_dir, number)
+        directory = trial_dir(home_of(trials[number].user_attrs, checkpoint_dir), number)
         if (directory / "latest_checkpoint.pth").exists():
             return directory
         number = trials[number].user_attrs.get("continues")

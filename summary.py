@@ -53,6 +53,15 @@ def trial_dir(checkpoint_dir: Path, number: int) -> Path:
     return checkpoint_dir / f"trial_{number:03d}"
 
 
+def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
+    """Give the checkpoint directory that a trial's own search writes to.
+
+    Where several searches share a study, each trial names it: not this search's, and not
+    necessarily one that can be reached from here.
+    """
+    return Path(attributes.get("owner", {}).get("checkpoint_dir", checkpoint_dir))
+
+
 def best_row(rows: Sequence[Row]) -> Row | None:
     """Give the complete trial with the highest value, the earliest of equals."""
     complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
@@ -165,7 +174,7 @@ def write_summary(checkpoint_dir: Path, rows: Sequence[Row]) -> None:
                 "value": best.value,
                 "metric": "validation macro top-1 accuracy",
                 "params": best.params,
-                "config": _config(trial_dir(checkpoint_dir, best.number)),
+                "config": _config(trial_dir(home_of(best.attributes, checkpoint_dir), best.number)),
                 "seconds": best.seconds,
                 "directory": trial_dir(Path(), best.number).name,
                 "model": f"{trial_dir(Path(), best.number).name}/best_model.pth",
@@ -260,7 +269,8 @@ def closing_lines(
         lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
         width = max((len(name) for name in best.params), default=0)
         lines += [f"  {name:<{width}}  {shown_value(v)}" for name, v in best.params.items()]
-        lines.append(f"Best model: {trial_dir(checkpoint_dir, best.number) / 'best_model.pth'}")
+        home = home_of(best.attributes, checkpoint_dir)
+        lines.append(f"Best model: {trial_dir(home, best.number) / 'best_model.pth'}")
     lines.append(f"Summary: {checkpoint_dir / 'summary'}")
     failed = [row for row in rows if row.state == "FAIL" and "failure" in row.attributes]
     lines += [

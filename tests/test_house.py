@@ -12,11 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "hyperparameter_search": {
-        *("chosen", "evaluation", "provenance"),
-        *("command_line", "config", "data", "devices", "files", "processes", "progress"),
-        *("recovery", "search", "signals", "study", "summary", "synthetic"),
+        *("chosen", "command_line", "config", "data", "devices", "evaluation", "files", "fleet"),
+        *("processes", "progress", "provenance", "recovery", "search", "shared_search", "signals"),
+        *("storage", "study", "summary", "synthetic"),
     },
-    "command_line": {"files"},
+    "command_line": {"files", "summary"},
+    "shared_search": {
+        *("files", "fleet", "processes", "recovery", "search", "storage", "study", "summary"),
+    },
+    "fleet": {"files", "storage", "study", "summary"},
+    "storage": {"files", "signals", "summary"},
     "search": {
         *("config", "data", "devices", "files", "processes", "progress", "signals", "study"),
         *("summary",),

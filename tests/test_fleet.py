@@ -1,0 +1,523 @@
+"""Several searches on one study, in one process: interleaved by hand, with clocks of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import OperationalError
+from test_search import Run, run
+
+import fleet as fleet_module
+import shared_search
+import storage as storage_module
+from config import default_space
+from files import DirectoryLock, SharedLock, UserError, holder_is_dead, write_json
+from fleet import Fleet
+from hyperparameter_search import main
+from storage import (
+    PatientStorage,
+    StorageUnreachableError,
+    create_shared_study,
+    hide_password,
+    rows_of,
+    secrets_of,
+    shown_url,
+)
+from study import Drawer, params_key
+from summary import STUDY_NAME, trial_dir
+
+__all__ = ["run"]  # the fixture
+URL = "postgresql+psycopg://me:s3cr%40t@db.example/lines"
+OUTAGE = OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+
+
+@pytest.fixture
+def memory() -> InMemoryStorage:
+    backend = InMemoryStorage()
+    assert create_shared_study(backend, STUDY_NAME, {})
+    return backend
+
+
+Member = Callable[..., Fleet]
+
+
+@pytest.fixture
+def member(memory: InMemoryStorage, tmp_path: Path) -> Member:
+    """Make one more search of the study, with seeds of its own."""
+    salts = iter(range(100))
+
+    def make(n_trials: int, **more: Any) -> Fleet:
+        study = optuna.load_study(study_name=STUDY_NAME, storage=more.pop("storage", memory))
+        drawer = Drawer(default_space("cpu", False), "random", 0, salt=[next(salts)])
+        return Fleet(study, drawer, n_trials, tmp_path, **more)
+
+    return make
+
+
+def first_lets(other: Callable[[], object], fleet: Fleet, patch: pytest.MonkeyPatch) -> None:
+    """Let another search act between a search's look at the study and its storing."""
+    store = fleet._store
+
+    def interrupted(template: FrozenTrial) -> Any:
+        patch.undo()
+        other()
+        return store(template)
+
+    patch.setattr(fleet, "_store", interrupted)
+
+
+def tell(fleet: Fleet, trial: optuna.Trial | None, state: TrialState, **attributes: Any) -> None:
+    assert trial is not None
+    for name, value in attributes.items():
+        trial.set_user_attr(name, value)
+    fleet.study.tell(trial.number, 0.5 if state == TrialState.COMPLETE else None, state=state)
+
+
+# ----------------------------------------------------------------------------------------- claims
+
+
+def test_last_place_goes_to_the_smaller_number(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = member(1), member(1)
+    quicker: list[optuna.Trial | None] = []
+    first_lets(lambda: quicker.append(b.claim()), a, monkeypatch)
+    assert a.claim() is None
+    assert quicker[0] is not None
+    assert quicker[0].number == 0
+    trials = a.trials()
+    assert [trial.state for trial in trials] == [TrialState.RUNNING, TrialState.FAIL]
+    assert [row.number for row in rows_of(trials)] == [0], "the withdrawn one is none"
+    assert a.claim() is None
+    assert len(a.trials()) == 2, "without room nothing is stored"
+
+
+def test_same_draw_is_drawn_again_by_the_larger_number(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin with the baseline."""
+    a, b = member(3), member(3)
+    first_lets(b.claim, a, monkeypatch)
+    trial = a.claim()
+    assert trial is not None
+    baseline, withdrawn, other = a.trials()
+    assert (baseline.params, trial.number) == (withdrawn.params, 2)
+    assert withdrawn.user_attrs["surplus"]
+    assert params_key(other.params) != params_key(baseline.params)
+    assert other.user_attrs["seed"] != baseline.user_attrs["seed"]
+
+
+def test_interrupted_trial_is_continued_once(
+    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (member(2, continue_interrupted=True) for _ in range(2))
+    tell(a, a.claim(), TrialState.FAIL, interrupted=True)
+    assert a.claim() is not None  # no directory: not within reach, so that it is a new draw
+    assert "continues" not in a.trials()[1].user_attrs
+    tell(a, a.study.ask(), TrialState.FAIL)
+    trial_dir(tmp_path, 0).mkdir()
+    write_json(trial_dir(tmp_path, 0) / "config.json", {})
+    a.n_trials = a.allowed = b.n_trials = b.allowed = 5
+    first_lets(b.claim, a, monkeypatch)
+    assert a.claim() is not None
+    continues = [
+        t.user_attrs.get("continues") for t in a.trials() if not t.user_attrs.get("surplus")
+    ]
+    assert continues == [None, None, None, 0, None]
+    assert a.trials()[3].params == a.trials()[0].params
+
+
+def test_one_run_starts_what_was_missing_whoever_starts_it(member: Member) -> None:
+    a, b = member(2), member(2)
+    tell(a, a.claim(), TrialState.FAIL, failure="by itself")
+    tell(b, b.claim(), TrialState.PRUNED)
+    assert a.claim() is b.claim() is None
+    again = member(2)
+    trial = again.claim()
+    assert trial is not None, "the same command runs them"
+    assert again.claim() is not None
+    assert again.claim() is None
+    tell(again, trial, TrialState.FAIL, interrupted=True)
+    assert again.claim() is not None, "somebody takes an interrupted one's place"
+
+
+# --------------------------------------------------------------------------------- being alive
+
+
+def test_silence_by_the_observer_s_own_clock(member: Member) -> None:
+    now = [0.0]
+    a, b = member(9), member(9, clock=lambda: now[0])
+    trial = a.claim()
+    assert trial is not None
+    trial.set_user_attr("alive", "1970-01-01T00:00:00+00:00")  # its clock is wrong: no matter
+    for now[0] in (0.0, 100.0, 200.0, 299.0):
+        assert b.dead(b.trials()) == []
+    a.sign(trial)
+    for now[0] in (301.0, 400.0, 500.0, 600.0):
+        assert b.dead(b.trials()) == [], "a sign was seen at 301 s"
+    for now[0] in (800.0, 1000.0, 1200.0, 1400.0):
+        assert b.dead(b.trials()) == [], "who did not look for so long begins anew"
+    for now[0] in (1500.0, 1600.0, 1700.0):
+        assert b.dead(b.trials()) == []
+    now[0] = 1701.0
+    assert [t.number for t in b.dead(b.trials())] == [0]
+    assert a.dead(a.trials()) == [], "nobody buries its own"
+
+
+def test_the_dead_are_recorded_once_and_the_late_are_told(member: Member, tmp_path: Path) -> None:
+    a, b, c = member(9), member(9), member(9)
+    trial = a.claim()
+    assert trial is not None
+    trial.report(0.25, 1)
+    (frozen,) = b.trials()
+    line = b.bury(frozen)
+    assert line == "trial 0 was cut off at epoch 2: recorded as failed"
+    assert c.bury(frozen) is None
+    (buried,) = b.trials()
+    assert buried.state == TrialState.FAIL
+    assert buried.user_attrs["interrupted"]
+    assert f"(pid {os.getpid()} on " in buried.user_attrs["failure"]
+    log = (tmp_path / "trial_000" / "error.log").read_text()
+    assert "shows no sign of life" in log
+    with pytest.raises(UpdateFinishedTrialError):
+        a.sign(trial)
+
+
+def test_free_lock_on_the_same_host_tells_at_once(member: Member, tmp_path: Path) -> None:
+    b = member(9)
+    with SharedLock(tmp_path) as lock:
+        a = member(9, lock=lock)
+        assert a.claim() is not None
+        assert b.dead(b.trials()) == []
+        with pytest.raises(UserError, match="in use by another search"):
+            DirectoryLock(tmp_path).__enter__()
+        assert lock.path is not None
+        assert not holder_is_dead(lock.path)
+    assert [trial.number for trial in b.dead(b.trials())] == [0]
+    assert not holder_is_dead(tmp_path / "of-another-host.lock")
+    with DirectoryLock(tmp_path), pytest.raises(UserError, match="in use by another search"):
+        SharedLock(tmp_path).__enter__()
+
+
+# ---------------------------------------------------------------------------------------- outages
+
+
+class Flaky(InMemoryStorage):
+    """A storage whose calls fail as a server's do that is away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fail_after: dict[str, int] = {}  # calls by name that act, but whose answer is lost
+        self.away = False
+
+    def __getattribute__(self, name: str) -> Any:
+        attribute = super().__getattribute__(name)
+        if name.startswith("_") or name in ("fail_after", "away") or not callable(attribute):
+            return attribute
+
+        def call(*args: Any, **named: Any) -> Any:
+            if self.away:
+                raise OUTAGE
+            answer = attribute(*args, **named)
+            if self.fail_after.get(name):
+                self.fail_after[name] -= 1
+                raise OUTAGE
+            return answer
+
+        return call
+
+
+@pytest.fixture
+def flaky() -> Flaky:
+    backend = Flaky()
+    assert create_shared_study(backend, STUDY_NAME, {})
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module.random, "uniform", lambda low, high: 0.0)
+
+
+def test_lost_answers_change_nothing(
+    member: Member, flaky: Flaky, capfd: pytest.CaptureFixture[str]
+) -> None:
+    a = member(2, storage=PatientStorage(flaky, URL, None))
+    flaky.fail_after = {"create_new_trial": 1, "get_all_trials": 2, "set_trial_user_attr": 1}
+    trial = a.claim()
+    assert trial is not None
+    states = [(t.number, t.state, bool(t.user_attrs.get("surplus"))) for t in a.trials()]
+    assert states == [(0, TrialState.RUNNING, False), (1, TrialState.FAIL, True)]
+    flaky.fail_after = {"set_trial_state_values": 1}
+    a.study.tell(trial.number, 0.5)
+    assert a.trials()[0].value == 0.5
+    problems = capfd.readouterr().err
+    assert (
+        "postgresql+psycopg://me:***@db.example/lines cannot be reached (server closed" in problems
+    )
+    assert "s3cr" not in problems
+
+
+def test_trial_told_by_another_during_an_outage_is_not_taken_for_told(flaky: Flaky) -> None:
+    patient = PatientStorage(flaky, URL, None)
+    study = optuna.load_study(study_name=STUDY_NAME, storage=patient)  # type: ignore[arg-type]
+    trial = study.ask()
+    calls = iter([OUTAGE, UpdateFinishedTrialError()])
+
+    def call(*_: Any) -> bool:
+        raise next(calls)
+
+    flaky.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    with pytest.raises(UpdateFinishedTrialError):
+        patient._patiently("set_trial_state_values", call, trial._trial_id, TrialState.COMPLETE)
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch, flaky: Flaky) -> None:
+    monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.2)
+    flaky.away = True
+    with pytest.raises(StorageUnreachableError, match="lines cannot be reached") as caught:
+        PatientStorage(flaky, URL, None).get_all_studies()
+    assert "s3cr" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------- the password
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "secrets"),
+    [
+        (URL, "postgresql+psycopg://me:***@db.example/lines", {"s3cr%40t", "s3cr@t"}),
+        ("mysql://u:a:b/c@d@host:3306/x", "mysql://u:***@host:3306/x", {"a:b/c@d"}),
+        ("postgresql://host/x?password=pw%21&a=b", "postgresql://host/x?password=***&a=b", None),
+        ("postgresql://me@host/x", "postgresql://me@host/x", set()),
+        ("grpc://host:13000", "grpc://host:13000", set()),
+    ],
+)
+def test_password_is_found_and_hidden(url: str, shown: str, secrets: set[str] | None) -> None:
+    assert shown_url(url) == shown
+    assert secrets is None or secrets_of(url) == secrets
+    text = f"command --storage {url} | {url!r} | " + " and ".join(secrets_of(url))
+    hidden = hide_password(text, url)
+    assert not any(secret in hidden for secret in secrets_of(url))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql+psycopg://me:s3cr%40t@127.0.0.1:1/lines", "cannot be used: "),
+        ("postgresql+psycopg://me:s3cr@t/x:y@host/lines", "no URL of a storage|cannot be used"),
+        ("postgresql+psycopg://me:s3cr@t@host:port/lines", "is no URL of a storage"),
+        ("nosuch://me:s3cr@t@host/lines", "is no URL of a storage"),
+        ("sqlite:///x.db", "SQLite is for one search and the default without --storage"),
+        ("grpc://127.0.0.1", "expected grpc://host:port"),
+        ("grpc://127.0.0.1:99999999", "expected grpc://host:port"),
+    ],
+)
+def test_storage_that_cannot_be_used_is_told_in_a_line(
+    url: str, said: str, run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("psycopg")
+    assert run("--storage", url) == 2
+    out, problems = capfd.readouterr()
+    assert len(problems.splitlines()) == 1
+    assert any(part in problems for part in said.split("|"))
+    assert "s3cr" not in out + problems
+    assert not (tmp_path / "c").exists()
+
+
+def test_missing_driver_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(storage_module, "import_module", missing)
+    assert run("--storage", "grpc://127.0.0.1:9") == 2
+    assert "pip install grpcio protobuf" in capfd.readouterr().err
+    assert run("--study_name", "x") == 2
+    assert "--study_name is of a study in a --storage" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------ the whole command
+
+
+@pytest.fixture
+def shared(run: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Flaky]:
+    """Run the command with --storage, on a storage in this process that can be away."""
+    backend = Flaky()
+
+    @contextmanager
+    def opened(url: str, stop: Any = None) -> Iterator[Any]:
+        yield PatientStorage(backend, url, stop)
+
+    monkeypatch.setattr(storage_module, "opened_storage", opened)
+
+    def command(*more: str, **replaced: str) -> int:
+        return run("--storage", URL, *more, **replaced)
+
+    return command, backend
+
+
+def states_of(backend: Flaky) -> list[str]:
+    (study,) = backend.get_all_studies()
+    return [trial.state.name for trial in backend.get_all_trials(study._study_id)]
+
+
+def test_search_on_a_shared_storage(
+    shared: tuple[Run, Flaky],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command, backend = shared
+    monkeypatch.setattr("sys.argv", ["hyperparameter_search.py", "--storage", URL])
+    assert command() == 0
+    first, problems = capfd.readouterr()
+    assert problems == ""
+    assert "STARTING NEW HYPERPARAMETER SEARCH" in first
+    shown = "postgresql+psycopg://me:***@db.example/lines, study writer_identification"
+    assert f"Study database: {shown}\n" in first
+    assert command(n_trials="3") == 0
+    second = capfd.readouterr().out
+    assert f"Study loaded from: {shown}\nCompleted trials: 2\n" in second
+    assert "Remaining trials: 1\n" in second
+    assert states_of(backend) == ["COMPLETE"] * 3
+    assert main(["--status", "--storage", URL]) == 0
+    status = capfd.readouterr().out
+    assert status.startswith(f"{shown}: 0 trial(s) running\nCompleted trials: 3 | ")
+    for path in (tmp_path / "c").rglob("*"):
+        if path.is_file():
+            assert b"s3cr" not in path.read_bytes(), path
+    config = json.loads((tmp_path / "c" / "trial_000" / "config.json").read_text())
+    assert config["command"][-1] == "postgresql+psycopg://me:***@db.example/lines"
+    assert not (tmp_path / "c" / "optuna_study.db").exists()
+    assert "s3cr" not in first + second + status
+    assert command(epochs="3") == 2
+    assert "epochs: 2 in the study, 3 now" in capfd.readouterr().err
+
+
+def test_lost_study_is_rebuilt_in_the_storage(
+    shared: tuple[Run, Flaky], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, backend = shared
+    assert command() == 0
+    (study,) = backend.get_all_studies()
+    before = backend.get_all_trials(study._study_id)
+    backend.delete_study(study._study_id)
+    assert command() == 2
+    assert "holds 2 trial(s), first trial 0, that study" in capfd.readouterr().err
+    assert main(["--recover", "--storage", URL, "--checkpoint_dir", str(tmp_path / "c")]) == 0
+    assert "rebuilt 2 of 2 trials" in capfd.readouterr().out
+    (study,) = backend.get_all_studies()
+    after = backend.get_all_trials(study._study_id)
+    assert [(t.params, t.values, t.intermediate_values) for t in after] == [
+        (t.params, t.values, t.intermediate_values) for t in before
+    ]
+    assert command(n_trials="3") == 0
+    assert states_of(backend) == ["COMPLETE"] * 3
+    assert command(checkpoint_dir=str(tmp_path / "d"), n_trials="4") == 0, "a node of its own"
+    assert [path.name for path in (tmp_path / "d").glob("trial_*")] == ["trial_003"]
+
+
+def test_storage_that_stays_away_leaves_saved_trials(
+    shared: tuple[Run, Flaky],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command, backend = shared
+    monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.3)
+    receive = shared_search.SharedSearch.receive_report
+
+    def cut(self: Any, running: Any, epoch: int, *more: Any) -> None:
+        backend.away = epoch == 1
+        receive(self, running, epoch, *more)
+
+    monkeypatch.setattr(shared_search.SharedSearch, "receive_report", cut)
+    assert command(n_trials="1", epochs="3") == 2
+    problems = capfd.readouterr().err
+    assert "running trials have saved their state" in problems
+    assert "s3cr" not in problems
+    assert (tmp_path / "c" / "trial_000" / "latest_checkpoint.pth").exists()
+
+
+def test_trial_that_another_has_recorded_is_given_up(
+    shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, backend = shared
+    receive = shared_search.SharedSearch.receive_report
+
+    def bury(self: Any, running: Any, epoch: int, *more: Any) -> None:
+        if running.number == 0:
+            running.trial.set_user_attr("interrupted", True)
+            self.study.tell(0, state=TrialState.FAIL)
+        receive(self, running, epoch, *more)
+
+    monkeypatch.setattr(shared_search.SharedSearch, "receive_report", bury)
+    assert command(n_trials="2") == 0
+    assert "trial   0 | given up: " in capfd.readouterr().out
+    assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_signs_of_life_are_written_while_trials_run(
+    shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, backend = shared
+    monkeypatch.setattr(shared_search, "SIGN_SECONDS", 0.05)
+    signs: list[str] = []
+    monkeypatch.setattr(fleet_module, "_now", lambda: signs.append("") or str(len(signs)))
+    assert command(n_trials="1") == 0
+    (study,) = backend.get_all_studies()
+    (trial,) = backend.get_all_trials(study._study_id)
+    assert int(trial.user_attrs["alive"]) > 3
+
+
+def test_search_waits_for_a_dead_one_s_trial_and_takes_its_place(
+    shared: tuple[Run, Flaky],
+    memory: InMemoryStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command, backend = shared
+    assert command(n_trials="1") == 0
+    monkeypatch.setattr(shared_search, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(shared_search, "SIGN_SECONDS", 0.1)
+    monkeypatch.setattr(fleet_module, "SILENT_SECONDS", 0.5)
+    study = optuna.load_study(study_name=STUDY_NAME, storage=backend)
+    drawer = Drawer(default_space("cpu", False), "random", 0, salt=[1])
+    other = Fleet(study, drawer, 2, tmp_path / "elsewhere")
+    assert other.claim() is not None  # and it is never heard of again
+    assert command(n_trials="2") == 0
+    assert "trial 1 was cut off at epoch 1: recorded as failed" in capfd.readouterr().out
+    assert states_of(backend) == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_signal_while_waiting_for_others(
+    shared: tuple[Run, Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, backend = shared
+    assert command(n_trials="1") == 0
+    study = optuna.load_study(study_name=STUDY_NAME, storage=backend)
+    drawer = Drawer(default_space("cpu", False), "random", 0, salt=[1])
+    assert Fleet(study, drawer, 2, tmp_path / "elsewhere").claim() is not None
+    look = shared_search.SharedSearch.look
+
+    def signalled(self: Any) -> None:
+        look(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(shared_search.SharedSearch, "look", signalled)
+    assert command(n_trials="2") == 143
+    assert states_of(backend) == ["COMPLETE", "RUNNING"]
