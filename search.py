@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from multiprocessing import connection
@@ -40,6 +40,7 @@ from study import (
 from summary import (
     DATABASE,
     Row,
+    SummaryFiles,
     best_row,
     duration,
     finished_epochs,
@@ -48,7 +49,6 @@ from summary import (
     remove_weights,
     seconds_left,
     trial_dir,
-    write_summary,
 )
 
 SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
@@ -121,6 +121,7 @@ class Search:
     gave_up: bool = False
     exhausted: bool = False
     rows: list[Row] = field(default_factory=list)  # of the database, as of the last change
+    without_weights: set[int] = field(default_factory=set)  # trials whose weights were deleted
     to_start: int = 0  # trials that this run may still start
     deadline: float = math.inf  # after which no trial starts
 
@@ -128,6 +129,9 @@ class Search:
         plan = self.plan
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
         self.devices = Devices(plan.slots)
+        self.judged: list[Row] | None = None  # the rows whose best trial is `best`
+        self.best: Row | None = None
+        self.summary = SummaryFiles(plan.checkpoint_dir)
         self.rows = self.read()
         self.to_start = max(0, plan.n_trials - self.complete())
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
@@ -155,9 +159,13 @@ class Search:
         """Tell, when no trial runs here and none may start, whether that is the end."""
         return True
 
-    def read(self) -> list[Row]:
-        """Read the study's trials."""
-        return read_rows(self.plan.checkpoint_dir / DATABASE)
+    def read(self, changed: Collection[int] | None = None) -> list[Row]:
+        """Read the study's trials: all, or those that have changed since the last time."""
+        read = read_rows(self.plan.checkpoint_dir / DATABASE, changed)
+        if changed is None:
+            return read
+        known = {row.number: row for row in [*self.rows, *read]}
+        return [known[number] for number in sorted(known)]
 
     def may_start(self) -> bool:
         if self.devices.free(self.running) is None or self.stop.name is not None:
@@ -239,7 +247,7 @@ class Search:
             {
                 "number": trial.number,
                 "hyperparameters": trial.params,
-                "distributions": distributions_of(self.study, trial.number),
+                "distributions": distributions_of(trial),
                 "config": job.config.to_dict(),
                 "config_hash": job.config.hash(),
                 "data_fingerprint": self.plan.data.fingerprint,
@@ -418,8 +426,14 @@ class Search:
             ]
         )
 
+    def best_finished(self) -> Row | None:
+        """Give the best complete trial, sought once for each state of the rows."""
+        if self.judged is not self.rows:
+            self.judged, self.best = self.rows, best_row(self.rows)
+        return self.best
+
     def best_text(self) -> str:
-        best = best_row(self.rows)
+        best = self.best_finished()
         values = [(r.best, -r.number) for r in self.running.values() if r.best is not None]
         if best is not None and best.value is not None:
             values.append((best.value, -best.number))
@@ -514,14 +528,16 @@ class Search:
         """Tell the study, and bring the summary up to date."""
         directory = self.plan.checkpoint_dir
         trial.set_user_attr("epochs", epochs)
-        self.study.tell(trial.number, value, state=state)
-        self.rows = self.read()
+        told = self.study.tell(trial.number, value, state=state)
+        self.rows = self.read([trial.number, *(r.number for r in self.running.values())])
         # The database has it. What a full disk keeps from being written now is written later.
-        self.attempt(lambda: write_record(self.study, directory, trial.number))
-        self.attempt(lambda: write_summary(directory, self.rows))
+        self.attempt(lambda: write_record(directory, told))
+        self.attempt(lambda: self.summary.write(self.rows))
         if self.plan.kept_models is not None:
             running = {other.number for other in self.running.values()} - {trial.number}
-            remove_weights(directory, self.rows, self.plan.kept_models, running)
+            remove_weights(
+                directory, self.rows, self.plan.kept_models, running, self.without_weights
+            )
 
     def attempt(self, write: Callable[[], object]) -> None:
         """Write a file that is not worth the search: say so where it cannot be written."""

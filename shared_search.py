@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -52,7 +52,7 @@ class SharedSearch(Search):
         super().__post_init__()
         self.rows = self.read()
 
-    def read(self) -> list[Row]:
+    def read(self, changed: Collection[int] | None = None) -> list[Row]:
         trials = self.fleet.trials()
         self.to_start = self.fleet.room(trials)
         return rows_of(trials)
@@ -182,7 +182,7 @@ def open_shared(
         directory = trial_dir(checkpoint_dir, trial.number)
         has_record = (directory / "trial.json").exists()
         if trial.state.is_finished() and directory.is_dir() and not has_record:
-            write_record(study, checkpoint_dir, trial.number)
+            write_record(checkpoint_dir, trial)
     return study
 
 

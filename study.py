@@ -153,6 +153,7 @@ class Drawer:
         self._space, self._sampler, self._seed, self._salt = space, sampler, seed, tuple(salt)
         self._memory = optuna.create_study(direction=StudyDirection.MAXIMIZE)
         self._mirrored: set[int] = set()
+        self._keys: dict[int, str] = {}  # of finished trials, by number
 
     def ask(self, study: optuna.Study) -> Trial:
         """Start the next trial: one that waits in the study, or a new draw.
@@ -174,10 +175,10 @@ class Drawer:
         would repeat its draws after each restart.
         """
         number = 1 + max((trial.user_attrs.get("draw", -1) for trial in trials), default=-1)
-        taken = {params_key(t.params) for t in trials if not t.user_attrs.get("surplus")}
+        taken = {self._key_of(t) for t in trials if not t.user_attrs.get("surplus")}
         # Where a finite space has nothing else left, what was interrupted is worth a new start.
         left_out = ("interrupted", "surplus")
-        tried = {params_key(t.params) for t in trials if not any(map(t.user_attrs.get, left_out))}
+        tried = {self._key_of(t) for t in trials if not any(map(t.user_attrs.get, left_out))}
         placeholders = self._mirror(trials)
         try:
             for attempt in range(2 * REDRAWS):
@@ -194,6 +195,13 @@ class Drawer:
             for placeholder in placeholders:
                 self._memory.tell(placeholder, state=TrialState.FAIL)  # samplers pass over these
         raise SpaceExhaustedError(f"{len(taken)} different configurations were drawn")
+
+    def _key_of(self, trial: FrozenTrial) -> str:
+        if not trial.state.is_finished():
+            return params_key(trial.params)
+        if trial.number not in self._keys:
+            self._keys[trial.number] = params_key(trial.params)
+        return self._keys[trial.number]
 
     def _draw(self, number: int, attempt: int) -> FrozenTrial:
         name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
@@ -254,14 +262,12 @@ def tell(
     value: float | None = None,
 ) -> None:
     """Finish a trial in the study, then write its trial.json."""
-    study.tell(number, value, state=state)
-    write_record(study, checkpoint_dir, number)
+    write_record(checkpoint_dir, study.tell(number, value, state=state))
 
 
-def write_record(study: optuna.Study, checkpoint_dir: Path, number: int) -> None:
-    """Write trial.json: all that it takes to rebuild the study's row."""
-    trial = study.get_trials(deepcopy=False)[number]
-    directory = trial_dir(checkpoint_dir, number)
+def write_record(checkpoint_dir: Path, trial: FrozenTrial) -> None:
+    """Write a finished trial's trial.json: all that it takes to rebuild the study's row."""
+    directory = trial_dir(checkpoint_dir, trial.number)
     directory.mkdir(exist_ok=True)
     write_json(
         directory / "trial.json",
@@ -270,7 +276,7 @@ def write_record(study: optuna.Study, checkpoint_dir: Path, number: int) -> None
             "state": trial.state.name,
             "value": trial.value,
             "params": trial.params,
-            "distributions": distributions_of(study, number),
+            "distributions": distributions_of(trial),
             "intermediate_values": trial.intermediate_values,
             "datetime_start": _iso(trial.datetime_start),
             "datetime_complete": _iso(trial.datetime_complete),
@@ -279,10 +285,9 @@ def write_record(study: optuna.Study, checkpoint_dir: Path, number: int) -> None
     )
 
 
-def distributions_of(study: optuna.Study, number: int) -> dict[str, str]:
+def distributions_of(trial: Trial | FrozenTrial) -> dict[str, str]:
     """Describe the distributions of a trial's hyperparameters, as Optuna stores them."""
-    distributions = study.get_trials(deepcopy=False)[number].distributions
-    return {name: distribution_to_json(d) for name, d in distributions.items()}
+    return {name: distribution_to_json(d) for name, d in trial.distributions.items()}
 
 
 def _iso(naive_local: datetime | None) -> str | None:
@@ -324,7 +329,7 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
         if trial.state == TrialState.RUNNING:
             settled.append(settle(study, checkpoint_dir, trial))
         elif trial.state.is_finished() and not (directory / "trial.json").exists():
-            write_record(study, checkpoint_dir, trial.number)
+            write_record(checkpoint_dir, trial)
     return settled
 
 
@@ -407,8 +412,10 @@ def continuations(
 
 def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Trial) -> Path | None:
     """Give the directory of the newest checkpoint among the trials that this one continues."""
-    trials = study.get_trials(deepcopy=False)
     number = trial.user_attrs.get("continues")
+    if number is None:
+        return None
+    trials = study.get_trials(deepcopy=False)
     while number is not None:
         directory = trial_dir(home_of(trials[number].user_attrs, checkpoint_dir), number)
         if (directory / "latest_checkpoint.pth").exists():

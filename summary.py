@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from files import UserError, is_locked, one_line, read_json, write_json, write_t
 DATABASE = "optuna_study.db"
 STUDY_NAME = "writer_identification"
 UNFINISHED = ("RUNNING", "WAITING")
+EVIDENCE_TRIALS = 100  # the time left is estimated from so many
 STALLED_SECONDS = 300.0  # a running trial shows a sign of life at every batch
 
 
@@ -109,25 +111,28 @@ def read_study(database: Path) -> dict[str, Any]:
             return {}
 
 
-def read_rows(database: Path) -> list[Row]:
-    """Read all trials of the study, in order."""
+def read_rows(database: Path, numbers: Collection[int] | None = None) -> list[Row]:
+    """Read trials of the study, in order: all, or those that have the numbers."""
+    chosen = "" if numbers is None else f" WHERE t.number IN ({','.join(map(str, numbers))})"
     with _readable(database) as connection:
         try:
             trials = connection.execute(
                 "SELECT t.trial_id, t.number, t.state, v.value, t.datetime_start,"
                 " t.datetime_complete FROM trials t LEFT JOIN trial_values v USING (trial_id)"
-                " ORDER BY t.number"
+                f"{chosen} ORDER BY t.number"
             ).fetchall()
         except sqlite3.OperationalError:
             return []
         params: dict[int, dict[str, Any]] = {}
         for trial_id, name, value, distribution in connection.execute(
-            "SELECT trial_id, param_name, param_value, distribution_json FROM trial_params"
+            "SELECT p.trial_id, param_name, param_value, distribution_json FROM trial_params p"
+            f" JOIN trials t USING (trial_id){chosen}"
         ):
             params.setdefault(trial_id, {})[name] = _external(value, distribution)
         attributes: dict[int, dict[str, Any]] = {}
         for trial_id, key, value_json in connection.execute(
-            "SELECT trial_id, key, value_json FROM trial_user_attributes"
+            "SELECT a.trial_id, key, value_json FROM trial_user_attributes a"
+            f" JOIN trials t USING (trial_id){chosen}"
         ):
             attributes.setdefault(trial_id, {})[key] = json.loads(value_json)
     return [
@@ -160,26 +165,62 @@ def _utc(stored: str | None) -> datetime | None:
 # -------------------------------------------------------------------------------- summary's files
 
 
+class SummaryFiles:
+    """Keeps summary/trials.csv and summary/best_trial.json up to date.
+
+    A row is formatted when it is new or another one than before, and best_trial.json is written
+    when the best trial is: a search of thousands of trials spends no longer on it than one of ten.
+    """
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self._checkpoint_dir = checkpoint_dir
+        self._names: set[str] = set()  # of hyperparameters: the columns
+        self._lines: dict[int, tuple[Row, str]] = {}  # by the trial's number
+        self._best: Row | None = None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write what the rows change. Raises OSError."""
+        directory = self._checkpoint_dir / "summary"
+        directory.mkdir(exist_ok=True)
+        write_text(directory / "trials.csv", self._table(rows))
+        best = best_row(rows)
+        if best is not None and best != self._best:
+            write_json(directory / "best_trial.json", _described(best, self._checkpoint_dir))
+            self._best = best
+
+    def _is_known(self, row: Row) -> bool:
+        known = self._lines.get(row.number)
+        return known is not None and (known[0] is row or known[0] == row)
+
+    def _table(self, rows: Sequence[Row]) -> str:
+        changed = [row for row in rows if not self._is_known(row)]
+        names = self._names.union(*(row.params for row in changed))
+        if names != self._names:
+            self._names, changed = names, list(rows)
+        columns = sorted(self._names)
+        for row in changed:
+            self._lines[row.number] = (row, _csv_line(_cells(row, columns)))
+        header = ["number", "state", "value", "epochs", "seconds", *columns, "failure"]
+        return _csv_line(header) + "".join(self._lines[row.number][1] for row in rows)
+
+
 def write_summary(checkpoint_dir: Path, rows: Sequence[Row]) -> None:
     """Write summary/trials.csv and, once a trial is complete, summary/best_trial.json."""
-    directory = checkpoint_dir / "summary"
-    directory.mkdir(exist_ok=True)
-    write_text(directory / "trials.csv", _csv(rows))
-    best = best_row(rows)
-    if best is not None:
-        write_json(
-            directory / "best_trial.json",
-            {
-                "number": best.number,
-                "value": best.value,
-                "metric": "validation macro top-1 accuracy",
-                "params": best.params,
-                "config": _config(trial_dir(home_of(best.attributes, checkpoint_dir), best.number)),
-                "seconds": best.seconds,
-                "directory": trial_dir(Path(), best.number).name,
-                "model": f"{trial_dir(Path(), best.number).name}/best_model.pth",
-            },
-        )
+    SummaryFiles(checkpoint_dir).write(rows)
+
+
+def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
+    directory = trial_dir(Path(), best.number).name
+    return {
+        "number": best.number,
+        "value": best.value,
+        "metric": "validation macro top-1 accuracy",
+        "params": best.params,
+        "config": _config(home_of(best.attributes, checkpoint_dir) / directory),
+        "seconds": best.seconds,
+        "directory": directory,
+        "model": f"{directory}/best_model.pth",
+    }
 
 
 def _config(directory: Path) -> Any:
@@ -190,43 +231,47 @@ def _config(directory: Path) -> Any:
         return None
 
 
-def _csv(rows: Sequence[Row]) -> str:
-    names = sorted({name for row in rows for name in row.params})
+def _cells(row: Row, columns: Sequence[str]) -> list[Any]:
+    return [
+        row.number,
+        row.state,
+        "" if row.value is None else row.value,
+        row.attributes.get("epochs", ""),
+        f"{row.seconds:.1f}" if row.ended and row.seconds is not None else "",
+        *(row.params.get(name, "") for name in columns),
+        row.attributes.get("failure", ""),
+    ]
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["number", "state", "value", "epochs", "seconds", *names, "failure"])
-    for row in rows:
-        seconds = f"{row.seconds:.1f}" if row.ended and row.seconds is not None else ""
-        table.writerow(
-            [
-                row.number,
-                row.state,
-                "" if row.value is None else row.value,
-                row.attributes.get("epochs", ""),
-                seconds,
-                *(row.params.get(name, "") for name in names),
-                row.attributes.get("failure", ""),
-            ]
-        )
+    csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
 
 
 def remove_weights(
-    checkpoint_dir: Path, rows: Sequence[Row], kept: int, running: Collection[int]
+    checkpoint_dir: Path,
+    rows: Sequence[Row],
+    kept: int,
+    running: Collection[int],
+    removed: set[int],
 ) -> None:
     """Delete the weights of finished trials that are not among the best `kept`.
 
-    An interrupted trial keeps its own until a trial that continues it has finished.
+    An interrupted trial keeps its own until a trial that continues it has finished. `removed` holds
+    the trials that have none any more, and grows: what is not needed once is never needed again.
     """
     complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
     best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
     needed = {row.number for row in best} | set(running)
     done = {row.attributes.get("continues") for row in complete}
     needed |= {r.number for r in rows if r.attributes.get("interrupted") and r.number not in done}
+    needed |= removed
     for row in rows:
         if row.state not in UNFINISHED and row.number not in needed:
             for weights in trial_dir(checkpoint_dir, row.number).glob("*.pth"):
                 weights.unlink(missing_ok=True)
+            removed.add(row.number)
 
 
 # -------------------------------------------------------------------------------------- for people
@@ -337,12 +382,13 @@ def status_text(checkpoint_dir: Path) -> str:
 
 
 def finished_epochs(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """Give (epochs, seconds) of each complete or pruned trial."""
-    return [
+    """Give (epochs, seconds) of the last complete or pruned trials, the last one first."""
+    finished = (
         (float(row.attributes["epochs"]), row.seconds or 0.0)
-        for row in rows
+        for row in reversed(rows)
         if row.state in ("COMPLETE", "PRUNED") and row.attributes.get("epochs")
-    ]
+    )
+    return list(islice(finished, EVIDENCE_TRIALS))
 
 
 def _running_line(

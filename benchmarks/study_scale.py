@@ -1,0 +1,316 @@
+"""Claim: nobody notices the study loop, however many trials the study has.
+
+    python -m benchmarks.study_scale [--sizes 10 100 1000 3000]
+
+Measures, at each size of a study on SQLite, what the search itself spends on one trial (search.py
+with a trial that takes no time: draw, config.json, reports and prune checks, tell, record, summary)
+and what bare Optuna spends on the same calls (ask, the same suggestions, reports, prune checks,
+tell; same sampler and pruner), a trial of each in turn, on copies of one database. Then the time to
+open such a study, of `--status` and of writing the summary; and, in processes of their own, what
+each side's memory grows by over --memory_trials trials.
+
+JSON: added_ms_at_N: the search's time a trial less bare Optuna's, median of the differences, and
+added_cpu_ms_at_N, the same in CPU time. search_mib, optuna_mib: growth of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import optuna
+from optuna.distributions import distribution_to_json
+from optuna.trial import TrialState
+
+import search
+from benchmarks import common
+from benchmarks.trial_start import silent
+from config import Space, default_space, suggest
+from data import LineSet
+from search import Plan, Search
+from signals import StopSignals
+from study import make_pruner, make_sampler, open_study, settle_unfinished
+from summary import DATABASE, read_rows, status_text, write_summary
+
+EPOCHS = 20
+SPACE = default_space("cpu", pretrained=False)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = common.parser_for(__doc__)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10, 100, 1000, 3000])
+    parser.add_argument("--rounds", type=int, default=15, help="trials of each side at each size")
+    parser.add_argument("--memory_trials", type=int, default=500, help="0: leave it out")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    print(common.describe_machine())
+    result: dict[str, float | None] = {}
+    spent, opened = [], []
+    with tempfile.TemporaryDirectory() as directory, StopSignals() as stop:
+        work = Path(directory)
+        for size in args.sizes:
+            fill(work / "filled", size)
+            opened.append([f"{size} trials", *opening(work / "filled", size).values()])
+            times = trials_in_turn(work, size, args.rounds, stop)
+            spent.append([f"{size} trials", *times.values()])
+            result[f"added_ms_at_{size}"] = times["added"]
+            result[f"added_cpu_ms_at_{size}"] = times["added CPU"]
+        header = ["", "search", "Optuna", "added", "search CPU", "Optuna CPU", "added CPU"]
+        common.print_table(f"ms a trial of {EPOCHS} reports", header, spent)
+        header = ["", "open", "--status", "summary"]
+        common.print_table("ms", header, opened)
+        if args.memory_trials:
+            for name in ("search", "optuna"):
+                result[f"{name}_mib"] = memory_of(name, args.memory_trials, work)
+            rows = [[name, result[f"{name}_mib"]] for name in ("search", "optuna")]
+            title = f"memory that {args.memory_trials} trials take, MiB"
+            common.print_table(title, ["", ""], rows)
+    common.print_result(**result)
+    return 0
+
+
+# ------------------------------------------------------------------------------------- the studies
+
+
+def fill(directory: Path, size: int) -> None:
+    """Bring a search up to so many complete trials, each different.
+
+    Written into Optuna's tables at once: by Optuna itself 3,000 trials would take minutes.
+    """
+    directory.mkdir(exist_ok=True)
+    study = open_study(directory)
+    study.set_user_attr("settings", settings_of(SPACE))
+    study.set_user_attr("run", {"n_trials": size, "n_jobs": 1})
+    have = len(study.get_trials(deepcopy=False))
+    memory = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=have))
+    with closing(sqlite3.connect(directory / DATABASE)) as connection, connection:
+        for number in range(have, size):
+            add_finished(connection, number, memory)
+            trial_dir = directory / f"trial_{number:03d}"
+            trial_dir.mkdir()
+            (trial_dir / "trial.json").write_text("{}")
+
+
+def add_finished(connection: sqlite3.Connection, number: int, memory: optuna.Study) -> None:
+    """Add a complete trial to the first study of a database; a trial's id is number + 1."""
+    trial = memory.ask()
+    suggest(trial, SPACE)
+    drawn = memory.tell(trial, state=TrialState.FAIL)
+    now = "2026-01-01 00:00:00.000000"
+    values = [value_of(number, epoch) for epoch in range(1, EPOCHS + 1)]
+    attributes = {"draw": number, "seed": number, "epochs": EPOCHS}
+    insert = partial(insert_rows, connection, number + 1)
+    connection.execute(
+        "INSERT INTO trials VALUES (?, ?, 1, 'COMPLETE', ?, ?)", (number + 1, number, now, now)
+    )
+    params = [
+        (name, d.to_internal_repr(drawn.params[name]), distribution_to_json(d))
+        for name, d in drawn.distributions.items()
+    ]
+    insert("trial_params", "param_name, param_value, distribution_json", params)
+    insert("trial_user_attributes", "key, value_json", list(attributes.items()))
+    insert("trial_values", "objective, value, value_type", [(0, values[-1], "FINITE")])
+    insert(
+        "trial_intermediate_values",
+        "step, intermediate_value, intermediate_value_type",
+        [(epoch, value, "FINITE") for epoch, value in enumerate(values, 1)],
+    )
+
+
+def insert_rows(
+    connection: sqlite3.Connection,
+    trial_id: int,
+    table: str,
+    columns: str,
+    rows: Sequence[tuple[Any, ...]],
+) -> None:
+    marks = ", ".join("?" * (1 + len(rows[0])))
+    connection.executemany(
+        f"INSERT INTO {table} (trial_id, {columns}) VALUES ({marks})",
+        [(trial_id, *row) for row in rows],
+    )
+
+
+def value_of(number: int, epoch: int) -> float:
+    """Give a curve that no pruner ends: every trial is a little better than those before."""
+    return 0.5 + 1e-5 * number + 0.01 * epoch + 1e-7 * random.Random(number).random()
+
+
+def settings_of(space: Space) -> dict[str, Any]:
+    return {
+        "epochs": EPOCHS,
+        "patience": EPOCHS,
+        "weights": "none",
+        "precision": {},
+        "space": space.to_dict(),
+    }
+
+
+# ----------------------------------------------------------------------------------- the two sides
+
+
+class InstantChild:
+    """Stands for a trial's process; the trial takes no time."""
+
+    def __init__(self, work: str, argument: Any) -> None:
+        pass
+
+    def order(self, order: str) -> None:
+        pass
+
+
+def search_side(directory: Path, stop: StopSignals) -> tuple[Search, Callable[[], None]]:
+    """Give a search, and what runs one trial of it."""
+    none = np.zeros(0, np.int64)
+    plan = Plan(
+        checkpoint_dir=directory,
+        data=LineSet(Path(), 64, none, none, none, none, none, (), (), "fingerprint", {}),
+        space=SPACE,
+        settings=settings_of(SPACE),
+        n_trials=1_000_000,
+        slots=((),),
+        threads=1,
+        sampler="tpe",
+        seed=0,
+        timeout=None,
+        trial_timeout=None,
+        max_consecutive_failed_trials=5,
+        kept_models=None,
+        provenance={},
+    )
+    study = open_study(directory)
+    study.pruner = make_pruner("median", EPOCHS)
+    settle_unfinished(study, directory)
+    running_search = Search(study, plan, stop)
+
+    def trial() -> None:
+        running_search.start_next()
+        running = running_search.running[0]
+        for epoch in range(1, EPOCHS + 1):
+            metrics = {"macro_top1": value_of(running.number, epoch)}
+            running_search.receive_report(
+                running, epoch, metrics | {"train_loss": 1.0, "seconds": 1.0}, again=False
+            )
+        running_search.end_complete(running, metrics)
+
+    return running_search, trial
+
+
+def optuna_side(directory: Path) -> Callable[[], None]:
+    """Give what does the same calls with nothing around them."""
+    study = open_study(directory)
+    study.sampler = make_sampler("tpe", 0)
+    study.pruner = make_pruner("median", EPOCHS)
+
+    def trial() -> None:
+        asked = study.ask()
+        suggest(asked, SPACE)
+        for epoch in range(1, EPOCHS + 1):
+            asked.report(value_of(asked.number, epoch), epoch)
+            asked.should_prune()
+        study.tell(asked, value_of(asked.number, EPOCHS))
+
+    return trial
+
+
+@contextmanager
+def instant_trials() -> Iterator[None]:
+    with mock.patch.object(search, "ChildProcess", InstantChild), silent():
+        yield
+
+
+def trials_in_turn(work: Path, size: int, rounds: int, stop: StopSignals) -> dict[str, float]:
+    """Give ms a trial of both sides; the first trial of each is not counted."""
+    for name in ("search", "optuna"):
+        shutil.rmtree(work / name, ignore_errors=True)
+        (work / name).mkdir()
+        shutil.copy(work / "filled" / DATABASE, work / name / DATABASE)
+    for trial_dir in (work / "filled").glob("trial_*"):
+        shutil.copytree(trial_dir, work / "search" / trial_dir.name)
+    with instant_trials():
+        sides = {
+            "search": search_side(work / "search", stop)[1],
+            "optuna": optuna_side(work / "optuna"),
+        }
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for number in range(rounds + 1):
+            for name in list(sides)[:: 1 if number % 2 else -1]:
+                wall, cpu = time.perf_counter(), time.process_time()
+                sides[name]()
+                spent = time.perf_counter() - wall, time.process_time() - cpu
+                if number > 0:
+                    measured[name].append(spent)
+    times = {}
+    for clock, unit in enumerate(("", " CPU")):
+        ours, bare = ([1000 * m[clock] for m in measured[n]] for n in ("search", "optuna"))
+        times[f"search{unit}"], times[f"optuna{unit}"] = median(ours), median(bare)
+        times[f"added{unit}"] = median(a - b for a, b in zip(ours, bare, strict=True))
+    return times
+
+
+# ------------------------------------------------------------------------------ opening and memory
+
+
+def opening(directory: Path, size: int) -> dict[str, float]:
+    """Give ms of opening the study as a search does, of `--status`, of writing the summary."""
+
+    def open_it() -> None:
+        study = open_study(directory)
+        settle_unfinished(study, directory)
+        assert len(read_rows(directory / DATABASE)) == size
+
+    rows = read_rows(directory / DATABASE)
+    sides = {
+        "open": open_it,
+        "status": lambda: status_text(directory),
+        "summary": lambda: write_summary(directory, rows),
+    }
+    return {
+        name: 1000 * min(common.seconds_of(work) for _ in range(3)) for name, work in sides.items()
+    }
+
+
+def memory_of(name: str, trials: int, work: Path) -> float:
+    """Give by how many MiB a fresh process grows, after some trials to warm up."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    directory = work / f"{name}_memory"
+    directory.mkdir()
+    process = context.Process(target=grow, args=(theirs, name, trials, directory))
+    process.start()
+    theirs.close()
+    grown: float = ours.recv()
+    process.join()
+    return grown
+
+
+def grow(connection: Connection, name: str, trials: int, directory: Path) -> None:
+    with StopSignals() as stop, instant_trials():
+        trial = search_side(directory, stop)[1] if name == "search" else optuna_side(directory)
+        for _ in range(max(1, trials // 10)):
+            trial()
+        before = common.memory_mib("RssAnon")
+        for _ in range(trials):
+            trial()
+        connection.send(common.memory_mib("RssAnon") - before)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
