@@ -123,6 +123,7 @@ def start_fork_server() -> None:
         # Threads that spin while they wait starve each other where anything else runs: 7 times
         # slower training of a small model beside one busy process, on 2 cores with 2 threads.
         OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "passive"),
+        SEARCH_PID=str(os.getpid()),
     ):
         # A Ctrl-C while it imports is not for it: it ends with this process.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

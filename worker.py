@@ -53,8 +53,7 @@ class SearchLine:
             try:
                 order = self._connection.recv()
             except (EOFError, OSError):
-                # The search process is gone, however it died: nothing is worth an epilogue.
-                os.kill(os.getpid(), signal.SIGKILL)
+                _end_at_once()
                 return
             if order == STOP:
                 self._stop.set()
@@ -85,6 +84,11 @@ class SearchLine:
             self.send("progress", progress=progress)
             with contextlib.suppress(OSError):
                 os.utime(self._log)  # a sign of life, for `--status`
+
+
+def _end_at_once() -> None:
+    """End this process: the search process is gone, and nothing is worth an epilogue."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_trial(connection: Connection, job: Job) -> None:
@@ -240,6 +244,7 @@ def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
 
 def answer_question(connection: Connection, question: MachineQuestion) -> None:
     """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
+    threading.Thread(target=_end_with_search, args=(connection,), daemon=True).start()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         answer: Message = ("machine", _describe_machine(question))
@@ -247,6 +252,13 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
         answer = ("mistake", {"cause": str(error)})
     with contextlib.suppress(OSError):  # nobody waits for it any more
         connection.send(answer)
+
+
+def _end_with_search(connection: Connection) -> None:
+    """Wait for the end of the pipe; downloads and measurements are of no use after it."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()
+    _end_at_once()
 
 
 def _describe_machine(question: MachineQuestion) -> dict[str, Any]:

@@ -50,6 +50,11 @@ def segfault(connection: Connection, job: Any) -> None:
     _with_training_replaced(connection, job, action)
 
 
+def kill_itself(connection: Connection, job: Any) -> None:
+    """As the system's out-of-memory killer does it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def exit_silently(connection: Connection, job: Any) -> None:
     os._exit(7)
 
@@ -146,3 +151,11 @@ def _signal_at(connection: Connection, job: Any, call: int) -> None:
 
     worker.SearchLine.check = check  # type: ignore[method-assign]
     worker.run_trial(connection, job)
+
+
+def slow_answer(connection: Connection, question: Any) -> None:
+    """Take for ever over a question about the machine, as a download may."""
+    import worker
+
+    worker._describe_machine = lambda question: time.sleep(600)  # type: ignore[assignment]
+    worker.answer_question(connection, question)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from files import is_locked
+
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
 pytestmark = pytest.mark.slow
 
@@ -51,7 +53,7 @@ class Command:
         raise AssertionError(f"{text!r} was never printed: {self.process.communicate()[1]}")
 
     def finish(self) -> tuple[int, str, str]:
-        printed, problems = self.process.communicate(timeout=60)
+        printed, problems = self.process.communicate(timeout=120)
         return self.process.returncode, printed, problems
 
     def descendants(self) -> set[int]:
@@ -93,7 +95,8 @@ def start(lines_root: Path, tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
     def command(*more: str, directory: str = "c", **limits: Any) -> Command:
         argv = ["--data_root", str(lines_root), "--checkpoint_dir", str(tmp_path / directory)]
-        for value in ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"):
+        small = ["backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"]
+        for value in [*small, "precision=float32"]:  # not measured: seconds for each command
             argv += ["--fix", value]
         argv += ["--use_all_writers", "--weights", "none", "--device", "cpu", *more]
         argv += ["--patience", "9999", "--n_trials", "2"]
@@ -123,7 +126,15 @@ def test_kill_9_in_a_trial_loses_that_trial_alone(
     first.wait_for("trial   1 | epoch  3/15")
     below = first.descendants()
     assert len(below) >= 2, "the fork server and a trial"
+    for pid in below:  # stopped, so that they are alive when the lock is looked at
+        os.kill(pid, signal.SIGSTOP)
     first.process.kill()
+    first.process.wait()
+    children = {pid for pid in below if is_alive(pid)}
+    assert children, "the death signal ends the fork server alone"
+    assert not is_locked(tmp_path / "c"), "the lock does not outlive the search in its children"
+    for pid in children:
+        os.kill(pid, signal.SIGCONT)
     assert gone_within(below, 5), "no process outlives the search by 5 s"
     assert states_of(tmp_path / "c") == ["COMPLETE", "RUNNING"]
     weights = (tmp_path / "c" / "trial_000" / "final_model.pth").read_bytes()
@@ -138,9 +149,41 @@ def test_kill_9_in_a_trial_loses_that_trial_alone(
     assert "cut off without a word" in (tmp_path / "c" / "trial_001" / "error.log").read_text()
 
 
+def fork_servers(command: Command) -> set[int]:
+    """Find the fork server, which is the search's own child."""
+    return {
+        pid
+        for pid in command.descendants()
+        if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
+        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        == str(command.process.pid)
+    }
+
+
+def test_fork_server_that_imports_torch_ends_with_the_search(
+    start: Callable[..., Command],
+) -> None:
+    """Stopped, it stands for an import that takes long: nothing in it can notice."""
+    command = start()
+    deadline = time.monotonic() + 30
+    servers: set[int] = set()
+    while not servers and time.monotonic() < deadline:
+        servers = {pid for pid in fork_servers(command) if os.getsid(pid) == pid}
+    (server,) = servers
+    os.kill(server, signal.SIGSTOP)
+    command.process.kill()
+    assert gone_within({server}, 5)
+
+
 @pytest.mark.parametrize(
     ("number", "to_group", "code"),
-    [(signal.SIGTERM, True, 143), (signal.SIGINT, True, 130), (signal.SIGUSR1, False, 138)],
+    [
+        (signal.SIGTERM, True, 143),
+        (signal.SIGINT, True, 130),
+        (signal.SIGHUP, True, 129),
+        (signal.SIGUSR1, False, 138),
+        (signal.SIGUSR2, False, 140),
+    ],
 )
 def test_signal_saves_and_ends(
     number: signal.Signals,
@@ -211,13 +254,7 @@ def test_second_start_is_refused_while_the_first_runs(start: Callable[..., Comma
 def test_killed_fork_server_costs_no_trial(start: Callable[..., Command], tmp_path: Path) -> None:
     command = start("--epochs", "15")
     command.wait_for("trial   0 | epoch  1/15")
-    servers = {
-        pid
-        for pid in command.descendants()
-        if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
-        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        == str(command.process.pid)
-    }
+    servers = fork_servers(command)
     assert len(servers) == 1
     os.kill(servers.pop(), signal.SIGKILL)
     code, _, problems = command.finish()
