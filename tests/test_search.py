@@ -27,24 +27,29 @@ from study import open_study
 Run = Callable[..., int]
 
 
+def arguments(lines_root: Path, checkpoint_dir: Path, *more: str, **replaced: str) -> list[str]:
+    """Give the command's arguments for a search on small lines with a small model."""
+    flags = {
+        "data_root": str(lines_root),
+        "checkpoint_dir": str(checkpoint_dir),
+        "n_trials": "2",
+        "epochs": "2",
+        **replaced,
+    }
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    fixed = ["backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"]
+    # Measured, it may differ between two searches that a test compares.
+    fixed.append("precision=float32")
+    argv += [word for value in fixed for word in ("--fix", value)]
+    return [*argv, "--use_all_writers", "--weights", "none", "--device", "cpu", *more]
+
+
 @pytest.fixture
 def run(lines_root: Path, tmp_path: Path) -> Run:
-    """Run the command on small lines with a small model in `tmp_path / "c"`."""
+    """Run the command of `arguments`, in `tmp_path / "c"` unless it says otherwise."""
 
     def command(*more: str, **replaced: str) -> int:
-        flags = {
-            "data_root": str(lines_root),
-            "checkpoint_dir": str(tmp_path / "c"),
-            "n_trials": "2",
-            "epochs": "2",
-            **replaced,
-        }
-        argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        fixed = ["backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"]
-        # Measured, it may differ between two searches that a test compares.
-        fixed.append("precision=float32")
-        argv += [word for value in fixed for word in ("--fix", value)]
-        return main([*argv, "--use_all_writers", "--weights", "none", "--device", "cpu", *more])
+        return main(arguments(lines_root, tmp_path / "c", *more, **replaced))
 
     return command
 
@@ -228,6 +233,7 @@ def test_finite_space_is_drawn_once_and_then_ends(
     [
         ("raise_error", "RuntimeError: the cat is on the keyboard"),
         ("segfault", "killed by SIGSEGV"),
+        ("kill_itself", "killed by SIGKILL (by hand, or by the system's out-of-memory killer)"),
         ("exit_silently", "ended with exit code 7 without a word"),
         ("diverge", "the training loss is not finite in epoch 3"),
     ],
