@@ -7,6 +7,7 @@ command_line.py, the search itself in search.py, one trial in train.py.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_NOTHING_COMPLETE, EXIT_USAGE, EXIT_FAILURES = 0, 1, 2, 3
 RULE = "=" * 70
+# Of a file that the system, not a bug, keeps from being written.
+UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
 
 # ------------------------------------------------------------------------------------- preparation
 
@@ -77,10 +83,17 @@ def recorded_settings(
     if not database.exists():
         return None
     try:
-        settings: dict[str, Any] | None = read_study(database).get("settings")
-        return settings
+        settings = read_study(database).get("settings")
     except sqlite3.DatabaseError as error:
         raise UserError(f"{database} cannot be read: {one_line(error)}") from None
+    if settings is None:
+        return None
+    if not isinstance(settings, dict) or not {"tier", "weights", "precision"} <= settings.keys():
+        raise UserError(
+            f"{database} was begun by another version of this program: its settings cannot be "
+            "compared; go on with that version, or give a fresh --checkpoint_dir"
+        )
+    return settings
 
 
 def read_ranges(path: Path | None) -> dict[str, Any]:
@@ -345,9 +358,9 @@ def describe_plan(plan: Plan) -> str:
 def conclude(args: argparse.Namespace, search: Search) -> int:
     """Bring the summary up to date, say how the search stands, and give the exit code."""
     rows = search.read()
-    write_summary(args.checkpoint_dir, rows)
+    search.attempt(lambda: write_summary(args.checkpoint_dir, rows))
     chosen = chosen_model(args.checkpoint_dir, rows)
-    published = publish(args.checkpoint_dir, chosen)
+    published = search.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
     if args.evaluate_test and chosen and published and not (search.stop.name or search.gave_up):
         lines += measured_on_test(search, chosen, published)
@@ -364,9 +377,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     if search.complete() < args.n_trials and (cause := search.no_device()):
         print(f"error: {cause}; mend it, and the same command goes on", file=sys.stderr)
         return EXIT_FAILURES
-    return (
-        EXIT_OK if published or any(r.state == "COMPLETE" for r in rows) else EXIT_NOTHING_COMPLETE
-    )
+    return EXIT_OK if any(row.state == "COMPLETE" for row in rows) else EXIT_NOTHING_COMPLETE
 
 
 def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:
@@ -385,7 +396,7 @@ def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None
 
     if not args.checkpoint_dir.is_dir():
         raise UserError(f"--recover: {args.checkpoint_dir} does not exist")
-    with DirectoryLock(args.checkpoint_dir):
+    with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
         if storage is None:
             lines = recover(args.checkpoint_dir)
         else:
@@ -396,15 +407,17 @@ def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None
 
 
 @contextmanager
-def told_when_unwritable(storage: str) -> Iterator[None]:
-    """Turn a study that cannot be written (disk full, permission) into the user's mistake."""
+def told_when_unwritable(place: Path | str) -> Iterator[None]:
+    """Turn a directory or study that cannot be written (disk full) into the user's mistake."""
     from optuna.exceptions import StorageInternalError
 
     try:
         yield
-    except StorageInternalError as error:
+    except (StorageInternalError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
         raise UserError(
-            f"{storage} cannot be written: {one_line(error.__cause__ or error)}; what was "
+            f"{place} cannot be written: {one_line(error.__cause__ or error)}; what was "
             "recorded is safe; mend it, and the same command goes on"
         ) from None
 
@@ -431,9 +444,9 @@ def run_search(args: argparse.Namespace) -> int:
         refuse_damage(args.checkpoint_dir)
         plan = prepare(args)
         make_checkpoint_dir(args.checkpoint_dir)
-        with DirectoryLock(args.checkpoint_dir):
+        with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
             search = open_search(args, plan, stop)
-            with stop.deferred(), told_when_unwritable(str(args.checkpoint_dir / DATABASE)):
+            with stop.deferred():
                 search.run()
                 return conclude(args, search)
 

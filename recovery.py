@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sqlite3
 from contextlib import closing
 from datetime import datetime
@@ -17,13 +19,15 @@ from files import UserError, one_line, read_json, sync_directory
 from study import finished_value, open_study
 from summary import DATABASE, read_history, read_rows, trial_dir
 
+MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
 WAY_OUT = "--recover rebuilds it from the trial directories, the damaged file is kept beside it"
 
 
 def trial_directories(checkpoint_dir: Path) -> list[int]:
     """Give the numbers of the trials that have a directory, in order."""
-    names = (path.parent.name for path in checkpoint_dir.glob("trial_*/config.json"))
-    return sorted(int(name[6:]) for name in names if name[6:].isdecimal())
+    names = {path.name for path in checkpoint_dir.glob("trial_*") if path.is_dir()}
+    numbers = sorted(int(n[6:]) for n in names if re.fullmatch(r"trial_[0-9]{3,9}", n))
+    return [number for number in numbers if trial_dir(checkpoint_dir, number).name in names]
 
 
 def refuse_damage(checkpoint_dir: Path) -> None:
@@ -48,7 +52,7 @@ def find_damage(checkpoint_dir: Path) -> str | None:
     try:
         problem = _check(database)
         known = {row.number for row in read_rows(database)}
-    except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+    except (sqlite3.DatabaseError, ValueError) as error:  # SQLite's own words may be broken text
         return f"is damaged ({one_line(error)})"
     if problem:
         return f"is damaged ({one_line(problem)})"
@@ -77,14 +81,14 @@ def recover(checkpoint_dir: Path) -> list[str]:
     begun again. Returns lines for people. Raises UserError when there is nothing to rebuild from.
     """
     trials = rebuilt_trials(checkpoint_dir)
-    if find_damage(checkpoint_dir) is None and _agrees(checkpoint_dir, trials):
+    settings = recorded_settings_of(checkpoint_dir)
+    if find_damage(checkpoint_dir) is None and _agrees(checkpoint_dir, trials, settings):
         return ["the database is whole and agrees with the trial directories: left as it is"]
     workplace = checkpoint_dir / ".recovery"
     workplace.mkdir(exist_ok=True)
     for leftover in workplace.iterdir():
         leftover.unlink()
     study = open_study(workplace)
-    settings = recorded_settings_of(checkpoint_dir)
     if settings is not None:
         study.set_user_attr("settings", settings)
     study.add_trials(trials)
@@ -97,7 +101,12 @@ def recover(checkpoint_dir: Path) -> list[str]:
     states = [trial.state.name for trial in trials]
     counts = ", ".join(f"{states.count(name)} {name}" for name in sorted(set(states)))
     kept = [f"the damaged database is kept as {aside}"] if aside else []
-    return [f"rebuilt {len(trials)} trials from their directories: {counts}", *kept]
+    unknown = "no config.json tells the settings of this search: the next start's are taken"
+    return [
+        f"rebuilt {len(trials)} trials from their directories: {counts}",
+        *kept,
+        *([] if settings else [unknown]),
+    ]
 
 
 def rebuilt_trials(checkpoint_dir: Path) -> list[FrozenTrial]:
@@ -105,19 +114,42 @@ def rebuilt_trials(checkpoint_dir: Path) -> list[FrozenTrial]:
     numbers = trial_directories(checkpoint_dir)
     if not numbers:
         raise UserError(f"{checkpoint_dir} has no trial directories to rebuild a study from")
+    if numbers[-1] > MOST_LOST + 2 * len(numbers):
+        raise UserError(
+            f"{trial_dir(checkpoint_dir, numbers[-1])}: only {len(numbers) - 1} trials before it "
+            "have a directory; move it away if it is not of this search"
+        )
     return [_rebuild(checkpoint_dir, number) for number in range(numbers[-1] + 1)]
 
 
-def _agrees(checkpoint_dir: Path, trials: list[FrozenTrial]) -> bool:
-    """Tell whether the database has the finished trials as their directories have them."""
-    rows = {row.number: row for row in read_rows(checkpoint_dir / DATABASE)}
-    for trial in trials:
-        row = rows.get(trial.number)
-        value = trial.value if trial.state == TrialState.COMPLETE else None
-        wanted = (trial.state.name, value, trial.params)
-        if row is None or (row.state, row.value, row.params) != wanted:
-            return False
-    return True
+def _agrees(
+    checkpoint_dir: Path, trials: list[FrozenTrial], settings: dict[str, Any] | None
+) -> bool:
+    """Tell whether the database has the settings and all recorded trials as they are in files.
+
+    SQLite's check sees no flipped bit inside of a value.
+    """
+    try:
+        study = open_study(checkpoint_dir)
+    except UserError:
+        return False
+    stored = study.get_trials(deepcopy=False)
+    recorded = [
+        trial
+        for trial in trials
+        if (trial_dir(checkpoint_dir, trial.number) / "trial.json").exists()
+    ]
+    return all(
+        trial.number < len(stored) and _facts(stored[trial.number]) == _facts(trial)
+        for trial in recorded
+    ) and settings in (None, study.user_attrs.get("settings"))
+
+
+def _facts(trial: FrozenTrial) -> tuple[Any, ...]:
+    return (
+        *(trial.state, trial.value, trial.params, trial.distributions, trial.user_attrs),
+        *(trial.intermediate_values, trial.datetime_start, trial.datetime_complete),
+    )
 
 
 def _move_aside(checkpoint_dir: Path) -> Path | None:
@@ -173,7 +205,7 @@ def _from_record(record: dict[str, Any], number: int) -> FrozenTrial:
         intermediate_values={int(k): v for k, v in record["intermediate_values"].items()},
         trial_id=number,
     )
-    trial._validate()
+    _validate(trial)
     return trial
 
 
@@ -184,8 +216,9 @@ def _from_config(directory: Path, number: int) -> FrozenTrial:
     history = read_history(directory)
     attributes = {**config["user_attrs"], "epochs": len(history)}
     if value is None:
+        epoch = min(len(history) + 1, config["config"]["epochs"])
         attributes |= {
-            "failure": f"cut off without a word at epoch {len(history) + 1}",
+            "failure": f"cut off without a word at epoch {epoch}",
             "interrupted": True,
         }
     started = datetime.fromisoformat(config["started"]).astimezone().replace(tzinfo=None)
@@ -202,8 +235,23 @@ def _from_config(directory: Path, number: int) -> FrozenTrial:
         intermediate_values={row["epoch"]: row["macro_top1"] for row in history},
         trial_id=number,
     )
-    trial._validate()
+    _validate(trial)
     return trial
+
+
+def _validate(trial: FrozenTrial) -> None:
+    """Raise ValueError for what Optuna, or a later draw, would stumble over."""
+    trial._validate()
+    values = [*trial.intermediate_values.values(), *([] if trial.value is None else [trial.value])]
+    if not all(isinstance(value, float) and math.isfinite(value) for value in values):
+        raise ValueError("a value is not a finite number")
+    attributes = trial.user_attrs
+    names = ("draw", "seed", "continues", "continued", "epochs", "micro_batch")
+    numbers = [attributes[name] for name in names if name in attributes]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError("an attribute is not a whole number")
+    if attributes.get("continues", -1) >= trial.number:
+        raise ValueError("it continues a later trial")
 
 
 def _placeholder(number: int, cause: str) -> FrozenTrial:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.trial import Trial, TrialState
@@ -50,6 +50,8 @@ from summary import (
     seconds_left,
     trial_dir,
 )
+
+Result = TypeVar("Result")
 
 SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
@@ -539,12 +541,13 @@ class Search:
                 directory, self.rows, self.plan.kept_models, running, self.without_weights
             )
 
-    def attempt(self, write: Callable[[], object]) -> None:
+    def attempt(self, write: Callable[[], Result]) -> Result | None:
         """Write a file that is not worth the search: say so where it cannot be written."""
         try:
-            write()
+            return write()
         except OSError as error:
             print(f"warning: {one_line(error)}", file=sys.stderr, flush=True)
+            return None
 
     def complete(self) -> int:
         return sum(row.state == "COMPLETE" for row in self.rows)

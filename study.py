@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,11 @@ from summary import DATABASE, STUDY_NAME, home_of, read_history, trial_dir
 
 STARTUP_TRIALS = 5
 REDRAWS = 100
+# SQLite's codes for what the system keeps from being written; the database itself is whole.
+UNWRITABLE = {
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY),
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY),
+}
 MAX_CONTINUATIONS = 3  # in a row: what kills a trial so often is the trial itself
 
 
@@ -69,11 +75,22 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
     except RuntimeError as error:  # Optuna's word on another version of its tables
         raise UserError(f"{database}: {one_line(error)}") from None
     except (OptunaError, SQLAlchemyError, LookupError, ValueError, TypeError) as error:
+        way_out = (
+            "mend that, and the same command goes on"
+            if _is_unwritable(error)
+            else "--recover rebuilds it from the trial directories"
+        )
         raise UserError(
-            f"{database} cannot be used ({one_line(error.__cause__ or error)}); "
-            "--recover rebuilds it from the trial directories"
+            f"{database} cannot be used ({one_line(error.__cause__ or error)}); {way_out}"
         ) from None
     return study
+
+
+def _is_unwritable(error: BaseException | None) -> bool:
+    """Tell a database that the system keeps from being written from a damaged one."""
+    while error is not None and not isinstance(error, sqlite3.Error):
+        error = error.__cause__
+    return error is not None and getattr(error, "sqlite_errorcode", 0) & 0xFF in UNWRITABLE
 
 
 def record_settings(study: optuna.Study, settings: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -75,26 +75,35 @@ def best_row(rows: Sequence[Row]) -> Row | None:
 
 @contextmanager
 def _readable(database: Path) -> Iterator[sqlite3.Connection]:
+    """Open a database for reading only. Raises sqlite3.DatabaseError, also for broken contents."""
+    with _opened(database) as connection:
+        try:
+            yield connection
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            raise sqlite3.DatabaseError(f"its contents make no sense: {error!r}") from error
+
+
+@contextmanager
+def _opened(database: Path) -> Iterator[sqlite3.Connection]:
     """Open a database for reading only, also one whose writer was killed in a transaction.
 
     Such a one has a journal to be rolled back, which reading only forbids: a copy is read then.
     """
+    journal = database.with_name(database.name + "-journal")
     uri = f"file:{_quoted(database)}?mode=ro"
-    try:
-        with closing(sqlite3.connect(uri, uri=True, timeout=10)) as connection:
+    with ExitStack() as stack:
+        try:
+            connection = stack.enter_context(closing(sqlite3.connect(uri, uri=True, timeout=10)))
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            yield connection
-            return
-    except sqlite3.OperationalError:
-        journal = database.with_name(database.name + "-journal")
-        if not journal.exists():
-            raise
-    with tempfile.TemporaryDirectory() as directory:
-        for file in (database, journal):
-            if file.exists():
-                shutil.copy(file, Path(directory) / file.name)
-        with closing(sqlite3.connect(Path(directory) / database.name)) as connection:
-            yield connection
+        except sqlite3.OperationalError:
+            if not journal.exists():
+                raise
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for file in (database, journal):
+                if file.exists():
+                    shutil.copy(file, directory / file.name)
+            connection = stack.enter_context(closing(sqlite3.connect(directory / database.name)))
+        yield connection
 
 
 def _quoted(path: Path) -> str:
@@ -135,18 +144,18 @@ def read_rows(database: Path, numbers: Collection[int] | None = None) -> list[Ro
             f" JOIN trials t USING (trial_id){chosen}"
         ):
             attributes.setdefault(trial_id, {})[key] = json.loads(value_json)
-    return [
-        Row(
-            number,
-            state,
-            value if state == "COMPLETE" else None,
-            params.get(trial_id, {}),
-            _utc(started),
-            _utc(ended),
-            attributes.get(trial_id, {}),
-        )
-        for trial_id, number, state, value, started, ended in trials
-    ]
+        return [
+            Row(
+                number,
+                state,
+                value if state == "COMPLETE" else None,
+                params.get(trial_id, {}),
+                _utc(started),
+                _utc(ended),
+                attributes.get(trial_id, {}),
+            )
+            for trial_id, number, state, value, started, ended in trials
+        ]
 
 
 def _external(value: float, distribution: str) -> Any:
@@ -258,14 +267,18 @@ def remove_weights(
 ) -> None:
     """Delete the weights of finished trials that are not among the best `kept`.
 
-    An interrupted trial keeps its own until a trial that continues it has finished. `removed` holds
-    the trials that have none any more, and grows: what is not needed once is never needed again.
+    An interrupted trial keeps its own until a trial that continues it has ended by itself. `removed`
+    holds the trials that have none any more, and grows: what is not needed once is never needed
+    again.
     """
     complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
     best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
     needed = {row.number for row in best} | set(running)
-    done = {row.attributes.get("continues") for row in complete}
-    needed |= {r.number for r in rows if r.attributes.get("interrupted") and r.number not in done}
+    interrupted = {row.number for row in rows if row.attributes.get("interrupted")}
+    for row in reversed(rows):  # a trial that is continued stands before the one that continues it
+        if row.state not in UNFINISHED and row.number not in interrupted:
+            interrupted.discard(row.attributes.get("continues"))
+    needed |= interrupted
     needed |= removed
     for row in rows:
         if row.state not in UNFINISHED and row.number not in needed:
@@ -419,9 +432,17 @@ def _seconds_silent(directory: Path) -> float | None:
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:
-    """Read a trial's history.jsonl; empty when it has none yet."""
+    """Read a trial's history.jsonl; empty when it has none yet, or one that is not ours."""
     try:
         lines = (directory / "history.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError):
         return []
+    return rows if all(_is_epoch(row, number) for number, row in enumerate(rows, 1)) else []
+
+
+def _is_epoch(row: Any, number: int) -> bool:
+    if not isinstance(row, dict) or row.get("epoch") != number:
+        return False
+    value = row.get("macro_top1")
+    return isinstance(value, float) and 0 <= value <= 1

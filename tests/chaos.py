@@ -191,7 +191,7 @@ def signal_search(command: MarkedCommand, rng: Random) -> bool:
 
 def signal_group(command: MarkedCommand, rng: Random) -> bool:
     with suppress(ProcessLookupError):
-        os.killpg(command.process.pid, rng.choice((signal.SIGTERM, signal.SIGINT)))
+        os.killpg(command.process.pid, rng.choice(SIGNALS))
         return True
     return False
 
@@ -221,6 +221,17 @@ def limit_trials(command: MarkedCommand, rng: Random) -> bool:
     return True
 
 
+def limit_all(command: MarkedCommand, rng: Random) -> bool:
+    """Let everything run out of disk, the study included: files may hardly grow any more."""
+    database = Path(command.argv[command.argv.index("--checkpoint_dir") + 1]) / DATABASE
+    size = database.stat().st_size if database.exists() else 0
+    limit = rng.choice((0, size, size, size + 8192))
+    for pid in (command.process.pid, *command.processes()):
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+    return True
+
+
 DURING: dict[str, Callable[[MarkedCommand, Random], bool]] = {
     "kill -9 of the search": kill_search,
     "kill -9 of a trial": kill_trial,
@@ -230,6 +241,7 @@ DURING: dict[str, Callable[[MarkedCommand, Random], bool]] = {
     "two signals": two_signals,
     "a signal, then kill -9": kill_after_signal,
     "no room for trials' files": limit_trials,
+    "no room for any file": limit_all,
 }
 LEAVES_TMP = {
     "kill -9 of the search",
@@ -329,6 +341,8 @@ class Series:
             "batch_size=8",
         ):
             argv += ["--fix", value]
+        if rng.random() < 0.75:  # otherwise it is measured: seconds of each new study
+            argv += ["--fix", "precision=float32"]
         argv += ["--use_all_writers", "--weights", "none", "--device", "cpu"]
         argv += ["--epochs", str(self.epochs), "--patience", "9999"]
         argv += ["--sampler", rng.choice(("random", "tpe")), "--n_jobs", rng.choice("12")]
@@ -431,6 +445,8 @@ class Series:
             allowed |= {-signal.SIGKILL}
         if "kill -9 of a trial" in record.fault or "fork server" in record.fault:
             allowed |= {2}  # hit while the machine was asked
+        if "any file" in record.fault:
+            allowed |= {2}  # the study cannot be written
         record.wrong += self.check_code(command.process.returncode, allowed)
 
     def check_code(self, code: int, allowed: set[int]) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,19 @@ import pytest
 import torch
 from faults import RealChild, faulty
 from optuna.trial import TrialState
-from test_search import Run, params_of, run, snapshot, trials_of
+from test_crashes import Crash, crash_before
+from test_search import Run, arguments, params_of, run, snapshot, trials_of
 from torch import nn
 
 import files
 import processes
+import recovery
 import search as search_module
 import study as study_module
 from config import TrialConfig
 from hyperparameter_search import main
 from study import open_study
+from summary import Row, read_history, remove_weights
 from train import TrainingState, training_step
 
 __all__ = ["run"]  # the fixture
@@ -121,6 +126,15 @@ def test_exit_code_of_a_batch_system(
     assert run("--requeue_exit_code", "99", n_trials="1") == 0
 
 
+def test_question_ends_with_the_search() -> None:
+    """A measurement or a download is of no use to a search that is gone."""
+    question = processes.MachineQuestion("cpu", "none", ("tiny",), True)
+    child = RealChild("faults:slow_answer", question)
+    assert not connection.wait([child._process.sentinel], 0.5)
+    child.connection.close()
+    assert connection.wait([child._process.sentinel], 5)
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
@@ -187,6 +201,37 @@ def test_weights_of_the_best_trials_alone_are_kept(run: Run, tmp_path: Path) -> 
     assert len(list(directory.glob("trial_*/best_model.pth"))) == 1
 
 
+def test_weights_to_go_on_from_are_kept(tmp_path: Path) -> None:
+    """0 is best; 1 was interrupted, so were 2 and 3 that continued it; 4 waits to be continued."""
+    attributes: list[dict[str, Any]] = [
+        {},
+        {"interrupted": True},
+        {"interrupted": True, "continues": 1},
+        {"interrupted": True, "continues": 2},
+        {"interrupted": True},
+        {},
+    ]
+    states = ["COMPLETE", *["FAIL"] * 4, "COMPLETE"]
+    rows = [
+        Row(number, state, 0.9 if number == 0 else 0.1, {}, None, None, attributes[number])
+        for number, state in enumerate(states)
+    ]
+    for row in rows:
+        (tmp_path / f"trial_{row.number:03d}").mkdir()
+        (tmp_path / f"trial_{row.number:03d}" / "latest_checkpoint.pth").touch()
+
+    removed: set[int] = set()
+
+    def kept(running: set[int]) -> list[int]:
+        remove_weights(tmp_path, rows, 1, running, removed)
+        return sorted(int(path.parent.name[6:]) for path in tmp_path.glob("trial_*/*.pth"))
+
+    assert kept({5}) == [0, 1, 2, 3, 4, 5]
+    assert kept(set()) == [0, 1, 2, 3, 4]
+    rows.append(Row(6, "PRUNED", None, {}, None, None, {"continues": 3}))
+    assert kept(set()) == [0, 4]
+
+
 def test_records_that_a_full_disk_kept_back_are_written_later(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,11 +254,7 @@ def test_records_that_a_full_disk_kept_back_are_written_later(
 def searched(tmp_path_factory: pytest.TempPathFactory, lines_root: Path, cache_dir: Path) -> Path:
     """A search of complete, pruned, failed and interrupted trials."""
     directory = tmp_path_factory.mktemp("searched") / "c"
-    argv = ["--data_root", str(lines_root), "--checkpoint_dir", str(directory)]
-    for value in ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8"):
-        argv += ["--fix", value]
-    argv += ["--use_all_writers", "--weights", "none", "--device", "cpu", "--epochs", "2"]
-    argv += ["--cache_dir", str(cache_dir), "--n_trials", "5"]
+    argv = arguments(lines_root, directory, "--cache_dir", str(cache_dir), n_trials="5")
 
     class PruneThird(optuna.pruners.BasePruner):
         def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
@@ -301,18 +342,23 @@ def test_damaged_database_is_refused_and_recovered(
 
 
 def test_damage_anywhere_is_recovered(copied: Path) -> None:
-    """Flip bytes at random offsets: what is rebuilt equals the original, trial by trial."""
+    """Flip bytes at random offsets: what is rebuilt equals the original, trial by trial.
+
+    Also where SQLite's own check finds nothing: inside of a value.
+    """
     before = facts(copied)
+    settings = open_study(copied).user_attrs["settings"]
     database = copied / "optuna_study.db"
     whole = database.read_bytes()
     rng = random.Random(1)
-    for _ in range(12):
+    for _ in range(int(os.environ.get("DAMAGES", "12"))):
         content = bytearray(whole)
         for _ in range(rng.choice([1, 20, 400])):
             content[rng.randrange(len(content))] = rng.randrange(256)
         database.write_bytes(content)
         assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
         assert facts(copied) == before
+        assert open_study(copied).user_attrs["settings"] == settings
 
 
 def test_recovery_of_what_had_not_been_told(copied: Path, run: Run) -> None:
@@ -332,6 +378,97 @@ def test_recovery_of_what_had_not_been_told(copied: Path, run: Run) -> None:
     assert after[3][1] == TrialState.FAIL
     assert "cut off" in after[3][6]["failure"]
     assert run(n_trials="3") == 0
+
+
+def test_recovery_that_is_cut_off_at_each_step_is_begun_again(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = facts(copied)
+    damage(copied / "optuna_study.db", "text")
+    made: list[str] = []
+    for step in range(1000):
+        with monkeypatch.context() as patch:
+            made = crash_before(patch, step)
+            try:
+                assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+                break
+            except Crash:
+                pass
+        assert len(made) == step + 1
+    assert step > 5
+    assert facts(copied) == before
+    assert len(list(copied.glob("optuna_study.db.damaged-*"))) == 1
+
+
+def test_recovery_keeps_numbers_equal_to_directories(copied: Path, run: Run) -> None:
+    """Killed between asking and config.json, its database lost: a directory all the same."""
+    (copied / "optuna_study.db").unlink()
+    (copied / "trial_005").mkdir()
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    assert trials_of(copied)[5] == (5, "FAIL", None)
+    assert run(n_trials="3") == 0
+    assert trials_of(copied)[6][:2] == (6, "COMPLETE")
+
+
+def test_recovery_believes_no_number(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (copied / "trial_999999999").mkdir()
+    left = snapshot(copied)
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 2
+    assert "trial_999999999: only 5 trials before it" in capfd.readouterr().err
+    assert snapshot(copied) == left
+
+
+def test_recovery_without_settings(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = facts(copied)
+    (copied / "optuna_study.db").unlink()
+    for config in copied.glob("trial_*/config.json"):
+        config.unlink()
+    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    assert "no config.json tells the settings" in capfd.readouterr().out
+    assert facts(copied) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"user_attrs": []},
+        {"user_attrs": {"draw": "x"}},
+        {"user_attrs": {"draw": 0, "continues": 0, "interrupted": True}},
+        {"value": "0.5"},
+        {"value": float("nan")},
+        {"state": "RUNNING"},
+        {"number": 3},
+        {"intermediate_values": {"1": "x"}},
+        {"intermediate_values": {"x": 0.5}},
+        {"params": {"learning_rate": 1e9}},
+        {"distributions": {"learning_rate": '{"name": "os.system", "attributes": {}}'}},
+        {"datetime_start": None},
+    ],
+    ids=lambda change: json.dumps(change)[1:-1],
+)
+def test_record_that_makes_no_sense_is_not_believed(
+    change: dict[str, Any], searched: Path, tmp_path: Path
+) -> None:
+    """The trial comes back from its config.json and metrics.json."""
+    before = open_study(searched).get_trials()[0]
+    for kind in ("trial.json", "config.json", "metrics.json", "history.jsonl"):
+        (tmp_path / "trial_000").mkdir(exist_ok=True)
+        shutil.copy(searched / "trial_000" / kind, tmp_path / "trial_000")
+    record = json.loads((tmp_path / "trial_000" / "trial.json").read_text())
+    (tmp_path / "trial_000" / "trial.json").write_text(json.dumps(record | change))
+    trial = recovery._rebuild(tmp_path, 0)
+    assert (trial.state, trial.value, trial.params) == (before.state, before.value, before.params)
+    assert trial.intermediate_values == before.intermediate_values
+    assert trial.user_attrs == before.user_attrs
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["1", '{"epoch": 1}', '{"epoch": 7, "macro_top1": 0.5}', "\xff", '{"a":' * 5000],
+)
+def test_hostile_history_is_as_good_as_none(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").write_bytes(hostile.encode("latin-1"))
+    assert read_history(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -380,21 +517,50 @@ def test_whole_database_is_left_as_it_is(copied: Path, capfd: pytest.CaptureFixt
     assert snapshot(copied) == before
 
 
-def test_recovery_that_is_cut_off_is_begun_again(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE trial_params SET param_value = 99 WHERE distribution_json LIKE '%Categorical%'",
+        "UPDATE trial_user_attributes SET value_json = '{' WHERE key = 'draw'",
+        "UPDATE trials SET datetime_start = 'yesterday'",
+    ],
+)
+def test_contents_that_make_no_sense_are_damage(
+    statement: str, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = facts(copied)
-    damage(copied / "optuna_study.db", "text")
-    for step in range(6):
-        with monkeypatch.context() as patch:
-            crash_at(patch, step, ["replace", "add_trial"])
-            try:
-                main(["--recover", "--checkpoint_dir", str(copied)])
-            except Crash:
-                continue
-            break
+    with sqlite3.connect(copied / "optuna_study.db") as connection:
+        assert connection.execute(statement).rowcount > 0
+    connection.close()
+    capfd.readouterr()
+    for command in (run, lambda: main(["--status", "--checkpoint_dir", str(copied)])):
+        assert command() == 2
+        problem = capfd.readouterr().err
+        assert problem.count("\n") == 1
+        assert "its contents make no sense" in problem
     assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
     assert facts(copied) == before
+
+
+@pytest.mark.parametrize("name", ["precision", None])
+def test_settings_of_another_version_are_refused(
+    name: str | None, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = open_study(copied)
+    settings = study.user_attrs["settings"]
+    study.set_user_attr("settings", {k: v for k, v in settings.items() if k != name and name})
+    assert run() == 2
+    assert "was begun by another version of this program" in capfd.readouterr().err
+
+
+def test_study_without_settings_takes_those_of_the_next_start(copied: Path, run: Run) -> None:
+    """Killed between the study's creation and its settings."""
+    recorded = open_study(copied).user_attrs["settings"]
+    with sqlite3.connect(copied / "optuna_study.db") as connection:
+        connection.execute("DELETE FROM study_user_attributes")
+    connection.close()
+    assert run() == 0
+    assert open_study(copied).user_attrs["settings"] == recorded
 
 
 @pytest.mark.parametrize("version", ["v0.1.old", "v99.0.0.a"])
@@ -427,82 +593,3 @@ def test_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     assert run(n_trials="1") == 0
     assert "this file system has no locks" in capfd.readouterr().err
-
-
-# ------------------------------------------------------------------- crashes at each of its steps
-
-
-class Crash(BaseException):
-    """Ends the search process where it stands, as far as a test in one process can."""
-
-
-def crash_at(patch: pytest.MonkeyPatch, step: int, kinds: list[str]) -> Iterator[int]:
-    """Let the step-th call of any of these functions, before or after its work, raise Crash."""
-    counter = iter(range(10**9))
-
-    def breaking(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            if next(counter) == step:
-                raise Crash
-            result = real(*arguments, **named)
-            if next(counter) == step:
-                raise Crash
-            return result
-
-        return call
-
-    places: dict[str, tuple[Any, str]] = {
-        "replace": (files.os, "replace"),
-        "tell": (optuna.Study, "tell"),
-        "ask": (optuna.Study, "ask"),
-        "add_trial": (optuna.Study, "add_trial"),
-        "receive": (processes.ChildProcess, "receive"),
-        "order": (processes.ChildProcess, "order"),
-    }
-    for kind in kinds:
-        owner, name = places[kind]
-        patch.setattr(owner, name, breaking(getattr(owner, name)))
-    return counter
-
-
-@pytest.mark.parametrize("more", [[], ["--continue_interrupted"]], ids=["new", "continued"])
-@pytest.mark.parametrize("kind", ["replace", "tell", "ask", "add_trial", "receive", "order"])
-def test_crash_at_any_step_loses_and_repeats_nothing(
-    kind: str,
-    more: list[str],
-    run: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """Crash at the first step, go on and crash at the second, and so on, in one directory."""
-    directory = tmp_path / "c"
-    crashes = 0
-    for step in range(0, 40, 1 if kind in ("tell", "ask", "add_trial") else 3):
-        finished = trials_of(directory) if (directory / "optuna_study.db").exists() else []
-        with monkeypatch.context() as patch:
-            crash_at(patch, step, [kind])
-            try:
-                assert run(*more, n_trials="2", epochs="1") == 0
-                break
-            except Crash:
-                crashes += 1
-        if finished:
-            after = trials_of(directory)
-            for before in finished:
-                if before[1] in ("COMPLETE", "PRUNED"):
-                    assert before in after
-    assert crashes > 0
-    assert run(*more, n_trials="2", epochs="1") == 0
-    states = [state for _, state, _ in trials_of(directory)]
-    assert states.count("COMPLETE") == 2
-    assert set(states) <= {"COMPLETE", "FAIL"}
-    trials = open_study(directory).get_trials()
-    fresh = [
-        json.dumps(t.params, sort_keys=True) for t in trials if "continues" not in t.user_attrs
-    ]
-    assert len(set(fresh)) == len(fresh), "no draw repeats"
-    for trial in trials:
-        if trial.state == TrialState.COMPLETE:
-            assert epochs_of(directory / f"trial_{trial.number:03d}") == [1]
-    assert "Traceback" not in capfd.readouterr().err
