@@ -186,26 +186,22 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def measure_on_test(connection: Connection, question: TestQuestion) -> None:
     """Send ("measured", metrics with intervals) or ("failed", …) of a model on the test lines."""
-
-    def check() -> None:
-        if connection.poll():  # the search sends nothing: it is gone
-            os._exit(1)
-
+    threading.Thread(target=_end_with_search, args=(connection,), daemon=True).start()
     try:
-        answer: Message = ("measured", _measure(question, check))
+        answer: Message = ("measured", _measure(question))
     except Exception as error:  # told in a line: the search's results stand without it
         answer = ("failed", {"cause": one_line(f"{type(error).__name__}: {error}")})
     with contextlib.suppress(OSError):
         connection.send(answer)
 
 
-def _measure(question: TestQuestion, check: Callable[[], None]) -> dict[str, Any]:
+def _measure(question: TestQuestion) -> dict[str, Any]:
     torch.set_num_threads(question.threads)
     device = torch.device(open_device(question))
     model, config, writers = load_model(question.model_file)
     lines = Lines.of(question.data, "test", strip_on(question.data, device))
     with torch.inference_mode():
-        output = line_logits(model.to(device), config, lines, len(writers), check)
+        output = line_logits(model.to(device), config, lines, len(writers))
     logits = output.double().cpu().numpy()
     if not np.isfinite(logits).all():
         raise DivergedError("the model's output on the test lines is not finite")

@@ -27,7 +27,7 @@ from study import open_study
 Run = Callable[..., int]
 
 
-def arguments(lines_root: Path, checkpoint_dir: Path, *more: str, **replaced: str) -> list[str]:
+def arguments(lines_root: Path, checkpoint_dir: Path, /, *more: str, **replaced: str) -> list[str]:
     """Give the command's arguments for a search on small lines with a small model."""
     flags = {
         "data_root": str(lines_root),
