@@ -267,9 +267,9 @@ def remove_weights(
 ) -> None:
     """Delete the weights of finished trials that are not among the best `kept`.
 
-    An interrupted trial keeps its own until a trial that continues it has ended by itself. `removed`
-    holds the trials that have none any more, and grows: what is not needed once is never needed
-    again.
+    An interrupted trial keeps its own until a trial that continues it has ended by itself.
+    `removed` holds the trials that have none any more, and grows: what is not needed once is never
+    needed again.
     """
     complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
     best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
