@@ -37,7 +37,8 @@ from summary import (
     trial_dir,
 )
 
-LOOK_SECONDS = 10.0  # between two looks at what the others do, for a search that has a place free
+# Between two looks at what the others do, for a search that has a place free: soon at first.
+FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 10.0
 
 
 @dataclass
@@ -46,6 +47,7 @@ class SharedSearch(Search):
 
     fleet: Fleet = field(kw_only=True)
     last_look: float = -math.inf
+    pause: float = FIRST_LOOK_SECONDS
     next_sign: float = -math.inf
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ class SharedSearch(Search):
         return rows_of(trials)
 
     def draw(self) -> Trial | None:
+        self.pause = FIRST_LOOK_SECONDS
         return self.fleet.claim()
 
     def is_done(self) -> bool:
@@ -120,7 +123,7 @@ class SharedSearch(Search):
 
     def next_look(self) -> float:
         has_place = self.devices.free(self.running) is not None
-        return self.last_look + (LOOK_SECONDS if has_place else SIGN_SECONDS)
+        return self.last_look + (self.pause if has_place else SIGN_SECONDS)
 
     def look(self) -> None:
         """See what the others do, and record the trials of those that are dead."""
@@ -128,7 +131,8 @@ class SharedSearch(Search):
         for line in bury_dead(self.fleet, trials):
             self.progress.line(line)
         self.rows = self.read()
-        self.last_look = time.monotonic() - random.uniform(0, LOOK_SECONDS / 5)  # not all at once
+        self.pause = min(LOOK_SECONDS, 2 * self.pause)
+        self.last_look = time.monotonic() - random.uniform(0, self.pause / 5)  # not all at once
 
     def receive(self, running: RunningTrial) -> None:
         try:

@@ -6,20 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from servers import PostgreSQL, grpc_proxy
+from servers import PASSWORD, QUOTED, PostgreSQL, grpc_proxy
 
 from storage import find_study, is_surplus, opened_storage
 from study import params_key
 from summary import STUDY_NAME
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
+N_TRIALS = 6
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def run_claimers(url: str, n_trials: int, directory: Path, faults: list[str]) ->
             assert claimer.stdin is not None
             claimer.stdin.write("\n")
             claimer.stdin.flush()
-        said = [claimer.communicate(timeout=90)[0] for claimer in claimers]
+        said = [claimer.communicate()[0] for claimer in claimers]
     codes = [claimer.returncode for claimer in claimers]
     assert codes == [-9 if fault == "die" else 0 for fault in faults]
     return [json.loads(text) for text in said if text]
@@ -92,3 +94,108 @@ def test_claims_at_once_keep_to_the_budget_and_never_draw_twice(
     assert len(set(fresh)) == len(fresh) == 24
     started = [number for one in said for number in one["started"]]
     assert len(set(started)) == len(started)
+
+
+class Command:
+    """The real command in a process of its own, its output in a file."""
+
+    def __init__(self, url: str, lines: Path, directory: Path, log: Path) -> None:
+        fixed = ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8")
+        words = [word for value in (*fixed, "precision=float32") for word in ("--fix", value)]
+        words += ["--storage", url, "--data_root", str(lines), "--checkpoint_dir", str(directory)]
+        words += ["--n_trials", str(N_TRIALS), "--epochs", "2", "--use_all_writers"]
+        words += ["--weights", "none", "--device", "cpu", "--continue_interrupted"]
+        self.log = log
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "hyperparameter_search.py"), *words],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+
+def first_to_say(text: str, commands: list[Command]) -> int:
+    """Wait until one of the commands has printed a text; give its number."""
+    while True:
+        for number, command in enumerate(commands):
+            if text in command.log.read_text():
+                return number
+            assert command.process.poll() is None, command.log.read_text()
+        time.sleep(0.01)
+
+
+@contextmanager
+def commands(url: str, lines: Path, directories: list[Path], logs: Path) -> Iterator[list[Command]]:
+    started = [Command(url, lines, d, logs / f"{n}.log") for n, d in enumerate(directories)]
+    try:
+        yield started
+    finally:
+        for command in started:
+            command.process.kill()
+            command.process.wait()
+
+
+def check_whole(url: str, directories: list[Path], logs: Path) -> list[FrozenTrial]:
+    """Check budget, draws, directories and the password; gives the trials."""
+    trials = trials_at(url)
+    states = [trial.state for trial in trials]
+    assert states.count(TrialState.COMPLETE) == N_TRIALS
+    assert TrialState.RUNNING not in states
+    fresh = [params_key(t.params) for t in trials if "continues" not in t.user_attrs]
+    assert len(set(fresh)) == len(fresh)
+    seeds = [t.user_attrs["seed"] for t in trials if "continues" not in t.user_attrs]
+    assert len(set(seeds)) == len(seeds)
+    numbers = [trial.number for trial in trials]
+    homes = [path for d in dict.fromkeys(directories) for path in d.glob("trial_*")]
+    assert sorted(int(path.name[6:]) for path in homes) == numbers
+    for trial, home in zip(trials, sorted(homes, key=lambda path: path.name), strict=True):
+        config = json.loads((home / "config.json").read_text())
+        assert config["hyperparameters"] == trial.params
+        assert json.loads((home / "trial.json").read_text())["state"] == trial.state.name
+    for path in [*logs.iterdir(), *(p for d in directories for p in d.rglob("*"))]:
+        if path.is_file():
+            content = path.read_bytes()
+            assert PASSWORD.encode() not in content, path
+            assert QUOTED.encode() not in content, path
+    return trials
+
+
+def test_four_searches_on_postgresql_one_of_them_killed_and_the_server_restarted(
+    postgresql: PostgreSQL, lines_root: Path, tmp_path: Path
+) -> None:
+    url = postgresql.make_database("four")
+    directories = [tmp_path / "c"] * 4  # on a shared file system
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with commands(url, lines_root, directories, logs) as searches:
+        victim = first_to_say("epoch  1/2", searches)
+        searches[victim].process.kill()
+        postgresql.stop()
+        postgresql.start()
+        codes = [search.process.wait() for search in searches]
+    assert codes.pop(victim) == -9
+    assert codes == [0, 0, 0], "".join(log.read_text() for log in logs.iterdir())
+    trials = check_whole(url, directories, logs)
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert [trial.user_attrs.get("interrupted") for trial in failed] == [True]
+    (continued,) = [t for t in trials if t.user_attrs.get("continues") == failed[0].number]
+    assert continued.params == failed[0].params
+    assert continued.user_attrs["owner"]["pid"] != failed[0].user_attrs["owner"]["pid"]
+    said = "".join(log.read_text() for log in logs.iterdir())
+    assert f"trial {failed[0].number} was cut off at epoch" in said
+
+
+def test_four_searches_on_the_grpc_proxy(
+    postgresql: PostgreSQL, lines_root: Path, tmp_path: Path
+) -> None:
+    url = postgresql.make_database("four_by_proxy")
+    directories = [tmp_path / f"node_{number}" for number in range(4)]
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with grpc_proxy(url) as proxy, commands(proxy, lines_root, directories, logs) as searches:
+        codes = [search.process.wait() for search in searches]
+    assert codes == [0, 0, 0, 0], "".join(log.read_text() for log in logs.iterdir())
+    trials = check_whole(url, directories, logs)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * N_TRIALS
