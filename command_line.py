@@ -259,6 +259,14 @@ def _add_machine_flags(group: Any) -> None:
         metavar="N",
         help="trials at once (default: one per GPU; one without a GPU)",
     )
+    group.add_argument(
+        "--gpus_per_trial",
+        type=whole_number,
+        default=1,
+        metavar="N",
+        help="GPUs that train one trial together; on the CPU so many processes "
+        "(default: %(default)s)",
+    )
 
 
 def _add_afterwards_flags(group: Any) -> None:

@@ -74,9 +74,9 @@ class Devices:
     def _failures(self, number: int) -> int:
         return max((self._failed_starts[gpu] for gpu in self._slots[number]), default=0)
 
-    def started(self, slot: Slot) -> None:
-        """Note that a trial has started on its GPUs."""
-        for gpu in slot:
+    def started(self, gpu: str | None) -> None:
+        """Note that a trial's process has started on a GPU."""
+        if gpu is not None:
             del self._failed_starts[gpu]
 
     def failed(self, gpu: str, cause: str) -> bool:

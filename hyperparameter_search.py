@@ -119,6 +119,14 @@ def backbones_of(space: Space) -> tuple[str, ...]:
     )
 
 
+def smallest_batch(space: Space) -> int:
+    """Give the smallest batch size that trials of this space may have."""
+    rule = space.searched.get("batch_size")
+    if isinstance(rule, Choice):
+        return min(int(size) for size in rule.choices)
+    return int(rule.low if rule is not None else space.fixed["batch_size"])
+
+
 def precision_of(space: Space) -> dict[str, Value]:
     """Give each backbone's precision where --fix names it: then nothing is measured."""
     precision = space.fixed.get("precision")
@@ -219,12 +227,19 @@ def make_plan(
     """Divide the machine between the trials that run at once."""
     from search import Plan
 
-    slots = divide(machine["gpus"], args.n_jobs, 1)
+    slots = divide(machine["gpus"], args.n_jobs, args.gpus_per_trial)
+    ranks = args.gpus_per_trial
+    smallest = min(smallest_batch(space), data.report["lines"]["train"])
+    if ranks > smallest:
+        raise UserError(f"--gpus_per_trial {ranks} is more than a batch has images: {smallest}")
+    idle = set(machine["gpus"]) - {gpu for slot in slots for gpu in slot}
     if machine["weights_why"]:
         print(
             f"warning: training from scratch, without ImageNet weights: {machine['weights_why']}",
             file=sys.stderr,
         )
+    if idle and args.n_jobs is None:
+        print(f"warning: no trial uses GPU {', '.join(sorted(idle))}", file=sys.stderr)
     for warning in describe_report(data.report):
         print(f"warning: {warning}", file=sys.stderr)
     return Plan(
@@ -234,7 +249,8 @@ def make_plan(
         settings=settings,
         n_trials=args.n_trials,
         slots=slots,
-        threads=max(1, len(os.sched_getaffinity(0)) // len(slots)),
+        ranks=ranks,
+        threads=max(1, len(os.sched_getaffinity(0)) // (len(slots) * ranks)),
         sampler=args.sampler,
         seed=args.seed,
         timeout=args.timeout,
@@ -348,10 +364,11 @@ def describe_plan(plan: Plan) -> str:
     lines = plan.data.report["lines"]
     counts = ", ".join(f"{lines[split]} {split}" for split in lines)
     where = ", ".join(dict.fromkeys(f"GPU {gpu}" for slot in plan.slots for gpu in slot))
+    ranks = f" of {plan.ranks} ranks" if plan.ranks > 1 else ""
     return (
         f"{len(plan.data.writers)} writers | lines: {counts} | {plan.data.line_height} px | "
-        f"{where or 'CPU'}, {len(plan.slots)} trial(s) at once, {plan.threads} thread(s) each | "
-        f"weights: {plan.settings['weights']}"
+        f"{where or 'CPU'}, {len(plan.slots)} trial(s){ranks} at once, "
+        f"{plan.threads} thread(s) each | weights: {plan.settings['weights']}"
     )
 
 

@@ -3,8 +3,8 @@
 Children are forked from a fork server that has torch imported and no device touched, so that one
 starts in hundredths of a second and a broken one takes nothing with it. A pipe joins each to the
 search process. Up go `(kind, content)` messages: started, progress, report, done, pruned, stopped,
-failed, out_of_memory, device_failed. Down go the orders CONTINUE, PRUNE and STOP. This file imports
-no torch.
+failed, out_of_memory, device_failed, lost. Down go the orders CONTINUE, PRUNE and STOP. This file
+imports no torch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing import forkserver, get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from config import TrialConfig
 from data import LineSet
 
 CONTINUE, PRUNE, STOP = "continue", "prune", "stop"
+LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 Message = tuple[str, dict[str, Any]]
 
 _context = get_context("forkserver")
@@ -44,7 +47,8 @@ class Job:
     """All that a trial's process needs.
 
     gpus: entries of CUDA_VISIBLE_DEVICES; none: the CPU.   micro_batch: images on a device at once.
-    continue_from: the trial directory whose checkpoint to go on from.
+    continue_from: the trial directory whose checkpoint to go on from.   ranks: processes that train
+    the trial together; this is for number `rank`. They meet at `port`, where rank 0 has `listener`.
     """
 
     config: TrialConfig
@@ -54,6 +58,20 @@ class Job:
     gpus: tuple[str, ...] = ()
     continue_from: Path | None = None
     micro_batch: int | None = None
+    ranks: int = 1
+    rank: int = 0
+    port: int = 0
+    listener: socket.socket | None = None
+
+    @property
+    def gpu(self) -> str | None:
+        """This rank's own."""
+        return self.gpus[self.rank] if self.gpus else None
+
+    @property
+    def log(self) -> Path:
+        name = f"train.rank{self.rank}.log" if self.rank else "train.log"
+        return self.trial_dir / name
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,9 @@ class ChildProcess:
         with contextlib.suppress(ValueError):  # `end` has closed it
             self._process.kill()
 
+    def terminate(self) -> None:
+        self._process.terminate()
+
     def end(self, seconds: float = 10.0) -> int | None:
         """Wait for the child's end, killing it after `seconds`; give its exit code (-signal)."""
         self._process.join(seconds)
@@ -111,6 +132,102 @@ class ChildProcess:
         code = self._process.exitcode
         self._process.close()
         return code
+
+
+class TrialProcesses:
+    """The search process's end of one trial: a process for each of its ranks.
+
+    Rank 0 speaks for all. A rank that fails, dies or hangs is the trial's end, and its word, or how
+    it died, is what `receive` gives; what the others say of its loss is passed over.
+    """
+
+    def __init__(self, job: Job, start: Callable[[str, Any], ChildProcess]) -> None:
+        listener = socket.create_server(("127.0.0.1", 0)) if job.ranks > 1 else None
+        port = listener.getsockname()[1] if listener is not None else 0
+        self._jobs = [
+            replace(job, rank=rank, port=port, listener=None if rank else listener)
+            for rank in range(job.ranks)
+        ]
+        self._ranks: dict[int, ChildProcess] = {}  # those that have not ended
+        self._started: set[int] = set()
+        self._over = False  # rank 0 has said its last word
+        try:
+            for rank, its_job in enumerate(self._jobs):
+                self._ranks[rank] = start("worker:run_trial", its_job)
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            if listener is not None:
+                listener.close()  # rank 0 has its own
+
+    @property
+    def connections(self) -> list[Connection]:
+        return [child.connection for child in self._ranks.values()]
+
+    def order(self, order: str) -> None:
+        if 0 in self._ranks:
+            self._ranks[0].order(order)
+
+    def kill(self) -> None:
+        for child in self._ranks.values():
+            child.kill()
+
+    def end(self) -> None:
+        """Wait for the end of rank 0 that has said its last word; end the others at once."""
+        for rank, child in self._ranks.items():
+            child.end(10.0 if rank == 0 and self._over else 0.0)
+        self._ranks.clear()
+
+    def receive(self, connection: Connection) -> Message | None:
+        """Receive a rank's message; None where it is of no account to the trial.
+
+        ("died", …) tells that a rank ended without a word: cause, and the log that tells more.
+        """
+        rank = next(r for r, child in self._ranks.items() if child.connection is connection)
+        message = self._hear(rank)
+        if message is None or message[0] != "lost":
+            return message
+        return self._cause_of_loss(rank, message[1])
+
+    def _hear(self, rank: int) -> Message | None:
+        job = self._jobs[rank]
+        message = self._ranks[rank].receive()
+        if message is None:
+            code = self._ranks.pop(rank).end()
+            if rank > 0 and code == 0:
+                return None  # it has followed rank 0 to the end
+            if job.gpu is not None and rank not in self._started:
+                return "device_failed", {"gpu": job.gpu, "cause": exit_text(code)}
+            return "died", {"cause": self._named(rank, exit_text(code)), "log": job.log}
+        if message[0] == "started":
+            self._started.add(rank)
+        elif rank == 0 and message[0] not in ("progress", "report"):
+            self._over = True
+        return message
+
+    def _cause_of_loss(self, rank: int, lost: dict[str, Any]) -> Message:
+        """Find the rank that the others have lost: it failed, died, or is silent where it hangs."""
+        silent = {child.connection: r for r, child in self._ranks.items() if r != rank}
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while silent and (left := deadline - time.monotonic()) > 0:
+            for ready in wait(list(silent), left):
+                other = silent[ready]  # type: ignore[index]
+                message = self._hear(other)
+                if other not in self._ranks or (message and message[0] == "lost"):
+                    del silent[ready]  # type: ignore[arg-type]
+                if message and message[0] in ("failed", "out_of_memory", "device_failed", "died"):
+                    return message
+        for other in silent.values():
+            child = self._ranks.pop(other)
+            child.terminate()  # it writes where it hangs into its log
+            child.end(LAST_WORDS_SECONDS)
+            cause = self._named(other, "hung: the other ranks waited for it in vain")
+            return "died", {"cause": cause, "log": self._jobs[other].log}
+        return "failed", lost
+
+    def _named(self, rank: int, text: str) -> str:
+        return text if len(self._jobs) == 1 else f"rank {rank}: {text}"
 
 
 def start_fork_server() -> None:

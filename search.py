@@ -25,7 +25,7 @@ from config import Space
 from data import LineSet
 from devices import STARTS_IN_A_ROW, Devices, Slot
 from files import UserError, one_line, write_json
-from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, exit_text
+from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, TrialProcesses
 from progress import Progress
 from signals import StopSignals
 from study import (
@@ -68,7 +68,8 @@ class Plan:
     settings: dict[str, Any]
     n_trials: int
     slots: tuple[Slot, ...]  # the GPUs of each trial that runs at once
-    threads: int  # of each trial
+    ranks: int  # processes that train one trial together
+    threads: int  # of each process
     sampler: str
     seed: int
     timeout: float | None
@@ -92,10 +93,9 @@ class RunningTrial:
 
     trial: Trial
     job: Job
-    child: ChildProcess
+    child: TrialProcesses
     slot: int
     started: float
-    on_device: bool = False  # it has reached its GPU
     epoch: int = 0  # epochs done
     progress: float = 0.0  # epochs done, with a fraction
     best: float | None = None
@@ -219,9 +219,17 @@ class Search:
         directory.mkdir()
         data = replace(plan.data, paths=(), report={})  # large, and no trial reads them
         continue_from = checkpoint_to_continue(self.study, plan.checkpoint_dir, trial)
-        job = Job(config, data, directory, plan.threads, plan.slots[slot], continue_from)
+        job = Job(
+            config,
+            data,
+            directory,
+            plan.threads,
+            plan.slots[slot],
+            continue_from,
+            ranks=plan.ranks,
+        )
         self.write_config(trial, job)
-        child = ChildProcess("worker:run_trial", job)
+        child = TrialProcesses(job, ChildProcess)
         return RunningTrial(trial, job, child, slot, time.monotonic())
 
     def free_slot(self) -> int:
@@ -239,8 +247,7 @@ class Search:
     def start_again(self, running: RunningTrial) -> None:
         """Start a trial's process anew, as its job now says."""
         self.write_config(running.trial, running.job)
-        running.child = ChildProcess("worker:run_trial", running.job)
-        running.on_device = False
+        running.child = TrialProcesses(running.job, ChildProcess)
 
     def write_config(self, trial: Trial, job: Job) -> None:
         """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
@@ -256,6 +263,7 @@ class Search:
                 "user_attrs": trial.user_attrs,
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"),
                 "device": ",".join(job.gpus) or "cpu",
+                "ranks": job.ranks,
                 "threads": job.threads,
                 "micro_batch": job.micro_batch,
                 "settings": self.plan.settings,
@@ -267,7 +275,9 @@ class Search:
 
     def wait_for_news(self) -> None:
         """Wait for a message, a signal or a deadline, and act on it."""
-        by_connection = {r.child.connection: r for r in self.running.values()}
+        by_connection: dict[Any, RunningTrial] = {
+            pipe: running for running in self.running.values() for pipe in running.child.connections
+        }
         ready = connection.wait(
             [*by_connection, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
         )
@@ -275,9 +285,10 @@ class Search:
             self.stop.wakeup.recv(4096)
         if self.stop.name is not None:
             self.stop_all(f"interrupted by {self.stop.name}")
-        for pipe in ready:
-            if pipe in by_connection:
-                self.receive(by_connection[pipe])
+        for pipe in by_connection.keys() & set(ready):
+            # A trial whose end another rank has told has no connections any more.
+            if pipe in by_connection[pipe].child.connections:
+                self.receive(by_connection[pipe], pipe)
         self.watch_the_clock()
 
     def seconds_to_next_deadline(self) -> float:
@@ -312,38 +323,37 @@ class Search:
             running.kill_at = time.monotonic() + STOP_SECONDS
             running.child.order(STOP)
 
-    def receive(self, running: RunningTrial) -> None:
+    def receive(self, running: RunningTrial, pipe: connection.Connection) -> None:
         """Act on one message of a trial."""
-        message = running.child.receive()
+        message = running.child.receive(pipe)
         if message is None:
-            code = running.child.end()
-            if running.job.gpus and not running.on_device and not running.stop_cause:
-                self.leave_device(running, running.job.gpus[0], exit_text(code))
-                return
-            how = "killed when it did not stop in time" if running.killed else exit_text(code)
-            self.end_failed(running, how, log=True)
             return
         kind, content = message
         if kind == "started":
-            running.on_device = True
-            self.devices.started(running.job.gpus)
+            self.devices.started(content["gpu"])
         elif kind == "progress":
             running.progress = content["progress"]
             self.progress.advance(running.number, running.progress)
         elif kind == "report":
             self.receive_report(running, content["epoch"], content["metrics"], content["again"])
-        elif kind == "out_of_memory" and running.stop_cause is None and smaller_batch(running.job):
-            running.child.end()
-            self.start_smaller(running)
-        elif kind == "device_failed" and running.stop_cause is None:
-            running.child.end()
-            self.leave_device(running, content["gpu"], content["cause"])
         else:
             running.child.end()
-            if kind == "done":
-                self.end_complete(running, content["metrics"])
-            else:  # pruned, stopped, failed
-                self.end_failed(running, content.get("cause", kind), content.get("traceback", ""))
+            self.receive_end(running, kind, content)
+
+    def receive_end(self, running: RunningTrial, kind: str, content: dict[str, Any]) -> None:
+        """Act on a trial's last message, or on its death without one."""
+        may_restart = running.stop_cause is None
+        if kind == "out_of_memory" and may_restart and smaller_batch(running.job):
+            self.start_smaller(running)
+        elif kind == "device_failed" and may_restart:
+            self.leave_device(running, content["gpu"], content["cause"])
+        elif kind == "done":
+            self.end_complete(running, content["metrics"])
+        elif kind == "died":
+            how = "killed when it did not stop in time" if running.killed else content["cause"]
+            self.end_failed(running, how, _end_of(content["log"]))
+        else:  # pruned, stopped, failed
+            self.end_failed(running, content.get("cause", kind), content.get("traceback", ""))
 
     def start_smaller(self, running: RunningTrial) -> None:
         """Start a trial that ran out of memory again, in a fresh process, with half the batch.
@@ -403,7 +413,7 @@ class Search:
         value = float(metrics["macro_top1"])
         if epoch > running.epoch:
             running.trial.report(value, epoch)
-        running.epoch, running.progress = epoch, float(epoch)
+        running.epoch, running.progress = max(epoch, running.epoch), float(epoch)
         if running.best is None or value > running.best:
             running.best, running.best_epoch = value, epoch
         # What is done is not pruned.
@@ -466,17 +476,13 @@ class Search:
         self.finish(running.trial, TrialState.COMPLETE, running.epoch, value)
         self.leave(running, f"complete | val macro top-1 {percent(value)}")
 
-    def end_failed(
-        self, running: RunningTrial, cause: str, traceback: str = "", log: bool = False
-    ) -> None:
+    def end_failed(self, running: RunningTrial, cause: str, traceback: str = "") -> None:
         """Record the end of a trial that was pruned, stopped, failed, or died without a word."""
         if running.pruned:
             self.failures.clear()
             self.leave(running, f"pruned at epoch {running.epoch}")
             return
         epoch = int(running.progress) + 1  # the one under way
-        if log:
-            traceback = _end_of(trial_dir(self.plan.checkpoint_dir, running.number) / "train.log")
         if running.stop_cause is not None:
             # Once a stop was asked for, whatever ends the trial is part of the stop.
             killed = "" if cause == "stopped" else f" (it did not save: {cause})"
@@ -558,8 +564,8 @@ class Search:
 
 
 def smaller_batch(job: Job) -> int | None:
-    """Give half of what a trial had on the device at once; None when that is too little."""
-    half = (job.micro_batch or job.config.batch_size) // 2
+    """Give half of what a trial had on a device at once; None when that is too little."""
+    half = (job.micro_batch or -(-job.config.batch_size // job.ranks)) // 2
     return half if half >= SMALLEST_BATCH else None
 
 
@@ -576,9 +582,9 @@ def _advice(cause: str) -> str:
 
 
 def _end_of(log: Path, lines: int = 30) -> str:
-    """Quote the end of a trial's train.log."""
+    """Quote the end of the log of a trial's process."""
     try:
         text = log.read_text(errors="backslashreplace")
     except OSError:
         return ""
-    return "end of train.log:\n" + "\n".join(text.splitlines()[-lines:]) if text else ""
+    return f"end of {log.name}:\n" + "\n".join(text.splitlines()[-lines:]) if text else ""

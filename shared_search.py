@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing import connection
@@ -91,13 +90,21 @@ class SharedSearch(Search):
             running.child.order(STOP)
         deadline = time.monotonic() + STOP_SECONDS
         while self.running and time.monotonic() < deadline:
-            pipes = {r.child.connection: r for r in self.running.values()}
+            pipes: dict[Any, RunningTrial] = {
+                pipe: running
+                for running in self.running.values()
+                for pipe in running.child.connections
+            }
             for pipe in connection.wait(list(pipes), timeout=deadline - time.monotonic()):
-                running = pipes[pipe]  # type: ignore[index]
-                message = running.child.receive()
-                if message is not None and message[0] == "report":
+                running = pipes[pipe]
+                if pipe not in running.child.connections:
+                    continue  # another rank has told the trial's end
+                message = running.child.receive(pipe)
+                if message is None or message[0] in ("progress", "started"):
+                    continue
+                if message[0] == "report":
                     running.child.order(STOP)
-                elif message is None or message[0] != "progress":
+                else:
                     running.child.end()
                     del self.running[running.slot]
 
@@ -134,9 +141,9 @@ class SharedSearch(Search):
         self.pause = min(LOOK_SECONDS, 2 * self.pause)
         self.last_look = time.monotonic() - random.uniform(0, self.pause / 5)  # not all at once
 
-    def receive(self, running: RunningTrial) -> None:
+    def receive(self, running: RunningTrial, pipe: connection.Connection) -> None:
         try:
-            super().receive(running)
+            super().receive(running, pipe)
         except UpdateFinishedTrialError:
             self.let_go(running)
         except ValueError as error:
@@ -150,8 +157,7 @@ class SharedSearch(Search):
             self.displaced.remove(running)
         elif self.running.pop(running.slot, None) is not None:
             running.child.kill()
-            with suppress(ValueError):  # it has ended already
-                running.child.end()
+            running.child.end()
         self.progress.end(
             running.number,
             "given up: this search had shown no sign of life, and another one has recorded it",

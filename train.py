@@ -19,7 +19,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from batches import Lines, augment, epoch_order, gather, random_offsets, strip_on, windows
+from batches import Lines, Own, augment, epoch_order, gather, random_offsets, strip_on, windows
 from config import TrialConfig
 from data import PREPROCESSING, LineSet
 from files import UserError, one_line, write_json, write_text, write_whole
 from metrics import Metrics, compute_metrics
 from model import WriterModel, classification_loss, mix_images
+from ranks import ALONE, Ranks
 
 WARM_UP = 0.05  # share of all steps in which the learning rate rises
 CLIP_NORM = 1.0
@@ -78,6 +79,7 @@ def train(
     continue_from: Path | None = None,
     micro_batch: int | None = None,
     last_epoch: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Metrics | None:
     """Train one configuration and return the best epoch's validation metrics.
 
@@ -85,19 +87,22 @@ def train(
     before each batch, progress in epochs. Either may raise to end the trial: the state is then in
     `latest_checkpoint.pth`. `continue_from` is a trial directory whose checkpoint to go on from:
     the epochs in it are reported again, none is trained again, and the result is what it would
-    have been without the break. `micro_batch` bounds how many images
-    are on the device at once; gradients are accumulated to the same batch. `last_epoch` ends the
-    training early, on the learning rates of the whole. Without validation lines all epochs are
-    trained, no epoch is the best, and None is returned.
+    have been without the break. `micro_batch` bounds how many images are on a device at once;
+    gradients are accumulated to the same batch. `last_epoch` ends the training early, on the
+    learning rates of the whole. Without validation lines all epochs are trained, no epoch is the
+    best, and None is returned. `ranks` are the processes that train this trial together, each
+    calling this function: rank 0 alone reports, checks and writes, and what `report` or `check`
+    raise there is raised on all.
 
     Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
     metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
     """
     trial_dir.mkdir(parents=True, exist_ok=True)
+    report, check = ranks.shared(report, Pruned, Stopped), ranks.shared(check, Stopped)
     place = torch.device(device)
     strip = strip_on(data, place)
     training, validation = Lines.of(data, "train", strip), Lines.of(data, "val", strip)
-    state = TrainingState.start(config, len(data.writers), place)
+    state = TrainingState.start(config, len(data.writers), place, ranks)
     if continue_from is not None:
         restore(state, continue_from, trial_dir, config, data)
         for row in state.history:  # whoever judges the trial has to know what it had shown
@@ -110,11 +115,18 @@ def train(
         try:
             train_epoch(state, config, training, steps, check, micro_batch)
             metrics = None
+            ranks.buffers_of_first(state.average)
             if len(validation):
                 metrics = evaluate(
-                    state.average, config, validation, data.writers, lambda: check(state.epoch + 1)
+                    state.average,
+                    config,
+                    validation,
+                    data.writers,
+                    lambda: check(state.epoch + 1),
+                    ranks,
                 )
         except Stopped:
+            ranks.add_up(state.loss_sum)
             save(state, trial_dir, config, data)
             raise
         seconds = time.perf_counter() - started
@@ -123,9 +135,8 @@ def train(
         try:
             report(state.epoch, state.history[-1])
         except (Pruned, Stopped):
-            if not is_finished(
-                state, config, last_epoch
-            ):  # nothing is saved by giving up what is done
+            # Nothing is saved by giving up what is done.
+            if not is_finished(state, config, last_epoch):
                 raise
 
     return finish(state, config, data, trial_dir)
@@ -140,7 +151,7 @@ def train_epoch(
     micro_batch: int | None = None,
 ) -> None:
     """Train the rest of an epoch: all of it, or what a stop in its middle left over."""
-    device = lines.strip.device
+    device, ranks = lines.strip.device, state.ranks
     rng = np.random.default_rng([config.seed, 1, state.epoch])
     order = epoch_order(lines.labels.cpu().numpy(), config.sampler_alpha, rng)
     batches = torch.tensor_split(
@@ -151,14 +162,18 @@ def train_epoch(
     while state.step < (state.epoch + 1) * steps:
         check(state.step / steps)
         seed = derived_seed(config.seed, 2, state.step)
-        torch.manual_seed(seed)  # dropout
+        # Dropout: its masks are a rank's own.
+        torch.manual_seed(seed if ranks.is_first else derived_seed(seed, ranks.rank))
         generator.manual_seed(seed)
         chosen = batches[state.step - state.epoch * steps]
+        own = Own(ranks.rows(len(chosen), mixes(config)), len(chosen))
         offsets = random_offsets(lines.widths[chosen], config.crop_width, generator)
+        chosen, offsets = own.cut(chosen, 0), own.cut(offsets, 0)
         images = gather(lines, chosen, offsets, config.crop_width)
-        images = augment(images, config.augment_geometry, config.augment_photometry, generator)
+        images = augment(images, config.augment_geometry, config.augment_photometry, generator, own)
         set_learning_rate(state.optimizer, schedule(state.step, config.epochs * steps))
-        state.loss_sum += training_step(state, config, images, lines.labels[chosen], micro_batch)
+        labels = lines.labels[chosen]
+        state.loss_sum += training_step(state, config, images, labels, micro_batch, own.batch)
         state.step += 1
         update_average(state.average, state.model, state.step, config.epochs * steps)
         if state.step % CHECK_LOSS_STEPS == 0:
@@ -172,32 +187,49 @@ def training_step(
     images: Tensor,
     labels: Tensor,
     micro_batch: int | None = None,
+    batch: int | None = None,
 ) -> Tensor:
-    """Take one step on a batch: (batch, 1, height, width), (batch,). Returns its mean loss, ()."""
-    share, partner = None, torch.arange(len(labels), device=labels.device).roll(1)
-    if config.mixup_alpha > 0 and config.loss == "cross_entropy":
+    """Take one step on a batch: (batch, 1, height, width), (batch,). Returns its mean loss, ().
+
+    Where ranks share the batch, `batch` is the size of the whole, the images are this rank's (with
+    mixup also the one before them), and what is returned is this rank's part of the sum.
+    """
+    ranks, batch = state.ranks, batch or len(images)
+    share, mixed_in = None, labels.roll(1)
+    if mixes(config):
         rng = np.random.default_rng([config.seed, 3, state.step])
         share = torch.tensor(rng.beta(config.mixup_alpha, config.mixup_alpha), dtype=images.dtype)
         share = share.to(images.device)
+        partner = torch.arange(len(labels), device=labels.device).roll(1)
         images = mix_images(images, share, partner)
+        if ranks.size > 1:
+            images, labels, mixed_in = images[1:], labels[1:], mixed_in[1:]
     images = images.contiguous(memory_format=torch.channels_last)
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=images.device)
-    for part in torch.split(
-        torch.arange(len(images), device=images.device), micro_batch or len(images)
-    ):
-        with autocast(config, images.device):
-            logits = state.model(images[part] if micro_batch else images)
-        loss = batch_loss(logits, config, labels[part])
-        if share is not None:
-            mixed_in = batch_loss(logits, config, labels[partner][part])
-            loss = share * loss + (1 - share) * mixed_in
-        loss = loss * (len(part) / len(images))
-        loss.backward()  # type: ignore[no-untyped-call]
+    # As many parts on all ranks: batch norm may take its statistics over the ranks.
+    number = math.ceil(ranks.largest_share(batch) / micro_batch) if micro_batch else 1
+    parts = torch.tensor_split(torch.arange(len(images), device=images.device), number)
+    for part in parts:
+        last = part is parts[-1]
+        with nullcontext() if last else ranks.accumulating(state.replicated):
+            with autocast(config, images.device):
+                logits = state.replicated(images[part] if micro_batch else images)
+            loss = batch_loss(logits, config, labels[part])
+            if share is not None:
+                loss = share * loss + (1 - share) * batch_loss(logits, config, mixed_in[part])
+            loss = loss * (len(part) / batch)
+            # Times their number, since the gradients of all ranks are averaged.
+            (loss * ranks.size).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
     state.optimizer.step()
     return total
+
+
+def mixes(config: TrialConfig) -> bool:
+    """Tell whether each image is mixed with its neighbour in the batch."""
+    return config.mixup_alpha > 0 and config.loss == "cross_entropy"
 
 
 def batch_loss(logits: Tensor, config: TrialConfig, labels: Tensor) -> Tensor:
@@ -223,6 +255,7 @@ def end_epoch(
 ) -> None:
     """Note the epoch's metrics, keep the model when it is the best so far, save the state."""
     epoch = state.epoch + 1
+    state.ranks.add_up(state.loss_sum)
     row = {
         "epoch": epoch,
         "train_loss": state.loss_sum.item() / steps,
@@ -238,15 +271,28 @@ def end_epoch(
         state.best is None or metrics.macro_top1 > state.best["macro_top1"]
     ):
         state.best = {**row, "confusion": metrics.confusion}
-        save_model(trial_dir / "best_model.pth", state.average, config, data, row)
-    write_history(trial_dir, state.history)
+        if state.ranks.is_first:
+            save_model(trial_dir / "best_model.pth", state.average, config, data, row)
+    if state.ranks.is_first:
+        write_history(trial_dir, state.history)
     save(state, trial_dir, config, data)
 
 
 def finish(
     state: TrainingState, config: TrialConfig, data: LineSet, trial_dir: Path
 ) -> Metrics | None:
-    """Write what a finished trial leaves; metrics.json last, since it says that all is there."""
+    """Write what a finished trial leaves, and give its best metrics."""
+    if state.ranks.is_first:
+        _write_results(state, config, data, trial_dir)
+    if state.best is None:
+        return None
+    return Metrics(**{name: state.best[name] for name in Metrics.__dataclass_fields__})
+
+
+def _write_results(
+    state: TrainingState, config: TrialConfig, data: LineSet, trial_dir: Path
+) -> None:
+    """Write the last model and the metrics; metrics.json last, since it says that all is there."""
     final = state.history[-1]
     save_model(trial_dir / "final_model.pth", state.average, config, data, final)
     write_json(
@@ -261,9 +307,6 @@ def finish(
         },
     )
     (trial_dir / "latest_checkpoint.pth").unlink(missing_ok=True)
-    if state.best is None:
-        return None
-    return Metrics(**{name: state.best[name] for name in Metrics.__dataclass_fields__})
 
 
 def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | None = None) -> bool:
@@ -283,12 +326,15 @@ def evaluate(
     lines: Lines,
     writers: tuple[str, ...],
     check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
     """Measure a model on all lines of a split, each covered whole by windows.
 
     Raises DivergedError when the output is not finite.
     """
-    logits = line_logits(model, config, lines, len(writers), check).double().cpu()
+    logits = line_logits(model, config, lines, len(writers), check, ranks).double().cpu()
+    # Rank 0's for all: a last bit that differs would let one rank go on and another end.
+    logits = ranks.of_first(logits)
     if not logits.isfinite().all():
         raise DivergedError("the model's output on the validation lines is not finite")
     return compute_metrics(
@@ -302,18 +348,26 @@ def line_logits(
     lines: Lines,
     num_writers: int,
     check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Average each line's logits over its windows: (lines, writers), float32."""
+    """Average each line's logits over its windows: (lines, writers), float32.
+
+    Ranks take turns at batches of windows, the same ones as a single process; none is done twice.
+    """
     device = lines.strip.device
     line, offsets = windows(lines.widths, config.crop_width)
-    total = torch.zeros(len(lines), num_writers, device=device)
+    by_window = torch.zeros(len(line), num_writers, device=device)
     model.eval()
-    for part in torch.split(torch.arange(len(line), device=device), EVALUATION_BATCH):
+    parts = torch.split(torch.arange(len(line), device=device), EVALUATION_BATCH)
+    for turn in range(0, len(parts), ranks.size):
         check()
-        images = gather(lines, line[part], offsets[part], config.crop_width)
-        with autocast(config, device):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-        total.index_add_(0, line[part], logits.float())
+        for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
+            images = gather(lines, line[part], offsets[part], config.crop_width)
+            with autocast(config, device):
+                logits = model(images.contiguous(memory_format=torch.channels_last))
+            by_window[part] = logits.float()
+    ranks.add_up(by_window)
+    total = torch.zeros(len(lines), num_writers, device=device).index_add_(0, line, by_window)
     return total / torch.bincount(line, minlength=len(lines))[:, None]
 
 
@@ -420,6 +474,7 @@ class TrainingState:
     """
 
     model: WriterModel
+    replicated: nn.Module  # the same, with its gradients averaged over the ranks
     average: WriterModel
     optimizer: torch.optim.Optimizer
     loss_sum: Tensor  # (), of the steps of the epoch under way
@@ -427,17 +482,27 @@ class TrainingState:
     epoch: int = 0  # epochs done, validation included
     best: dict[str, Any] | None = None  # the best epoch's row of the history, and its confusion
     history: list[dict[str, Any]] = field(default_factory=list)
+    ranks: Ranks = ALONE
 
     @classmethod
-    def start(cls, config: TrialConfig, num_writers: int, device: torch.device) -> TrainingState:
-        model = build_model(config, num_writers).to(device)
+    def start(
+        cls,
+        config: TrialConfig,
+        num_writers: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> TrainingState:
+        model = ranks.prepared(build_model(config, num_writers).to(device), device)
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = build_optimizer(config, model)
-        return cls(model, average, optimizer, torch.zeros((), device=device))
+        loss_sum = torch.zeros((), device=device)
+        return cls(model, ranks.replicated(model), average, optimizer, loss_sum, ranks=ranks)
 
 
 def save(state: TrainingState, trial_dir: Path, config: TrialConfig, data: LineSet) -> None:
-    """Write latest_checkpoint.pth, whole, bound to its configuration and data."""
+    """Write latest_checkpoint.pth, whole, bound to its configuration and data; rank 0 does."""
+    if not state.ranks.is_first:
+        return
     checkpoint = {
         "model": state.model.state_dict(),
         "average": state.average.state_dict(),
@@ -469,6 +534,9 @@ def restore(
     state.epoch = checkpoint["epoch"]
     state.best = checkpoint["best"]
     state.history = checkpoint["history"]
+    if not state.ranks.is_first:
+        state.loss_sum.zero_()  # it is the sum over the ranks
+        return
     if old_dir != trial_dir and state.best is not None:
         load_checked(old_dir / "best_model.pth", config, data)
         content = (old_dir / "best_model.pth").read_bytes()

@@ -29,6 +29,7 @@ from files import UserError, one_line
 from metrics import Metrics, compute_metrics
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
 from processes import PRUNE, STOP, Job, MachineQuestion, Message, TestQuestion
+from ranks import is_lost, join
 from train import DivergedError, Pruned, Stopped, line_logits, load_model, train
 
 TEST_METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1", "loss")
@@ -92,23 +93,29 @@ def _end_at_once() -> None:
 
 
 def run_trial(connection: Connection, job: Job) -> None:
-    """Run one trial to its end, and send how it ended as the last message."""
-    log = job.trial_dir / "train.log"
-    line = SearchLine(connection, log)
-    with _output_to(log):
+    """Run one trial to its end, and send how it ended as the last message.
+
+    A rank above 0 that ended as rank 0 did says nothing and exits with 0.
+    """
+    line = SearchLine(connection, job.log)
+    with _output_to(job.log):
         try:
             metrics = _train(job, line)
             assert metrics is not None, "a search has validation lines"
-            line.send("done", metrics=asdict(metrics))
+            kind, content = "done", {"metrics": asdict(metrics)}
         except BaseException as error:
-            kind, content = _outcome(error)
+            kind, content = _outcome(error, job)
+        if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
             line.send(kind, **content)
+    if job.ranks > 1:
+        os._exit(0)  # a group's end may wait for ranks that are gone: measured 30 s and more
 
 
 def _train(job: Job, line: SearchLine) -> Metrics | None:
     torch.set_num_threads(job.threads)
-    device = open_device(job)
-    line.send("started")
+    device = open_device(job.gpu)
+    line.send("started", gpu=job.gpu)
+    ranks = join(job.rank, job.ranks, job.port, job.listener, device)
     return train(
         job.config,
         job.data,
@@ -118,6 +125,7 @@ def _train(job: Job, line: SearchLine) -> Metrics | None:
         device=device,
         continue_from=job.continue_from,
         micro_batch=job.micro_batch,
+        ranks=ranks,
     )
 
 
@@ -129,11 +137,10 @@ class DeviceError(Exception):
         self.gpu, self.cause = gpu, cause
 
 
-def open_device(job: Job | TestQuestion) -> str:
+def open_device(gpu: str | None) -> str:
     """Make this process see its own device alone, and touch it. Raises DeviceError."""
-    if not job.gpus:
+    if gpu is None:
         return "cpu"
-    (gpu,) = job.gpus
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when torch first touches a device
     try:
         torch.zeros(1, device="cuda").cpu()
@@ -142,7 +149,7 @@ def open_device(job: Job | TestQuestion) -> str:
     return "cuda"
 
 
-def _outcome(error: BaseException) -> tuple[str, dict[str, Any]]:
+def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
     """Turn how a trial ended into a message: kind, cause in one line, traceback."""
     if isinstance(error, Pruned):
         return "pruned", {}
@@ -152,14 +159,15 @@ def _outcome(error: BaseException) -> tuple[str, dict[str, Any]]:
     print(text, file=sys.stderr, flush=True)
     if isinstance(error, DeviceError):
         return "device_failed", {"gpu": error.gpu, "cause": error.cause, "traceback": text}
+    cause = one_line(
+        error if isinstance(error, DivergedError) else f"{type(error).__name__}: {error}"
+    )
+    kind = "lost" if is_lost(error) else "failed"
     if _is_out_of_memory(error):
-        cause = f"out of memory: {one_line(error)}"
-        return "out_of_memory", {"cause": cause, "traceback": text}
-    if isinstance(error, DivergedError):
-        cause = one_line(error)
-    else:
-        cause = one_line(f"{type(error).__name__}: {error}")
-    return "failed", {"cause": cause, "traceback": text}
+        kind, cause = "out_of_memory", f"out of memory: {one_line(error)}"
+    if job.ranks > 1:
+        cause = f"rank {job.rank}: {cause}"
+    return kind, {"cause": cause, "traceback": text}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -176,6 +184,7 @@ def _output_to(path: Path) -> Iterator[None]:
     os.dup2(log, 2)
     os.close(log)
     faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)  # says where this hangs, and ends it
     yield
     sys.stdout.flush()
     sys.stderr.flush()
@@ -197,7 +206,7 @@ def measure_on_test(connection: Connection, question: TestQuestion) -> None:
 
 def _measure(question: TestQuestion) -> dict[str, Any]:
     torch.set_num_threads(question.threads)
-    device = torch.device(open_device(question))
+    device = torch.device(open_device(question.gpus[0] if question.gpus else None))
     model, config, writers = load_model(question.model_file)
     lines = Lines.of(question.data, "test", strip_on(question.data, device))
     with torch.inference_mode():

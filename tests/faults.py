@@ -115,12 +115,11 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
     """Train on the CPU in a GPU's place; one that is called broken or dying fails at the start."""
     import worker
 
-    def open_device(job: Any) -> str:
-        for gpu in job.gpus:
-            if gpu.startswith("broken"):
-                raise worker.DeviceError(gpu, "RuntimeError: CUDA error: initialization error")
-            if gpu.startswith("dying"):
-                os.kill(os.getpid(), signal.SIGSEGV)
+    def open_device(gpu: str) -> str:
+        if gpu.startswith("broken"):
+            raise worker.DeviceError(gpu, "RuntimeError: CUDA error: initialization error")
+        if gpu.startswith("dying"):
+            os.kill(os.getpid(), signal.SIGSEGV)
         return "cpu"
 
     worker.open_device = open_device
@@ -159,3 +158,95 @@ def slow_answer(connection: Connection, question: Any) -> None:
 
     worker._describe_machine = lambda question: time.sleep(600)  # type: ignore[assignment]
     worker.answer_question(connection, question)
+
+
+# ------------------------------------------------------------------- several ranks in one trial
+
+
+def in_rank_1(job: Any, action: Callable[[], None]) -> None:
+    """Let rank 1 do something at its third step."""
+    import train
+
+    real_step = train.training_step
+
+    def step(state: Any, *arguments: Any, **named: Any) -> Any:
+        if job.rank == 1 and state.step == 2:
+            action()
+        return real_step(state, *arguments, **named)
+
+    train.training_step = step
+
+
+def rank_1_raises(connection: Connection, job: Any) -> None:
+    import worker
+
+    def action() -> None:
+        raise RuntimeError("the cat is on the keyboard")
+
+    in_rank_1(job, action)
+    worker.run_trial(connection, job)
+
+
+def rank_1_is_killed(connection: Connection, job: Any) -> None:
+    import worker
+
+    in_rank_1(job, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    worker.run_trial(connection, job)
+
+
+def rank_1_hangs(connection: Connection, job: Any) -> None:
+    """Hang in rank 1, with a short time limit for all."""
+    import ranks
+    import worker
+
+    def sleep_for_ever() -> None:
+        time.sleep(600)
+
+    ranks.TIME_LIMIT = 3.0
+    in_rank_1(job, sleep_for_ever)
+    worker.run_trial(connection, job)
+
+
+def rank_1_out_of_memory(connection: Connection, job: Any) -> None:
+    """Out of memory in rank 1 with more than four images at once."""
+    import torch
+
+    import worker
+
+    def action() -> None:
+        if job.micro_batch is None or job.micro_batch > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    in_rank_1(job, action)
+    worker.run_trial(connection, job)
+
+
+def without_batch_norm(connection: Connection, job: Any) -> None:
+    """Train a backbone whose norms take no statistics over images; validate in small batches."""
+    import train
+    import worker
+
+    norms_over_groups()
+    train.EVALUATION_BATCH = 4
+    worker.run_trial(connection, job)
+
+
+def norms_over_groups() -> Callable[[], None]:
+    """Give the tiny backbone group norms; returns what takes that back."""
+    from torch import nn
+
+    import model
+
+    real = model.BUILDERS["tiny"]
+
+    def build(pretrained: bool) -> tuple[nn.Module, int]:
+        layers, channels = real(pretrained)
+        return nn.Sequential(
+            *(
+                nn.GroupNorm(1, layer.num_features) if isinstance(layer, nn.BatchNorm2d) else layer
+                for layer in layers.children()
+            )
+        ), channels
+
+    model.BUILDERS["tiny"] = build
+    return lambda: model.BUILDERS.update(tiny=real)

@@ -296,3 +296,14 @@ def test_reader_that_goes_away_does_not_end_the_search(
     search.process.stdout.close()
     assert search.process.wait(60) == 0
     assert states_of(tmp_path / "c") == ["COMPLETE", "COMPLETE"]
+
+
+def test_kill_9_leaves_no_rank_behind(start: Callable[..., Command], tmp_path: Path) -> None:
+    search = start("--gpus_per_trial", "2")
+    search.wait_for("trial   0 | epoch  2/")
+    below = search.descendants()
+    assert len(below) >= 3, "the fork server and two ranks"
+    search.process.kill()
+    assert gone_within(below, 5)
+    again = start("--gpus_per_trial", "2", "--continue_interrupted")
+    again.wait_for("trial   1 | epoch ")

@@ -79,7 +79,7 @@ def test_a_start_between_two_failures_forgives() -> None:
     assert devices.free([]) == 0
     assert not devices.failed("a", "cold")
     assert devices.free([]) == 1, "one without failures first"
-    devices.started(("a",))
+    devices.started("a")
     assert not devices.failed("a", "cold")
     assert devices.failed("a", "cold")
     assert devices.usable == [1]

@@ -38,13 +38,14 @@ MAY_IMPORT = {
     "fork_server_preload": {"worker"},
     "worker": {
         *("batches", "bootstrap", "config", "devices", "files", "metrics", "model", "processes"),
-        "train",
+        *("ranks", "train"),
     },
+    "ranks": set(),
     "bootstrap": {"metrics"},
     "chosen": {"files", "summary"},
     "evaluation": {"chosen", "data", "files", "processes", "signals", "summary"},
     # The last one only where train.py is run as a program.
-    "train": {"batches", "config", "data", "files", "metrics", "model", "train_command"},
+    "train": {"batches", "config", "data", "files", "metrics", "model", "ranks", "train_command"},
     "train_command": {
         *("command_line", "data", "files", "prediction", "progress", "retraining", "signals"),
         "train",

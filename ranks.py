@@ -1,0 +1,154 @@
+"""Several processes that train one trial together; torch.distributed does the work.
+
+Each rank trains on its share of every batch, so that batches, their order and their augmentation
+are those of one process. Rank 0 alone reports and writes files.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIME_LIMIT = 300.0  # seconds that a rank waits for the others, in whatever they do together
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one trial together, seen from one of them; by default it is alone.
+
+    All ranks have to call the same methods in the same order. A rank that waits for another one
+    longer than TIME_LIMIT, or whose other one is gone, raises an error that `is_lost` tells.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, batch: int, with_neighbour: bool = False) -> slice | Tensor:
+        """Choose this rank's images of a batch, in their order; shares differ by one at most.
+
+        with_neighbour: with the image before the first one, in a circle.
+        """
+        if self.size == 1:
+            return slice(None)
+        first, end = (batch * rank // self.size for rank in (self.rank, self.rank + 1))
+        return torch.arange(first - with_neighbour, end) % batch
+
+    def largest_share(self, batch: int) -> int:
+        return -(-batch // self.size)
+
+    def shared(self, call: Callable[P, None], *outcomes: type[Exception]) -> Callable[P, None]:
+        """Let rank 0 alone make a call, and all ranks raise which of `outcomes` it raises there.
+
+        The word goes through the CPUs: waiting for it waits for no device.
+        """
+        if self.size == 1:
+            return call
+
+        def call_on_first(*arguments: P.args, **named: P.kwargs) -> None:
+            raised: Exception | None = None
+            if self.is_first:
+                try:
+                    call(*arguments, **named)
+                except outcomes as error:
+                    raised = error
+            code = torch.tensor(0 if raised is None else 1 + outcomes.index(type(raised)))
+            # Not a broadcast, which rank 0 would leave without knowing that the others are there.
+            dist.all_reduce(code, dist.ReduceOp.MAX)
+            if raised is not None:
+                raise raised
+            if code > 0:
+                raise outcomes[int(code) - 1]
+
+        return call_on_first
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def of_first(self, value: T) -> T:
+        """Give rank 0's value, any that can be pickled, to all ranks."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
+    def buffers_of_first(self, model: nn.Module) -> None:
+        """Give rank 0's statistics of batch norm to all ranks."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def prepared(self, model: nn.Module, device: torch.device) -> Any:
+        """Let batch norm take its statistics over all ranks, where torch can: on GPUs."""
+        if self.size > 1 and device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return model
+
+    def replicated(self, model: nn.Module) -> nn.Module:
+        """Give the module to train with: its gradients are the mean over the ranks."""
+        return model if self.size == 1 else DistributedDataParallel(model)
+
+    def accumulating(self, replicated: nn.Module) -> AbstractContextManager[None]:
+        """Keep gradients to this rank, until a backward pass outside of this block."""
+        if isinstance(replicated, DistributedDataParallel):
+            return replicated.no_sync()
+        return nullcontext()
+
+
+ALONE = Ranks()
+
+
+def join(rank: int, size: int, port: int, listener: socket.socket | None, device: str) -> Ranks:
+    """Meet the other ranks of a trial at a port of this machine.
+
+    listener: on rank 0, the socket that listens there. The search holds it before any rank is
+    started, so that no other trial and nothing else on the machine can have the port.
+    """
+    if size == 1:
+        return ALONE
+    # Ranks are on one machine, whose name may lead nowhere.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    limit = timedelta(seconds=TIME_LIMIT)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1",
+        port,
+        size,
+        is_master=rank == 0,
+        timeout=limit,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+    )
+    return Ranks(rank, size)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell an error that says no more than that another rank is gone or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    # Gloo's errors have no type of their own; they name its source file.
+    return isinstance(error, RuntimeError) and "/gloo/" in str(error)

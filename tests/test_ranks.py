@@ -1,0 +1,266 @@
+"""Several processes that train one trial together, on the CPU over gloo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from faults import RealChild, faulty, norms_over_groups
+from test_search import Run, run, trials_of
+from torch import Tensor, nn
+
+import processes
+import search as search_module
+import study as study_module
+import train
+from batches import Lines, Own, augment, strip_on
+from config import TrialConfig
+from data import LineSet
+from ranks import ALONE, Ranks
+from study import open_study
+from train import TrainingState, evaluate, line_logits, load_model, training_step
+
+__all__ = ["run"]  # the fixture
+
+CPU = torch.device("cpu")
+
+
+def history_of(directory: Path, number: int = 0) -> list[dict[str, Any]]:
+    lines = (directory / f"trial_{number:03d}" / "history.jsonl").read_text().splitlines()
+    timing = ("seconds", "images_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+def weights_of(directory: Path, number: int = 0) -> dict[str, Tensor]:
+    saved = torch.load(directory / f"trial_{number:03d}" / "final_model.pth", weights_only=True)
+    weights: dict[str, Tensor] = saved["model"]
+    return weights
+
+
+# ------------------------------------------------------------------- the parts, in this process
+
+
+def test_shares_cover_a_batch() -> None:
+    for size in (2, 3, 5):
+        for batch in range(size, 24):
+            shares = [Ranks(rank, size).rows(batch) for rank in range(size)]
+            assert torch.equal(torch.cat(shares), torch.arange(batch))
+            counts = [len(share) for share in shares]
+            assert max(counts) - min(counts) <= 1
+            assert max(counts) == ALONE.largest_share(batch) or size > 1
+            assert max(counts) == Ranks(0, size).largest_share(batch)
+            circled = [Ranks(rank, size).rows(batch, with_neighbour=True) for rank in range(size)]
+            for share, wider in zip(shares, circled, strict=True):
+                assert torch.equal(wider[1:], share)
+                assert wider[0] == (share[0] - 1) % batch
+    assert ALONE.rows(7, with_neighbour=True) == slice(None)
+
+
+def test_augmentation_of_a_share_is_that_of_the_batch() -> None:
+    images = torch.rand(7, 1, 16, 32)
+    whole = augment(images, 1.0, 1.0, torch.Generator().manual_seed(3))
+    for rank in range(3):
+        rows = Ranks(rank, 3).rows(7, with_neighbour=True)
+        own = augment(images[rows], 1.0, 1.0, torch.Generator().manual_seed(3), Own(rows, 7))
+        assert torch.equal(own, whole[rows])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.3])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_gradients_of_the_ranks_average_to_those_of_one(
+    size: int,
+    mixup_alpha: float,
+    micro_batch: int | None,
+    config: TrialConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "CLIP_NORM", 1e9)
+    config = replace(config, dropout=0.0, mixup_alpha=mixup_alpha)
+    images, labels = torch.randn(8, 1, 16, 32), torch.arange(8) % 4
+
+    def gradients(ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
+        state = TrainingState.start(config, 4, CPU)
+        state.ranks = ranks
+        for module in state.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # its statistics are of the images at hand
+        rows = ranks.rows(8, mixup_alpha > 0)
+        loss = training_step(state, config, images[rows], labels[rows], micro_batch, 8)
+        return loss, [p.grad for p in state.model.parameters() if p.grad is not None]
+
+    loss, wanted = gradients(ALONE)
+    losses, found = zip(*(gradients(Ranks(rank, size)) for rank in range(size)), strict=True)
+    torch.testing.assert_close(sum(losses), loss)
+    means = [sum(parts) / size for parts in zip(*found, strict=True)]
+    torch.testing.assert_close(means, wanted)
+
+
+class Apart(Ranks):
+    """A rank whose sums are made by the test."""
+
+    def add_up(self, tensor: Tensor) -> None:
+        pass
+
+
+def test_each_window_is_validated_by_one_rank(
+    config: TrialConfig, data: LineSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
+    lines = Lines.of(data, "val", strip_on(data, CPU))
+    model = TrainingState.start(config, 4, CPU).average
+    checks: list[int] = []
+    with torch.inference_mode():
+        whole = line_logits(model, config, lines, 4)
+        parts = [
+            line_logits(model, config, lines, 4, lambda r=r: checks.append(r), Apart(r, 3))
+            for r in range(3)
+        ]
+    torch.testing.assert_close(sum(parts), whole)
+    assert checks.count(0) == checks.count(1) == checks.count(2) > 1, "all check as often"
+
+
+# --------------------------------------------------------- through the real worker, with processes
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_trial_of_several_ranks_agrees_with_one(
+    size: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: LineSet
+) -> None:
+    """Without batch norm and dropout, which see the images of one rank, up to rounding."""
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "without_batch_norm"}))
+    flags = ["--fix", "dropout=0", "--fix", "mixup_alpha=0.3"]
+    assert run(*flags, n_trials="1", checkpoint_dir=str(tmp_path / "one")) == 0
+    assert run(*flags, "--gpus_per_trial", str(size), n_trials="1") == 0
+    config = json.loads((tmp_path / "c" / "trial_000" / "config.json").read_text())
+    assert config["ranks"] == size
+    for found, wanted in zip(history_of(tmp_path / "c"), history_of(tmp_path / "one"), strict=True):
+        for name in ("per_writer", "macro_top5"):
+            assert found.pop(name) == wanted.pop(name)
+        assert found == pytest.approx(wanted, rel=1e-4), "metrics of the same lines"
+    torch.testing.assert_close(
+        weights_of(tmp_path / "c"), weights_of(tmp_path / "one"), rtol=1e-3, atol=1e-5
+    )
+    take_back = norms_over_groups()
+    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
+    try:
+        path = tmp_path / "c" / "trial_000" / "final_model.pth"
+        model, trial_config, writers = load_model(path)
+        lines = Lines.of(data, "val", strip_on(data, CPU))
+        again = evaluate(model, trial_config, lines, writers)
+    finally:
+        take_back()
+    last = history_of(tmp_path / "c")[-1]
+    assert again.macro_top1 == last["macro_top1"]
+    assert again.loss == pytest.approx(last["loss"], rel=1e-12), "each line once, exactly"
+
+
+def test_trials_of_ranks_at_once_repeat_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    """Batch norm, dropout and mixup included; two trials of two ranks do not meet each other."""
+    flags = ["--gpus_per_trial", "2", "--sampler", "random", "--fix", "mixup_alpha=0.3"]
+    assert run(*flags, "--n_jobs", "2") == 0
+    assert run(*flags, checkpoint_dir=str(tmp_path / "again")) == 0
+    for number in range(2):
+        assert history_of(tmp_path / "c", number) == history_of(tmp_path / "again", number)
+        one, other = weights_of(tmp_path / "c", number), weights_of(tmp_path / "again", number)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("fault", ["signal_search", "signal_search_late"])
+def test_interrupted_ranks_continue_as_if_never_broken(
+    fault: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--gpus_per_trial", "2", "--continue_interrupted"]
+    assert run(*flags, n_trials="1", checkpoint_dir=str(tmp_path / "whole")) == 0
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: fault}))
+    assert run(*flags, n_trials="1") == 143
+    assert (tmp_path / "c" / "trial_000" / "latest_checkpoint.pth").exists()
+    monkeypatch.setattr(search_module, "ChildProcess", RealChild)
+    assert run(*flags, n_trials="1") == 0
+    assert history_of(tmp_path / "c", 1) == history_of(tmp_path / "whole")
+    one, other = weights_of(tmp_path / "c", 1), weights_of(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_pruning_ends_all_ranks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class PruneFirst(optuna.pruners.BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            return trial.number == 0
+
+    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneFirst())
+    assert run("--gpus_per_trial", "2") == 0
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["PRUNED", "COMPLETE"]
+    assert "Traceback" not in (tmp_path / "c" / "trial_000" / "train.rank1.log").read_text()
+    assert "trial   0 | pruned at epoch 1" in capfd.readouterr().out
+
+
+def test_rank_that_fails_ends_the_trial_with_its_own_cause(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """One search: a rank raises, one is killed, one hangs; the next trial starts by itself."""
+    monkeypatch.setattr(processes, "LAST_WORDS_SECONDS", 2.0)
+    faults = {0: "rank_1_raises", 1: "rank_1_is_killed", 2: "rank_1_hangs", 3: "raise_error"}
+    monkeypatch.setattr(search_module, "ChildProcess", faulty(faults))
+    assert run("--gpus_per_trial", "2", n_trials="5", epochs="1") == 0
+    directory = tmp_path / "c"
+    assert [state for _, state, _ in trials_of(directory)] == [*["FAIL"] * 4, "COMPLETE"]
+    logs = [(directory / f"trial_00{n}" / "error.log").read_text() for n in range(4)]
+    assert "cause:  rank 1: RuntimeError: the cat is on the keyboard" in logs[0]
+    assert "in action" in logs[0], "its traceback"
+    assert "cause:  rank 1: killed by SIGKILL" in logs[1]
+    assert "cause:  rank 1: hung: the other ranks waited for it in vain" in logs[2]
+    assert "end of train.rank1.log" in logs[2]
+    assert "in sleep_for_ever" in logs[2], "where it hung"
+    assert "the cat is on the keyboard" in logs[3]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_out_of_memory_in_one_rank_halves_the_images_of_all(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "rank_1_out_of_memory"}))
+    flags = ["--gpus_per_trial", "2", "--fix", "batch_size=16"]
+    assert run(*flags, n_trials="1", epochs="3") == 0
+    (trial,) = open_study(tmp_path / "c").get_trials()
+    assert trial.state.name == "COMPLETE"
+    assert trial.user_attrs["micro_batch"] == 4, "half of a rank's share of 8"
+    assert "out of memory: started again with 4 images at once" in capfd.readouterr().out
+    assert len(history_of(tmp_path / "c")) == 3
+
+
+def test_more_ranks_than_images_are_refused(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--gpus_per_trial", "9") == 2
+    assert capfd.readouterr().err == (
+        "error: --gpus_per_trial 9 is more than a batch has images: 8\n"
+    )
+    assert not (tmp_path / "c").exists()
+
+
+def test_ranks_are_told_only_what_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call() -> None:
+        raise KeyError
+
+    assert ALONE.shared(call) is call
+    sent: list[int] = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda code, op: sent.append(int(code)))
+    first: Callable[[], None] = Ranks(0, 2).shared(call, ValueError, KeyError)
+    with pytest.raises(KeyError):
+        first()
+    Ranks(1, 2).shared(call, ValueError, KeyError)()
+    assert sent == [2, 0]
+    with pytest.raises(KeyError):
+        Ranks(0, 2).shared(call, ValueError)()
+    assert sent == [2, 0], "what is not foreseen ends this rank, and with it the others"
