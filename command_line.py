@@ -274,6 +274,20 @@ def _add_afterwards_flags(group: Any) -> None:
         "--status", action="store_true", help="print the state of the search and exit; reads only"
     )
     group.add_argument(
+        "--confirm_top",
+        type=whole_number,
+        metavar="K",
+        help="when the trials are complete, train the best K configurations again with new seeds "
+        "and take the winner from the means",
+    )
+    group.add_argument(
+        "--confirm_seeds",
+        type=whole_number,
+        default=3,
+        metavar="S",
+        help="new seeds for each of them (default: %(default)s)",
+    )
+    group.add_argument(
         "--evaluate_test",
         action="store_true",
         help="at the end measure the chosen model on the test lines, once, with 95 %% intervals; "
@@ -306,6 +320,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--checkpoint_dir is missing: say where the search is to be kept")
     if args.study_name is not None and args.storage is None:
         raise UserError("--study_name is of a study in a --storage: give that too")
+    if args.confirm_top is not None and args.storage is not None:
+        raise UserError("--confirm_top needs a search of its own: leave it out with --storage")
     args.study_name = args.study_name or STUDY_NAME
     if args.demo:
         if args.data_root is not None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chosen import Chosen, chosen_model, publish
+from chosen import CONFIRM, Chosen, chosen_model, publish
 from command_line import parse_args
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
@@ -372,26 +372,57 @@ def describe_plan(plan: Plan) -> str:
     )
 
 
+def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool, list[str]]:
+    """Confirm the best trials, once all are complete.
+
+    Gives the search that ran last, whether its result stands, and lines for people.
+    """
+    from confirm import confirm
+    from confirmation import describe, remove_other_weights, summarise
+
+    if search.stop.name is not None or search.gave_up:
+        return search, False, []
+    if not search.complete() or (search.complete() < args.n_trials and not search.exhausted):
+        return search, False, ["Not confirmed yet: that begins when all trials are complete."]
+    confirmation = confirm(search, args.confirm_top, args.confirm_seeds)
+    last, left = confirmation.search, confirmation.runs_left
+    if left:
+        runs = f"{left} of {confirmation.runs} runs"
+        return last, False, [f"Confirmation: {runs} still missing: the same command goes on."]
+    found = summarise(confirmation.candidates, last.rows, search.rows)
+    if found is None:
+        return last, False, ["Confirmation: no run is complete; its failures are above."]
+    write_json(args.checkpoint_dir / "summary" / "confirmation.json", found)
+    if args.keep_checkpoints is not None:
+        remove_other_weights(args.checkpoint_dir, found)
+    return last, True, describe(found)
+
+
 def conclude(args: argparse.Namespace, search: Search) -> int:
-    """Bring the summary up to date, say how the search stands, and give the exit code."""
+    """Confirm, bring the summary up to date, say how all stands, and give the exit code."""
+    last, is_settled, confirmed = (
+        (search, True, []) if args.confirm_top is None else confirm_best(args, search)
+    )
     rows = search.read()
     search.attempt(lambda: write_summary(args.checkpoint_dir, rows))
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = search.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
-    if args.evaluate_test and chosen and published and not (search.stop.name or search.gave_up):
+    lines += confirmed
+    is_settled = is_settled and not (last.stop.name or last.gave_up)
+    if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
     print("\n".join([RULE, *lines, RULE]))
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True)
-    if search.gave_up:
+    if last.gave_up:
         print(
-            f"error: stopped after {len(search.failures)} failed trials in a row; common cause: "
-            f"{one_line(search.common_cause())}; mend it, and the same command goes on",
+            f"error: stopped after {len(last.failures)} failed trials in a row; common cause: "
+            f"{one_line(last.common_cause())}; mend it, and the same command goes on",
             file=sys.stderr,
         )
         return EXIT_FAILURES
-    if search.complete() < args.n_trials and (cause := search.no_device()):
+    if last.complete() < last.plan.n_trials and (cause := last.no_device()):
         print(f"error: {cause}; mend it, and the same command goes on", file=sys.stderr)
         return EXIT_FAILURES
     return EXIT_OK if any(row.state == "COMPLETE" for row in rows) else EXIT_NOTHING_COMPLETE
@@ -409,13 +440,15 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
 
 def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None:
     """Rebuild the study from the trial directories. Raises UserError."""
-    from recovery import recover
+    from recovery import recover, trial_directories
 
     if not args.checkpoint_dir.is_dir():
         raise UserError(f"--recover: {args.checkpoint_dir} does not exist")
     with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
         if storage is None:
             lines = recover(args.checkpoint_dir)
+            if trial_directories(args.checkpoint_dir / CONFIRM):
+                lines += [f"{CONFIRM}: {line}" for line in recover(args.checkpoint_dir / CONFIRM)]
         else:
             from shared_search import recover_shared
 
@@ -458,7 +491,8 @@ def run_search(args: argparse.Namespace) -> int:
             recover_study(args, None)
             if args.data_root is None:
                 return EXIT_OK
-        refuse_damage(args.checkpoint_dir)
+        for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
+            refuse_damage(directory)
         plan = prepare(args)
         make_checkpoint_dir(args.checkpoint_dir)
         with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):

@@ -15,6 +15,7 @@ MAY_IMPORT = {
         *("chosen", "command_line", "config", "data", "devices", "evaluation", "files", "fleet"),
         *("processes", "progress", "provenance", "recovery", "search", "shared_search", "signals"),
         *("storage", "study", "summary", "synthetic"),
+        *("confirm", "confirmation"),
     },
     "command_line": {"files", "summary"},
     "shared_search": {
@@ -43,6 +44,8 @@ MAY_IMPORT = {
     "ranks": set(),
     "bootstrap": {"metrics"},
     "chosen": {"files", "summary"},
+    "confirm": {"chosen", "confirmation", "search", "study", "summary"},
+    "confirmation": {"chosen", "summary"},
     "evaluation": {"chosen", "data", "files", "processes", "signals", "summary"},
     # The last one only where train.py is run as a program.
     "train": {"batches", "config", "data", "files", "metrics", "model", "ranks", "train_command"},

@@ -1,0 +1,305 @@
+"""The confirmation: fresh seeds, breaks, failures, and the winner that comes out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import RealChild, faulty
+from optuna.trial import TrialState
+from test_search import Run, run, snapshot, trials_of
+from test_train import assert_same_weights
+
+import search as search_module
+from chosen import chosen_model, read_confirmation
+from confirm import Repetition, candidates_of
+from confirmation import Candidate, describe, summarise
+from study import open_study
+from summary import Row, read_rows
+from train import load_model
+
+__all__ = ["run"]  # the fixture
+BASE = {"n_trials": "3"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A place for a finished search, made by the first test that needs it."""
+    return {"directory": tmp_path_factory.mktemp("finished") / "c"}
+
+
+@pytest.fixture
+def confirm(run: Run, finished: dict[str, Path], tmp_path: Path) -> Run:
+    """Run the command with --confirm_top 2 --confirm_seeds 2 on a copy of a finished search."""
+    if not finished["directory"].exists():
+        assert run(**BASE, checkpoint_dir=str(finished["directory"])) == 0
+    shutil.copytree(finished["directory"], tmp_path / "c")
+
+    def command(*more: str, **replaced: str) -> int:
+        return run("--confirm_top", "2", "--confirm_seeds", "2", *more, **BASE, **replaced)
+
+    return command
+
+
+@pytest.fixture
+def put_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(search_module, "ChildProcess", RealChild)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "summary" / "confirmation.json").read_text())
+    return found
+
+
+def values_by_seed(directory: Path) -> dict[int, float | None]:
+    trials = open_study(directory / "confirm").get_trials()
+    return {t.user_attrs["seed"]: t.value for t in trials if t.state == TrialState.COMPLETE}
+
+
+def test_best_are_trained_again_and_the_winner_is_published(
+    confirm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "c"
+    before = snapshot(directory)
+    assert confirm("--evaluate_test") == 0
+    printed, problems = capfd.readouterr()
+    assert problems == ""
+    assert "CONFIRMING THE BEST 2 TRIALS WITH 2 NEW SEEDS EACH\n" in printed
+    assert "Completed runs: 0 of 4\n" in printed
+    found = read(directory)
+    ranked = sorted(
+        (row for row in read_rows(directory / "optuna_study.db") if row.value is not None),
+        key=lambda row: (-(row.value or 0), row.number),
+    )
+    assert [entry["trial"] for entry in found["candidates"]] == [r.number for r in ranked[:2]]
+    trials = open_study(directory / "confirm").get_trials()
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 4
+    originals = open_study(directory).get_trials()
+    seeds = [t.user_attrs["seed"] for t in trials]
+    assert len({*seeds, *(t.user_attrs["seed"] for t in originals)}) == 4 + 3, "seeds are fresh"
+    for entry in found["candidates"]:
+        own = [t for t in trials if t.user_attrs["draw"] == entry["trial"]]
+        assert [t.params for t in own] == [originals[entry["trial"]].params] * 2
+        values = [t.value for t in own if t.value is not None]
+        assert entry["mean"] == pytest.approx(statistics.fmean(values))
+        assert entry["deviation"] == pytest.approx(statistics.stdev(values))
+        assert entry["search_value"] == originals[entry["trial"]].value
+    winner = found["winner"]
+    best = max(found["candidates"], key=lambda e: (e["mean"], -e["search_rank"]))
+    assert winner["trial"] == best["trial"]
+    assert winner["value"] == max(run["value"] for run in best["runs"])
+    model = directory / "summary" / "best_model.pth"
+    assert model.read_bytes() == (directory / winner["directory"] / "best_model.pth").read_bytes()
+    assert load_model(model)[1].seed == winner["seed"]
+    test = json.loads((directory / "summary" / "test_metrics.json").read_text())
+    assert (test["trial"], test["directory"]) == (winner["trial"], winner["directory"])
+    assert f"Winner: trial {winner['trial']}; " in printed
+    assert "The ranking " in printed
+    after = snapshot(directory)
+    assert all(after[n] == content for n, content in before.items() if n.startswith("trial_"))
+
+    assert confirm("--evaluate_test") == 0
+    printed = capfd.readouterr().out
+    assert "Completed runs: 4 of 4\n" in printed
+    assert "| epoch " not in printed, "nothing is trained again"
+    assert f"Winner: trial {winner['trial']}; " in printed
+    assert read(directory) == found
+    assert len(open_study(directory / "confirm").get_trials()) == 4
+
+
+def test_broken_confirmation_goes_on_and_equals_an_unbroken_one(
+    confirm: Run,
+    finished: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    put_back: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    directory, whole = tmp_path / "c", tmp_path / "whole"
+    shutil.copytree(finished["directory"], whole)
+    assert confirm(checkpoint_dir=str(whole)) == 0
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "signal_search_late"}))
+    assert confirm() == 143
+    put_back()
+    assert not (directory / "summary" / "confirmation.json").exists()
+    states = [state for _, state, _ in trials_of(directory / "confirm")]
+    assert states == ["COMPLETE", "FAIL"]
+    before = snapshot(directory / "confirm")
+    capfd.readouterr()
+    assert confirm() == 0
+    printed = capfd.readouterr().out
+    assert "Completed runs: 1 of 4\n" in printed
+    assert "trial 1 was interrupted: a new trial goes on with it" in printed
+    assert "trial   0 | epoch" not in printed
+    assert "trial   2 | epoch  1/2" not in printed, "no epoch is trained twice"
+    states = [state for _, state, _ in trials_of(directory / "confirm")]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    after = snapshot(directory / "confirm")
+    assert all(after[n] == content for n, content in before.items() if "trial_000" in n)
+    assert values_by_seed(directory) == values_by_seed(whole)
+    found, expected = read(directory), read(whole)
+    assert [e["mean"] for e in found["candidates"]] == [e["mean"] for e in expected["candidates"]]
+    assert_same_weights(
+        directory / "summary" / "best_model.pth", whole / "summary" / "best_model.pth"
+    )
+
+
+@pytest.mark.parametrize("method", ["launch", "end_complete"])
+def test_confirmation_that_was_killed_goes_on(
+    method: str, confirm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search process ends in the second run's middle, as by kill -9: nothing is told."""
+
+    class Killed(BaseException):
+        pass
+
+    real = getattr(search_module.Search, method)
+
+    def killed(search: Any, trial: Any, *more: Any) -> Any:
+        if isinstance(search, Repetition) and trial.number == 1:
+            raise Killed
+        return real(search, trial, *more)
+
+    monkeypatch.setattr(search_module.Search, method, killed)
+    with pytest.raises(Killed):
+        confirm()
+    monkeypatch.setattr(search_module.Search, method, real)
+    directory = tmp_path / "c"
+    states = [state for _, state, _ in trials_of(directory / "confirm")]
+    assert states == ["COMPLETE", "RUNNING"]
+    assert confirm() == 0
+    trials = open_study(directory / "confirm").get_trials()
+    complete = [t.user_attrs["seed"] for t in trials if t.state == TrialState.COMPLETE]
+    assert len(complete) == len(set(complete)) == 4, "none is lost, none is repeated"
+    assert all(t.state.is_finished() for t in trials)
+    if method == "end_complete":
+        assert len(trials) == 4, "what had finished is not trained again"
+
+
+def test_failed_run_counts_and_is_tried_again_by_the_same_command(
+    confirm: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    put_back: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "raise_error"}))
+    assert confirm() == 0
+    put_back()
+    found = read(tmp_path / "c")
+    assert [entry["failed"] for entry in found["candidates"]] == [1, 0]
+    assert found["winner"]["trial"] == found["candidates"][1]["trial"]
+    assert "1 failed" in capfd.readouterr().out
+    assert confirm() == 0
+    assert [entry["failed"] for entry in read(tmp_path / "c")["candidates"]] == [0, 0]
+
+
+def test_waits_for_the_trials(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "raise_error"}))
+    assert run("--confirm_top", "1", "--evaluate_test") == 0
+    assert "Not confirmed yet: that begins when all trials are complete.\n" in (
+        capfd.readouterr().out
+    )
+    assert not (tmp_path / "c" / "confirm").exists()
+    assert not (tmp_path / "c" / "summary" / "test_metrics.json").exists()
+
+
+def test_shared_search_is_refused_at_once(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--confirm_top", "1", "--storage", "postgresql://nowhere/x") == 2
+    assert capfd.readouterr().err.startswith("error: --confirm_top needs a search of its own")
+    assert not (tmp_path / "c").exists()
+
+
+def test_recover_rebuilds_a_confirmation(
+    confirm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert confirm() == 0
+    found = read(tmp_path / "c")
+    (tmp_path / "c" / "confirm" / "optuna_study.db").write_bytes(b"not a database")
+    capfd.readouterr()
+    assert confirm() == 2
+    assert "confirm/optuna_study.db is damaged" in capfd.readouterr().err
+    assert confirm("--recover") == 0
+    printed = capfd.readouterr().out
+    assert "rebuilt 4 trials from their directories: 4 COMPLETE" in printed
+    assert "| epoch " not in printed
+    assert read(tmp_path / "c") == found
+
+
+def row(number: int, value: float | None, seed: int | None = None, state: str = "COMPLETE") -> Row:
+    return Row(number, state, value, {}, None, None, {} if seed is None else {"seed": seed})
+
+
+def test_result_by_hand() -> None:
+    """Trial 4 was best in the search and is second with new seeds; trial 9 failed once."""
+    search = [row(4, 0.9), row(7, 0.8), row(9, 0.7), row(5, None, state="PRUNED")]
+    candidates = [
+        Candidate(search[0], (1, 2)),
+        Candidate(search[1], (3, 4)),
+        Candidate(search[2], (5, 6)),
+    ]
+    runs = [
+        *(row(0, 0.80, 1), row(1, 0.84, 2), row(2, 0.85, 3), row(3, 0.83, 4), row(4, 0.99, 5)),
+        row(5, None, 6, "FAIL"),
+        row(6, 1.0, 77),  # of an earlier confirmation, with other candidates
+    ]
+    found = summarise(candidates, runs, search)
+    assert found is not None
+    assert [e["mean"] for e in found["candidates"]] == pytest.approx([0.82, 0.84, 0.99])
+    deviations = [e["deviation"] for e in found["candidates"]]
+    assert deviations[:2] == pytest.approx([0.02 * 2**0.5, 0.01 * 2**0.5])
+    assert deviations[2] is None
+    assert [e["confirmed_rank"] for e in found["candidates"]] == [2, 1, 3]
+    assert found["ranking_held"] is False
+    assert found["optimism"] == pytest.approx(0.08)
+    assert found["of_trials"] == [4, 7, 9]
+    winner = found["winner"]
+    assert (winner["trial"], winner["seed"], winner["value"]) == (7, 3, 0.85)
+    assert winner["directory"] == "confirm/trial_002"
+    text = describe(found)
+    assert text[2].split() == ["4", "90.00%", "82.00", "±", "2.83", "%", "1", "->", "2"]
+    assert text[5] == (
+        "The ranking did not hold. The search's best value was 8.00 points too high."
+    )
+    # (0.02² · 2 + 0.01² · 2) / 2, its root twice: 4.47 points, and the lead is 2.
+    assert "2.00 points, is within twice its standard error (2.24)" in text[-1]
+    assert summarise(candidates, [], search) is None
+
+
+def test_candidates_keep_their_seeds_when_more_are_asked_for() -> None:
+    rows = [row(0, 0.5), row(1, 0.7), row(2, 0.7), row(3, None, state="FAIL")]
+    two = candidates_of(rows, 2, 2, seed=0)
+    assert [c.row.number for c in two] == [1, 2]
+    more = candidates_of(rows, 5, 3, seed=0)
+    assert [c.row.number for c in more] == [1, 2, 0]
+    assert [c.seeds[:2] for c in more[:2]] == [c.seeds for c in two]
+    assert len({seed for c in more for seed in c.seeds}) == 9
+    assert two != candidates_of(rows, 2, 2, seed=1)
+
+
+def test_confirmation_of_fewer_trials_is_out_of_date(tmp_path: Path) -> None:
+    (tmp_path / "summary").mkdir()
+    winner = {"trial": 0, "directory": "confirm/trial_002"}
+    (tmp_path / "summary" / "confirmation.json").write_text(
+        json.dumps({"of_trials": [0, 1], "winner": winner})
+    )
+    rows = [row(0, 0.5), row(1, 0.7), row(2, None, state="FAIL")]
+    assert read_confirmation(tmp_path, rows) is not None
+    chosen = chosen_model(tmp_path, rows)
+    assert chosen is not None
+    assert (chosen.trial, chosen.directory) == (0, tmp_path / "confirm" / "trial_002")
+    extended = [*rows, replace(rows[0], number=3)]
+    assert read_confirmation(tmp_path, extended) is None
+    chosen = chosen_model(tmp_path, extended)
+    assert chosen is not None
+    assert (chosen.trial, chosen.directory) == (1, tmp_path / "trial_001")
