@@ -271,6 +271,14 @@ def _add_machine_flags(group: Any) -> None:
 
 def _add_afterwards_flags(group: Any) -> None:
     group.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="print several searches side by side, ranked where their lines and metric are the "
+        "same, and exit; reads only",
+    )
+    group.add_argument(
         "--status", action="store_true", help="print the state of the search and exit; reads only"
     )
     group.add_argument(
@@ -316,6 +324,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     args = parser.parse_args([underscored(word) for word in argv])
+    if args.compare:
+        return args
     if args.checkpoint_dir is None and not (args.status and args.storage):
         raise UserError("--checkpoint_dir is missing: say where the search is to be kept")
     if args.study_name is not None and args.storage is None:

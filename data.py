@@ -502,7 +502,11 @@ def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
 
 def _fingerprint(kept: list[LineFile], digests: NDArray[np.uint8], line_height: int) -> str:
     """Hash what was learned from: contents, names and splits, but no dates and no data root."""
-    whole = hashlib.sha256(f"{CACHE_FORMAT} {line_height} {INK_DEVIATION}\n".encode())
+    return _hash_lines(f"{CACHE_FORMAT} {line_height} {INK_DEVIATION}", kept, digests)
+
+
+def _hash_lines(head: str, kept: list[LineFile], digests: NDArray[np.uint8]) -> str:
+    whole = hashlib.sha256(f"{head}\n".encode())
     for line, digest in zip(kept, digests, strict=True):
         whole.update(os.fsencode(f"{line.split}\0{line.writer}\0{line.page}\0{line.path}\0"))
         whole.update(digest.tobytes())
@@ -522,6 +526,8 @@ def _report(
         own[line.split] += 1
     contents = [digest.tobytes() for digest in digests]
     return {
+        # Unlike the LineSet's it does not depend on the height: for comparing searches.
+        "fingerprint": _hash_lines("lines", kept, digests),
         "lines": {split: sum(line.split == split for line in kept) for split in SPLITS},
         "pages": len({(line.split, line.writer, line.page) for line in kept}),
         "writers": counts,

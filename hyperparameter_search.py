@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from chosen import CONFIRM, Chosen, chosen_model, publish
 from command_line import parse_args
+from compare import compare_text
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
 from devices import divide
@@ -548,6 +549,9 @@ def _main(argv: Sequence[str]) -> int:
     try:
         args = parse_args(argv)
         requeue, storage = args.requeue_exit_code, args.storage
+        if args.compare:
+            print(compare_text(args.compare))
+            return EXIT_OK
         if args.status:
             print(status_of(args))
             return EXIT_OK

@@ -15,7 +15,7 @@ MAY_IMPORT = {
         *("chosen", "command_line", "config", "data", "devices", "evaluation", "files", "fleet"),
         *("processes", "progress", "provenance", "recovery", "search", "shared_search", "signals"),
         *("storage", "study", "summary", "synthetic"),
-        *("confirm", "confirmation"),
+        *("compare", "confirm", "confirmation"),
     },
     "command_line": {"files", "summary"},
     "shared_search": {
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "chosen": {"files", "summary"},
     "confirm": {"chosen", "confirmation", "search", "study", "summary"},
     "confirmation": {"chosen", "summary"},
+    "compare": {"chosen", "confirmation", "files", "summary"},
     "evaluation": {"chosen", "data", "files", "processes", "signals", "summary"},
     # The last one only where train.py is run as a program.
     "train": {"batches", "config", "data", "files", "metrics", "model", "ranks", "train_command"},
