@@ -29,8 +29,11 @@ class Command:
         argv: list[str],
         ignore_interrupt: bool = False,
         limit_file_size: tuple[int, int] | None = None,
+        umask: int | None = None,
     ) -> None:
         def prepare() -> None:
+            if umask is not None:
+                os.umask(umask)
             if ignore_interrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             if limit_file_size is not None:
@@ -286,16 +289,48 @@ def test_full_disk_fails_the_trial_and_spares_the_rest(
     assert states_of(tmp_path / "full") == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
 
 
+def test_study_that_cannot_be_written_ends_the_search_in_one_line(
+    start: Callable[..., Command], tmp_path: Path
+) -> None:
+    """The disk fills up in a trial: not even its end can be recorded."""
+    command = start("--epochs", "15")
+    command.wait_for("trial   1 | epoch  1/15")
+    for pid in (command.process.pid, *command.descendants()):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100, 100))
+    code, printed, problems = command.finish()
+    assert code == 2, printed + problems
+    last = problems.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'c'} cannot be written: ")
+    assert "what was recorded is safe" in last
+    assert "Traceback" not in problems
+    code, printed, problems = start("--epochs", "15").finish()
+    assert (code, problems) == (0, "")
+    assert states_of(tmp_path / "c") == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_two_starts_at_the_same_moment_make_one_search(
+    start: Callable[..., Command], tmp_path: Path
+) -> None:
+    """In a directory that is not there yet; the later one may also find all done."""
+    outcomes = [command.finish() for command in (start("--epochs", "9"), start("--epochs", "9"))]
+    for code, printed, problems in outcomes:
+        assert (code, problems) == (0, "") or (code == 2 and "is in use by" in problems), printed
+    assert 0 in [code for code, _, _ in outcomes]
+    assert states_of(tmp_path / "c") == ["COMPLETE", "COMPLETE"]
+
+
 def test_reader_that_goes_away_does_not_end_the_search(
     start: Callable[..., Command], tmp_path: Path
 ) -> None:
-    """As in `... | head -3`: the output ends, the search does not."""
-    search = start("--epochs", "3")
+    """As in `... | head -3`: the output ends, the search does not. Files have the user's umask."""
+    search = start("--epochs", "3", umask=0o027)
     assert search.process.stdout is not None
     search.process.stdout.readline()
     search.process.stdout.close()
     assert search.process.wait(60) == 0
     assert states_of(tmp_path / "c") == ["COMPLETE", "COMPLETE"]
+    for path in [tmp_path / "c", *(tmp_path / "c").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
 def test_kill_9_leaves_no_rank_behind(start: Callable[..., Command], tmp_path: Path) -> None:

@@ -272,6 +272,7 @@ def test_crash_at_each_step(
         assert trial.state.name == record_of(directory, trial.number)["state"]
     fresh = [trial.user_attrs["draw"] for trial in trials if "continues" not in trial.user_attrs]
     assert fresh == list(range(len(fresh))), "each draw is made, once"
+    assert len({json.dumps(params) for params in draws}) == len(draws), "no draw repeats"
     for number in complete:
         check_trained(trial_dir(directory, number), data)
     assert "Traceback" not in capfd.readouterr().err

@@ -517,6 +517,18 @@ def test_whole_database_is_left_as_it_is(copied: Path, capfd: pytest.CaptureFixt
     assert snapshot(copied) == before
 
 
+@pytest.mark.parametrize("name", ["a b%20c?mode=ro#d&e", "ü كتاب", "new\nline"])
+def test_any_name_of_a_directory_will_do(name: str, copied: Path) -> None:
+    before = facts(copied)
+    directory = copied.rename(copied.with_name(name))
+    assert facts(directory) == before
+    assert main(["--status", "--checkpoint_dir", str(directory)]) == 0
+    (directory / "optuna_study.db").unlink()
+    assert main(["--recover", "--checkpoint_dir", str(directory)]) == 0
+    assert facts(directory) == before
+    assert [path.name for path in directory.parent.iterdir()] == [name], "no file beside it"
+
+
 @pytest.mark.parametrize(
     "statement",
     [
