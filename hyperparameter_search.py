@@ -152,7 +152,10 @@ def ask_machine(
         backbones = backbones_of(narrow(default_space("cpu", False), fix, ranges))
     measure = recorded is None and "precision" not in fix
     question = MachineQuestion(args.device, weights, backbones, measure)
-    child = ChildProcess("worker:answer_question", question)
+    try:
+        child = ChildProcess("worker:answer_question", question)
+    except OSError as error:
+        raise UserError(f"torch cannot be used here: {one_line(error)}") from None
     try:
         message = child.receive()
     except BaseException:

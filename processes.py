@@ -29,6 +29,8 @@ CONTINUE, PRUNE, STOP = "continue", "prune", "stop"
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 Message = tuple[str, dict[str, Any]]
 
+STARTS = 3  # of one process, before it is given up
+
 _context = get_context("forkserver")
 
 
@@ -87,15 +89,26 @@ class TestQuestion:
 class ChildProcess:
     """The search process's end of one child: a trial, or a question about the machine.
 
-    `work` names the function to run there, as "module:function".
+    `work` names the function to run there, as "module:function". Raises OSError where none starts.
     """
 
     def __init__(self, work: str, argument: Any) -> None:
-        start_fork_server()  # again, where somebody has killed it
-        self.connection, theirs = _context.Pipe()
-        self._process = _context.Process(target=_work, args=(work, theirs, argument))
-        self._process.start()
-        theirs.close()  # otherwise the end of the child would not be the end of the pipe
+        for _ in range(STARTS):
+            start_fork_server()  # again, where somebody has killed it
+            self.connection, theirs = _context.Pipe()
+            self._process = _context.Process(target=_work, args=(work, theirs, argument))
+            try:
+                self._process.start()
+                return
+            except (
+                EOFError,
+                OSError,
+            ):  # killed meanwhile; what it may have forked ends by its pipe
+                self.connection.close()
+                time.sleep(0.1)
+            finally:
+                theirs.close()  # otherwise the end of the child would not be the end of the pipe
+        raise ChildProcessError(f"the server that starts processes died {STARTS} times in a row")
 
     @property
     def pid(self) -> int:

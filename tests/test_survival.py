@@ -7,9 +7,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import sqlite3
+import threading
 from collections.abc import Callable
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from summary import Row, read_history, remove_weights
 from train import TrainingState, training_step
 
 __all__ = ["run"]  # the fixture
+
+QUESTION = processes.MachineQuestion("cpu", "none", ("tiny",), False)
 
 
 @pytest.fixture
@@ -126,10 +130,24 @@ def test_exit_code_of_a_batch_system(
     assert run("--requeue_exit_code", "99", n_trials="1") == 0
 
 
+def test_fork_server_that_is_killed_over_a_start_is_started_again() -> None:
+    """Stopped, it takes the order for a child and does not carry it out."""
+    processes.start_fork_server()
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(server, signal.SIGSTOP)
+    killer = threading.Timer(0.3, os.kill, (server, signal.SIGKILL))
+    killer.start()
+    child = RealChild("worker:answer_question", QUESTION)
+    killer.join()
+    message = child.receive()
+    assert message is not None
+    assert message[0] == "machine"
+    assert child.end() == 0
+
+
 def test_question_ends_with_the_search() -> None:
     """A measurement or a download is of no use to a search that is gone."""
-    question = processes.MachineQuestion("cpu", "none", ("tiny",), True)
-    child = RealChild("faults:slow_answer", question)
+    child = RealChild("faults:slow_answer", QUESTION)
     assert not connection.wait([child._process.sentinel], 0.5)
     child.connection.close()
     assert connection.wait([child._process.sentinel], 5)
