@@ -111,7 +111,7 @@ class InlineChild:
         self._turns.put(False)
         self._thread.join()
 
-    def end(self) -> int:
+    def end(self, seconds: float = 0.0) -> int:
         self.kill()
         self.connection.close()
         self._bell.close()
