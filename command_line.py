@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,6 +79,17 @@ def seconds(text: str) -> float:
 def kept_checkpoints(text: str) -> int | None:
     """How many trials keep their weights; None for all."""
     return {"all": None, "best": 1}[text] if text in ("all", "best") else whole_number(text)
+
+
+def command(text: str) -> tuple[str, ...]:
+    """Split a command as a shell would; no shell runs it."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("the command is empty")
+    return words
 
 
 def exit_code(text: str) -> int:
@@ -206,6 +218,13 @@ def _add_search_flags(group: Any) -> None:
         type=exit_code,
         metavar="N",
         help="exit code after a signal, where a batch system wants one of its own",
+    )
+    group.add_argument(
+        "--on_event",
+        type=command,
+        metavar="CMD",
+        help="run this command, without a shell, at the end of each trial and of the search, with "
+        "a line of JSON on its standard input",
     )
 
 

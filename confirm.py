@@ -153,6 +153,7 @@ def confirm(finished: Search, top: int, seeds: int) -> Confirmation:
     for line in settled:
         print(line, flush=True)
     search = Repetition(study, own, finished.stop, repeater=repeater)
+    search.events = finished.events
     search.run()
     ended = seeds_of(search.rows, "COMPLETE", "FAIL")
     runs_left = sum(seed not in ended for seed, _ in repeater.wanted)

@@ -261,6 +261,7 @@ def make_plan(
         trial_timeout=args.trial_timeout,
         max_consecutive_failed_trials=args.max_consecutive_failed_trials,
         kept_models=args.keep_checkpoints,
+        on_event=args.on_event,
         provenance={**provenance(args.data_root, machine), "command": public_command(args)},
     )
 
@@ -502,8 +503,24 @@ def run_search(args: argparse.Namespace) -> int:
         with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
             search = open_search(args, plan, stop)
             with stop.deferred():
-                search.run()
-                return conclude(args, search)
+                return run_and_tell(args, search)
+
+
+def run_and_tell(args: argparse.Namespace, search: Search) -> int:
+    """Search and conclude; whatever the end, tell --on_event of it."""
+    from events import search_event
+
+    code = EXIT_USAGE  # what an error is that is none of the program's
+    try:
+        search.run()
+        code = conclude(args, search)
+    except Interrupted as error:
+        code = error.exit_code if args.requeue_exit_code is None else args.requeue_exit_code
+        raise
+    finally:
+        search.events.send(search_event(args.checkpoint_dir, search.rows, args.n_trials, code))
+        search.events.close()
+    return code
 
 
 def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
@@ -522,8 +539,7 @@ def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
         with SharedLock(args.checkpoint_dir) as lock:
             search = open_shared_search(args, plan, stop, storage, lock, is_new)
             with stop.deferred(), told_when_unwritable(shown_url(args.storage)):
-                search.run()
-                return conclude(args, search)
+                return run_and_tell(args, search)
 
 
 def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan, bool]:

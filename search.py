@@ -24,6 +24,7 @@ from optuna.trial import Trial, TrialState
 from config import Space
 from data import LineSet
 from devices import STARTS_IN_A_ROW, Devices, Slot
+from events import Events, trial_event
 from files import UserError, one_line, write_json
 from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, TrialProcesses
 from progress import Progress
@@ -77,6 +78,7 @@ class Plan:
     max_consecutive_failed_trials: int
     kept_models: int | None  # so many trials keep their weights, the best; None: all
     provenance: dict[str, Any]  # for config.json
+    on_event: tuple[str, ...] | None = None  # the command that is told of each trial's end
 
     @property
     def epochs(self) -> int:
@@ -131,6 +133,7 @@ class Search:
         plan = self.plan
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
         self.devices = Devices(plan.slots)
+        self.events = Events(plan.on_event)
         self.judged: list[Row] | None = None  # the rows whose best trial is `best`
         self.best: Row | None = None
         self.summary = SummaryFiles(plan.checkpoint_dir)
@@ -299,10 +302,11 @@ class Search:
                 for r in self.running.values()
                 if r.stop_cause is None
             ]
-        soonest = min(deadlines, default=math.inf)
-        return min(LONGEST_WAIT, max(0.0, soonest - time.monotonic()))
+        soonest = min(deadlines, default=math.inf) - time.monotonic()
+        return min(LONGEST_WAIT, max(0.0, soonest), self.events.seconds_to_next_deadline())
 
     def watch_the_clock(self) -> None:
+        self.events.look()
         now = time.monotonic()
         limit = self.plan.trial_timeout
         for running in self.running.values():
@@ -546,6 +550,7 @@ class Search:
             remove_weights(
                 directory, self.rows, self.plan.kept_models, running, self.without_weights
             )
+        self.events.send(trial_event(directory, trial.number, self.rows, self.plan.n_trials))
 
     def attempt(self, write: Callable[[], Result]) -> Result | None:
         """Write a file that is not worth the search: say so where it cannot be written."""

@@ -15,7 +15,7 @@ MAY_IMPORT = {
         *("chosen", "command_line", "config", "data", "devices", "evaluation", "files", "fleet"),
         *("processes", "progress", "provenance", "recovery", "search", "shared_search", "signals"),
         *("storage", "study", "summary", "synthetic"),
-        *("compare", "confirm", "confirmation"),
+        *("compare", "confirm", "confirmation", "events"),
     },
     "command_line": {"files", "summary"},
     "shared_search": {
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "storage": {"files", "signals", "summary"},
     "search": {
         *("config", "data", "devices", "files", "processes", "progress", "signals", "study"),
-        *("summary",),
+        *("events", "summary"),
     },
     "devices": {"files"},
     "study": {"config", "files", "summary"},
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "chosen": {"files", "summary"},
     "confirm": {"chosen", "confirmation", "search", "study", "summary"},
     "confirmation": {"chosen", "summary"},
+    "events": {"files", "summary"},
     "compare": {"chosen", "confirmation", "files", "summary"},
     "evaluation": {"chosen", "data", "files", "processes", "signals", "summary"},
     # The last one only where train.py is run as a program.
