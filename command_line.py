@@ -186,7 +186,10 @@ def _add_search_flags(group: Any) -> None:
         "--space", type=Path, metavar="FILE.json", help="ranges of your own; see the examples"
     )
     group.add_argument(
-        "--timeout", type=seconds, metavar="SECONDS", help="start no trial after so long"
+        "--timeout",
+        type=seconds,
+        metavar="SECONDS",
+        help="start no trial after so long; the end of a Slurm job is minded by itself",
     )
     group.add_argument(
         "--trial_timeout", type=seconds, metavar="SECONDS", help="end a trial that runs longer"
@@ -217,7 +220,7 @@ def _add_search_flags(group: Any) -> None:
         "--requeue_exit_code",
         type=exit_code,
         metavar="N",
-        help="exit code after a signal, where a batch system wants one of its own",
+        help="exit code after a signal, or before a Slurm job's end, for the batch system",
     )
     group.add_argument(
         "--on_event",

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batch_system import stop_time
 from chosen import CONFIRM, Chosen, chosen_model, publish
 from command_line import parse_args
 from compare import compare_text
@@ -258,6 +259,7 @@ def make_plan(
         sampler=args.sampler,
         seed=args.seed,
         timeout=args.timeout,
+        stop_at=stop_time(os.environ),
         trial_timeout=args.trial_timeout,
         max_consecutive_failed_trials=args.max_consecutive_failed_trials,
         kept_models=args.keep_checkpoints,
@@ -430,6 +432,14 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     if last.complete() < last.plan.n_trials and (cause := last.no_device()):
         print(f"error: {cause}; mend it, and the same command goes on", file=sys.stderr)
         return EXIT_FAILURES
+    if last.complete() < last.plan.n_trials and last.is_too_late():
+        print(
+            "stopped before the end of the batch system's job: everything is saved; the same "
+            "command goes on",
+            file=sys.stderr,
+        )
+        if args.requeue_exit_code is not None:
+            return int(args.requeue_exit_code)
     return EXIT_OK if any(row.state == "COMPLETE" for row in rows) else EXIT_NOTHING_COMPLETE
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.trial import Trial, TrialState
 
+from batch_system import END_TIME, longest_epoch
 from config import Space
 from data import LineSet
 from devices import STARTS_IN_A_ROW, Devices, Slot
@@ -56,6 +57,7 @@ Result = TypeVar("Result")
 
 SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
+JOB_ENDS = f"interrupted before the end of the batch system's job ({END_TIME})"
 STOP_SECONDS = 20.0  # a trial that was told to stop and has not ended by then is killed
 
 
@@ -74,6 +76,7 @@ class Plan:
     sampler: str
     seed: int
     timeout: float | None
+    stop_at: float  # before the end of a batch system's job, by time.monotonic(); or infinity
     trial_timeout: float | None
     max_consecutive_failed_trials: int
     kept_models: int | None  # so many trials keep their weights, the best; None: all
@@ -182,7 +185,17 @@ class Search:
             and not self.gave_up
             and not self.exhausted
             and time.monotonic() < self.deadline
+            and not self.is_too_late()
         )
+
+    def is_too_late(self) -> bool:
+        """Tell whether the batch system's job ends before one more epoch could."""
+        if self.plan.stop_at == math.inf:
+            return False
+        now = time.monotonic()
+        running = [(float(r.epoch), now - r.started) for r in self.running.values()]
+        seconds = longest_epoch([*finished_epochs(self.rows), *running])
+        return now + seconds >= self.plan.stop_at
 
     # -------------------------------------------------------------------------------------- start
 
@@ -295,7 +308,9 @@ class Search:
         self.watch_the_clock()
 
     def seconds_to_next_deadline(self) -> float:
-        deadlines = [r.kill_at for r in self.running.values()]
+        deadlines = [
+            self.plan.stop_at if r.stop_cause is None else r.kill_at for r in self.running.values()
+        ]
         if self.plan.trial_timeout is not None:
             deadlines += [
                 r.started + self.plan.trial_timeout
@@ -308,6 +323,8 @@ class Search:
     def watch_the_clock(self) -> None:
         self.events.look()
         now = time.monotonic()
+        if now >= self.plan.stop_at:
+            self.stop_all(JOB_ENDS)
         limit = self.plan.trial_timeout
         for running in self.running.values():
             if limit is not None and now >= running.started + limit:
@@ -493,7 +510,12 @@ class Search:
             cause = f"{running.stop_cause} at epoch {epoch}{killed}"
         del self.running[running.slot]
         self.record_failure(
-            running.trial, cause, running.epoch, time.monotonic() - running.started, traceback
+            running.trial,
+            cause,
+            running.epoch,
+            time.monotonic() - running.started,
+            traceback,
+            interrupted=running.stop_cause == JOB_ENDS,
         )
 
     def record_failure(

@@ -66,7 +66,7 @@ class SharedSearch(Search):
         """Stay while others run trials that somebody may have to take over."""
         if self.stop.name or self.gave_up or self.exhausted or time.monotonic() >= self.deadline:
             return True
-        if not self.devices.usable:
+        if not self.devices.usable or self.is_too_late():
             return True
         trials = self.fleet.trials()
         self.to_start = self.fleet.room(trials)

@@ -40,7 +40,8 @@ class PostgreSQL:
     PostgreSQL refuses to run as root: then it runs as the user that Debian's package makes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_connections: int = 100) -> None:
+        self._max_connections = max_connections
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
         if not found:
             pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
@@ -60,7 +61,10 @@ class PostgreSQL:
         self.start()
 
     def start(self) -> None:
-        options = f"-p {self.port} -k {self._directory} -c listen_addresses=127.0.0.1 -c fsync=off"
+        options = (
+            f"-p {self.port} -k {self._directory} -c listen_addresses=127.0.0.1 -c fsync=off "
+            f"-c max_connections={self._max_connections}"
+        )
         self._run("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", options, "start")
 
     def stop(self) -> None:

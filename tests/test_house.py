@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "hyperparameter_search": {
+        "batch_system",
         *("chosen", "command_line", "config", "data", "devices", "evaluation", "files", "fleet"),
         *("processes", "progress", "provenance", "recovery", "search", "shared_search", "signals"),
         *("storage", "study", "summary", "synthetic"),
@@ -23,7 +24,9 @@ MAY_IMPORT = {
     },
     "fleet": {"files", "storage", "study", "summary"},
     "storage": {"files", "signals", "summary"},
+    "batch_system": set(),
     "search": {
+        "batch_system",
         *("config", "data", "devices", "files", "processes", "progress", "signals", "study"),
         *("events", "summary"),
     },

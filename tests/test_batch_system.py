@@ -1,0 +1,152 @@
+"""The end of a batch system's job, and the example scripts under a stand-in for Slurm."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_search import Run, run, trials_of
+
+import batch_system
+import search as search_module
+from batch_system import END_TIME, MARGIN_SECONDS, longest_epoch, stop_time
+
+__all__ = ["run"]  # the fixture
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("text", [None, "", "soon", "nan", "inf", str(time.time() - 5)])
+def test_no_limit_is_told(text: str | None) -> None:
+    assert stop_time({} if text is None else {END_TIME: text}) == math.inf
+
+
+def test_limit_leaves_a_margin() -> None:
+    left = stop_time({END_TIME: str(time.time() + 1000)}) - time.monotonic()
+    assert left == pytest.approx(1000 - MARGIN_SECONDS, abs=1)
+    assert stop_time({END_TIME: str(time.time() + 5)}) <= time.monotonic()
+
+
+def test_longest_epoch_is_the_slowest_trial_s() -> None:
+    assert longest_epoch([]) == 0
+    assert longest_epoch([(4, 40), (1, 30), (0, 99)]) == 30
+
+
+def test_no_trial_starts_that_cannot_finish_an_epoch(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(n_trials="1") == 0
+    monkeypatch.setenv(END_TIME, str(time.time() + MARGIN_SECONDS + 100))
+    monkeypatch.setattr(search_module, "longest_epoch", lambda evidence: 101.0)
+    assert run("--requeue_exit_code", "99", n_trials="2") == 99
+    assert "stopped before the end of the batch system's job" in capfd.readouterr().err
+    assert len(trials_of(tmp_path / "c")) == 1
+    assert run(n_trials="2") == 0, "without a code for requeueing it is no failure"
+    assert run("--requeue_exit_code", "99", n_trials="1") == 0, "nothing is missing"
+    monkeypatch.setattr(search_module, "longest_epoch", lambda evidence: 9.0)
+    assert run("--requeue_exit_code", "99", n_trials="2") == 0
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE"] * 2
+
+
+def test_running_trial_saves_before_the_job_s_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin = search_module.Search.start_next
+
+    def late(self: search_module.Search) -> None:
+        begin(self)
+        object.__setattr__(self.plan, "stop_at", time.monotonic() + 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.Search, "start_next", late)
+        assert run("--requeue_exit_code", "99", n_trials="1", epochs="500", patience="500") == 99
+    log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
+    assert "cause:  interrupted before the end of the batch system's job (SLURM_JOB_END" in log
+    done = len((tmp_path / "c" / "trial_000" / "history.jsonl").read_text().splitlines())
+    assert 0 < done < 500
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.Search, "start_next", late)
+        flags = ("--requeue_exit_code", "99", "--continue_interrupted")
+        assert run(*flags, n_trials="1", epochs="500", patience="500") == 99
+    assert "trial 0 was interrupted: a new trial goes on with it" in capfd.readouterr().out
+    history = (tmp_path / "c" / "trial_001" / "history.jsonl").read_text().splitlines()
+    epochs = [json.loads(line)["epoch"] for line in history]
+    assert epochs == list(range(1, len(epochs) + 1))
+    assert len(epochs) > done, "it went on"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_example_script_under_a_stand_in_for_slurm(lines_root: Path, tmp_path: Path) -> None:
+    """Preempted with a grace time, then killed without one, then left alone, until it is done."""
+    requeued, output = tmp_path / "requeued", tmp_path / "output"
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {requeued}\n')
+    scontrol.chmod(0o755)
+    fixed = ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8")
+    more = " ".join(f"--fix {value}" for value in (*fixed, "precision=float32"))
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": "4711",
+        "DATA_ROOT": str(lines_root),
+        "CHECKPOINT_DIR": str(tmp_path / "c"),
+        "N_TRIALS": "2",
+        "MORE_FLAGS": f"--epochs 60 --patience 60 --weights none --device cpu {more}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def job(disturb: signal.Signals | None) -> int:
+        before = output.stat().st_size if output.exists() else 0
+        with (
+            open(output, "a") as log,
+            subprocess.Popen(
+                ["bash", str(ROOT / "examples" / "slurm.sbatch")],
+                cwd=ROOT,
+                env={**environment, END_TIME: str(time.time() + 3600)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            ) as batch,
+        ):
+            while disturb and "| epoch" not in output.read_text()[before:]:
+                assert batch.poll() is None, output.read_text()
+                time.sleep(0.01)
+            if disturb == signal.SIGUSR1:
+                batch.send_signal(disturb)  # B: the batch script alone
+            elif disturb == signal.SIGKILL:
+                os.killpg(batch.pid, disturb)
+            return batch.wait()
+
+    assert job(signal.SIGUSR1) == 0, output.read_text()
+    assert requeued.read_text() == "requeue 4711\n", "the script asked for it"
+    assert "stopped by SIGUSR1: everything is saved" in output.read_text()
+    assert job(signal.SIGKILL) == -9
+    assert job(None) == 0, output.read_text()
+    assert requeued.read_text() == "requeue 4711\n", "once done it is not queued again"
+    trials = trials_of(tmp_path / "c")
+    states = [state for _, state, _ in trials]
+    assert states == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    history = (tmp_path / "c" / "trial_002" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in history] == list(range(1, 61))
+    said = output.read_text()
+    told = [line for line in said.splitlines() if "| epoch" in line and "trial   3" not in line]
+    epochs = [line.partition("epoch")[2].split("/")[0].strip() for line in told]
+    assert len(set(epochs)) == len(epochs), "no epoch was trained twice"
+
+
+def test_examples_are_scripts_that_bash_can_read() -> None:
+    for script in (ROOT / "examples").glob("*.sbatch"):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert "#SBATCH --signal=B:USR1@120" in script.read_text()
+    assert batch_system.MARGIN_SECONDS < 120
