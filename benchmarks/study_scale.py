@@ -186,6 +186,7 @@ def search_side(directory: Path, stop: StopSignals) -> tuple[Search, Callable[[]
         settings=settings_of(SPACE),
         n_trials=1_000_000,
         slots=((),),
+        ranks=1,
         threads=1,
         sampler="tpe",
         seed=0,
