@@ -229,8 +229,8 @@ class TrialProcesses:
                 message = self._hear(other)
                 if other not in self._ranks or (message and message[0] == "lost"):
                     del silent[ready]  # type: ignore[arg-type]
-                if message and message[0] in ("failed", "out_of_memory", "device_failed", "died"):
-                    return message
+                if message and message[0] not in ("started", "progress", "report", "lost"):
+                    return message  # also where rank 0 has ended well, and was missed for that
         for other in silent.values():
             child = self._ranks.pop(other)
             child.terminate()  # it writes where it hangs into its log

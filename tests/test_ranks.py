@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,66 @@ def test_more_ranks_than_images_are_refused(
         "error: --gpus_per_trial 9 is more than a batch has images: 8\n"
     )
     assert not (tmp_path / "c").exists()
+
+
+class Scripted:
+    """Stands in for ChildProcess: a process that has said some things and ended, or that hangs."""
+
+    def __init__(self, messages: list[processes.Message], code: int | None) -> None:
+        self.connection, self.theirs = Pipe()
+        for message in messages:
+            self.theirs.send(message)
+        if code is not None:
+            self.theirs.close()
+        self.code, self.terminated = code, False
+
+    def receive(self) -> processes.Message | None:
+        try:
+            message: processes.Message = self.connection.recv()
+        except EOFError:
+            return None
+        return message
+
+    def terminate(self) -> None:
+        self.terminated = True
+
+    def end(self, seconds: float = 10.0) -> int | None:
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("others", "kind", "cause"),
+    [
+        (([("done", {"metrics": {}})], 0), "done", None),
+        (
+            ([("progress", {}), ("failed", {"cause": "rank 0: a cat"})], 0),
+            "failed",
+            "rank 0: a cat",
+        ),
+        (([("lost", {"cause": "rank 0: alone"})], 0), "failed", "rank 1: alone"),
+        (([], -9), "died", "rank 0: killed by SIGKILL"),
+        (([("report", {})], None), "died", "rank 0: hung"),
+    ],
+)
+def test_word_that_another_rank_is_lost_is_traced_to_it(
+    others: tuple[list[processes.Message], int | None],
+    kind: str,
+    cause: str | None,
+    config: TrialConfig,
+    data: LineSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "LAST_WORDS_SECONDS", 0.1)
+    ranks = [Scripted(*others), Scripted([("lost", {"cause": "rank 1: alone"})], 0)]
+    waiting = iter(ranks)
+    job = processes.Job(config, data, tmp_path, 1, ranks=2)
+    group = processes.TrialProcesses(job, lambda work, job: next(waiting))  # type: ignore[arg-type, return-value]
+    message = group.receive(ranks[1].connection)
+    assert message is not None
+    assert message[0] == kind
+    assert cause is None or message[1]["cause"].startswith(cause)
+    assert ranks[0].terminated == ("hung" in str(cause))
 
 
 def test_ranks_are_told_only_what_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> None:
