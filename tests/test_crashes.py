@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing import Pipe
@@ -273,6 +274,10 @@ def test_crash_at_each_step(
     fresh = [trial.user_attrs["draw"] for trial in trials if "continues" not in trial.user_attrs]
     assert fresh == list(range(len(fresh))), "each draw is made, once"
     assert len({json.dumps(params) for params in draws}) == len(draws), "no draw repeats"
+    follows = Counter(trial.user_attrs.get("continues") for trial in trials)
+    for trial in trials:
+        is_due = trial.state == TrialState.FAIL and trial.user_attrs.get("continued", 0) < 3
+        assert follows[trial.number] == (is_due and bool(more)), "followed once, none is dropped"
     for number in complete:
         check_trained(trial_dir(directory, number), data)
     assert "Traceback" not in capfd.readouterr().err
