@@ -303,6 +303,12 @@ def _add_afterwards_flags(group: Any) -> None:
     group.add_argument(
         "--status", action="store_true", help="print the state of the search and exit; reads only"
     )
+    group.add_argument("--json", action="store_true", help="with --status: for programs")
+    group.add_argument(
+        "--watch",
+        action="store_true",
+        help="with --status: again and again in place, until the search ends or Ctrl-C",
+    )
     group.add_argument(
         "--confirm_top",
         type=whole_number,
@@ -348,6 +354,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args([underscored(word) for word in argv])
     if args.compare:
         return args
+    _check_status_flags(args)
     if args.checkpoint_dir is None and not (args.status and args.storage):
         raise UserError("--checkpoint_dir is missing: say where the search is to be kept")
     if args.study_name is not None and args.storage is None:
@@ -365,6 +372,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.data_root is None and not (args.status or args.recover):
         raise UserError("--data_root is missing: say where the line images are")
     return args
+
+
+def _check_status_flags(args: argparse.Namespace) -> None:
+    if (args.json or args.watch) and not args.status:
+        raise UserError(f"--{'json' if args.json else 'watch'} needs --status")
+    if args.json and args.watch:
+        raise UserError("--json and --watch exclude each other: a program asks again by itself")
 
 
 def underscored(word: str) -> str:

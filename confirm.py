@@ -109,6 +109,9 @@ class Repetition(Search):
     def draw(self) -> Trial | None:
         return self.repeater.ask(self.study)
 
+    def redraw(self) -> None:
+        """Draw nothing: the pictures and the report are of the search that is confirmed."""
+
 
 @dataclass(frozen=True)
 class Confirmation:

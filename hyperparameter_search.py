@@ -30,6 +30,7 @@ from files import DirectoryLock, SharedLock, UserError, one_line, refuse_if_in_u
 from progress import lasting_output
 from provenance import provenance
 from signals import Interrupted, StopSignals
+from status import read_status, show
 from summary import (
     DATABASE,
     Row,
@@ -37,7 +38,6 @@ from summary import (
     percent,
     read_rows,
     read_study,
-    status_text,
     write_summary,
 )
 
@@ -286,10 +286,10 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     is_new = "settings" not in study.user_attrs
     record_settings(study, plan.settings)
     study.pruner = make_pruner(args.pruner, args.epochs)
-    study.set_user_attr("run", {"n_trials": args.n_trials, "n_jobs": len(plan.slots)})
     settled = settle_unfinished(study, args.checkpoint_dir)
     if args.continue_interrupted:
         settled += continue_interrupted(study)
+    study.set_user_attr("run", describe_run(args, plan))
     database = args.checkpoint_dir / DATABASE
     rows = None if is_new else read_rows(database)
     announce(args, plan, banner(args, str(database), rows), settled)
@@ -305,6 +305,7 @@ def open_shared_search(
     is_new: bool,
 ) -> Search:
     """Take part in a study in a shared storage; print the banner."""
+    from drawing import Drawing
     from fleet import Fleet
     from shared_search import SharedSearch, bury_dead, open_shared
     from storage import shown_url
@@ -321,6 +322,7 @@ def open_shared_search(
     )
     settled = bury_dead(fleet, fleet.trials())
     search = SharedSearch(study, plan, stop, fleet=fleet)
+    search.drawing = Drawing(args.checkpoint_dir, args.storage, args.study_name)
     shown = f"{shown_url(args.storage)}, study {args.study_name}"
     announce(args, plan, banner(args, shown, None if is_new else search.rows), settled)
     return search
@@ -335,6 +337,19 @@ def announce(
     for line in settled:
         print(line, flush=True)
     print(describe_plan(plan), flush=True)
+
+
+def describe_run(args: argparse.Namespace, plan: Plan) -> dict[str, int]:
+    """Say what this run may still start, and from which trial on: for `--status`."""
+    rows = read_rows(args.checkpoint_dir / DATABASE)
+    complete = sum(row.state == "COMPLETE" for row in rows)
+    waiting = [row.number for row in rows if row.state == "WAITING"]
+    return {
+        "n_trials": args.n_trials,
+        "n_jobs": len(plan.slots),
+        "to_start": max(0, args.n_trials - complete),
+        "first_trial": min(waiting, default=len(rows)),
+    }
 
 
 def banner(args: argparse.Namespace, database: str, rows: Sequence[Row] | None) -> list[str]:
@@ -419,7 +434,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     is_settled = is_settled and not (last.stop.name or last.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
-    print("\n".join([RULE, *lines, RULE]))
+    search.drawing.write_report(rows, search.study.user_attrs)
+    print("\n".join([RULE, *lines, *search.drawing.notes, RULE]))
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True)
     if last.gave_up:
@@ -582,8 +598,7 @@ def _main(argv: Sequence[str]) -> int:
             print(compare_text(args.compare))
             return EXIT_OK
         if args.status:
-            print(status_of(args))
-            return EXIT_OK
+            return show_status(args)
         return run_search(args)
     except UserError as error:
         print(f"error: {one_line(hidden(str(error), storage), 1000)}", file=sys.stderr)
@@ -604,10 +619,11 @@ def _main(argv: Sequence[str]) -> int:
         return EXIT_NOTHING_COMPLETE
 
 
-def status_of(args: argparse.Namespace) -> str:
-    """Describe the search. Raises UserError."""
+def show_status(args: argparse.Namespace) -> int:
+    """Print how the search stands: once, or until it ends. Raises UserError."""
     if args.storage is None:
-        return status_text(args.checkpoint_dir)
+        show(lambda: read_status(args.checkpoint_dir), args.json, args.watch, sys.stdout)
+        return EXIT_OK
     from shared_search import shared_status
     from storage import find_study, opened_storage, shown_url
 
@@ -616,7 +632,13 @@ def status_of(args: argparse.Namespace) -> str:
         study = find_study(storage, args.study_name)
         if study is None:
             raise UserError(f"{where}: there is no such study")
-        return shared_status(study, where, args.checkpoint_dir)
+        show(
+            lambda: shared_status(study, where, args.checkpoint_dir),
+            args.json,
+            args.watch,
+            sys.stdout,
+        )
+    return EXIT_OK
 
 
 def hidden(text: str, storage: str | None) -> str:

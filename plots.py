@@ -7,12 +7,11 @@ trials marked, the best trial in one colour throughout, legible with 300 trials.
 
 from __future__ import annotations
 
-import logging
 import math
+import sqlite3
 import textwrap
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,40 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.pool import StaticPool
 
-from files import UserError, one_line, read_json, write_whole
-from study import open_study
-from summary import DATABASE, read_history, shown_value, trial_dir
+from figures import (
+    ACCURACY,
+    BLUE,
+    DARK,
+    GREEN,
+    GREY,
+    PALE,
+    VERMILLION,
+    TooLittleError,
+    empty_figure,
+    label_log_axis,
+    limit_values,
+    lowest_shown,
+    mark_below,
+    matplotlib_is_there,
+    on_axis,
+    short_name,
+    try_to_draw,
+    whole_numbers,
+)
+from files import read_json
+from summary import (
+    STUDY_NAME,
+    copy_database,
+    home_of,
+    read_history,
+    shown_value,
+    trial_dir,
+)
+from writer_plots import confusion_picture, writers_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,42 +63,16 @@ if TYPE_CHECKING:
     Draw = Callable[["Search"], Figure]
 
 NO_MATPLOTLIB = "no pictures: matplotlib is not installed (pip install matplotlib)"
-ACCURACY = "Validation macro top-1 (%)"
 TRIALS_FOR_IMPORTANCES = 10  # with fewer, PED-ANOVA tells chance
 TRIALS_FOR_COMPARISONS = 3
 TOP_TRIALS = 5  # that PED-ANOVA's best group should hold at least, says its documentation
-NAMED_WRITERS = 60  # more names than this cannot be read beside each other
-WORST_WRITERS = 40
-
-# Okabe and Ito's palette: told apart with any colour vision.
-BLUE, SKY, VERMILLION, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#009E73"
-GREY, DARK, PALE = "#8a8a8a", "#222222", "#d9d9d9"
-
-STYLE: Any = {
-    "figure.dpi": 120,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
-
-
-class TooLittleError(Exception):
-    """There is too little to draw a picture from; says what is missing."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What the pictures are drawn from: a study, its finished trials, its directory."""
+    """What the pictures are drawn from: finished trials, and the directory of their search."""
 
     checkpoint_dir: Path
-    study: optuna.Study
     finished: Sequence[FrozenTrial]
 
     @property
@@ -90,94 +92,55 @@ class Search:
             raise TooLittleError(f"needs {count} complete {trials}, there are {there}")
 
 
-def draw_all(checkpoint_dir: Path, study: optuna.Study | None = None) -> list[str]:
+def draw_all(checkpoint_dir: Path, trials: Sequence[FrozenTrial]) -> list[str]:
     """Draw the pictures of a search into summary/, each file whole.
 
-    study: the open one; without it the database in checkpoint_dir is opened.
     Returns a line for each picture that was not drawn, saying why, and removes an older one of the
     same name, which would show another state. Without matplotlib the only line says that. A picture
-    that fails does not stop the others. Raises UserError when there is no study to draw.
+    that fails does not stop the others.
     """
-    if not _matplotlib_is_there():
+    if not matplotlib_is_there():
         return [NO_MATPLOTLIB]
-    if study is None:
-        study = _open(checkpoint_dir)
-    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    search = Search(checkpoint_dir, study, finished)
+    finished = [trial for trial in trials if trial.state.is_finished()]
+    search = Search(checkpoint_dir, finished)
     directory = checkpoint_dir / "summary"
     directory.mkdir(exist_ok=True)
     missing = []
     for name, draw in PICTURES.items():
-        reason = _try_to_draw(directory / name, partial(draw, search))
+        reason = try_to_draw(directory / name, partial(draw, search))
         if reason is not None:
             missing.append(f"{name}: {reason}")
     return missing
 
 
+def draw_missing_curves(checkpoint_dir: Path, trials: Sequence[FrozenTrial]) -> None:
+    """Draw curves.png of each finished trial in checkpoint_dir that has none, if matplotlib can."""
+    if not matplotlib_is_there():
+        return
+    for trial in trials:
+        directory = trial_dir(checkpoint_dir, trial.number)
+        has_curves = (directory / "curves.png").exists()
+        if trial.state.is_finished() and directory.is_dir() and not has_curves:
+            draw_curves(directory)
+
+
 def draw_curves(directory: Path) -> str | None:
     """Draw a trial's history.jsonl into its curves.png; return why it was not drawn, if so."""
-    if not _matplotlib_is_there():
-        return NO_MATPLOTLIB
-    reason = _try_to_draw(directory / "curves.png", lambda: _curves(directory))
-    return None if reason is None else f"{directory.name}/curves.png: {reason}"
+    return try_to_draw(directory / "curves.png", lambda: _curves(directory))
 
 
-def _open(checkpoint_dir: Path) -> optuna.Study:
-    if not (checkpoint_dir / DATABASE).exists():
-        raise UserError(f"{checkpoint_dir} holds no search ({DATABASE} is not there)")
-    return open_study(checkpoint_dir)
+def copied_trials(database: Path) -> list[FrozenTrial]:
+    """Read the trials from a copy in memory.
 
-
-def _matplotlib_is_there() -> bool:
-    try:
-        with _quiet():
-            import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _try_to_draw(path: Path, draw: Callable[[], Figure]) -> str | None:
-    """Draw one picture; return why there is none, if so."""
-    import matplotlib as mpl
-
-    try:
-        with _quiet(), mpl.rc_context():
-            mpl.rcdefaults()  # whatever a user's matplotlibrc says, LaTeX for all text included
-            mpl.rcParams.update(STYLE)
-            _save(draw(), path)
-        return None
-    except TooLittleError as reason:
-        told = str(reason)
-    except Exception as error:  # a picture is never worth a finished search
-        told = f"could not be drawn: {one_line(repr(error))}"
-    path.unlink(missing_ok=True)
-    return told
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep warnings of Optuna (experimental) and matplotlib (fonts, layout) from the terminal."""
-    log = logging.getLogger("matplotlib")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_whole(path, lambda file: figure.savefig(file, format="png"))
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Make an empty figure, in inches; it belongs to no pyplot, so nothing has to be closed."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    Optuna opens a database to write, and only the search process may write this one.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with closing(sqlite3.connect(":memory:", check_same_thread=False)) as memory:
+        copy_database(database, memory)
+        storage = optuna.storages.RDBStorage(
+            "sqlite://", engine_kwargs={"creator": lambda: memory, "poolclass": StaticPool}
+        )
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials()
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -191,72 +154,19 @@ def _percents(trial: FrozenTrial) -> tuple[list[int], list[float]]:
     return [epoch for epoch, _ in known], [value for _, value in known]
 
 
-def _label(name: object, limit: int = 24) -> str:
-    """Make any name a short plain label: one line, its middle left out, `$` not mathematics."""
-    text = one_line(name, 10**6)
-    if len(text) > limit:
-        head = limit // 2
-        text = f"{text[:head]}…{text[len(text) - (limit - head - 1) :]}"
-    return text.replace("$", r"\$")
-
-
-def _whole_numbers(axes: Axes, name: str = "Trial") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel(name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-# ------------------------------------------------------------------------------- values on an axis
-
-
-def _floor(values: Sequence[float]) -> float:
-    """Choose the lowest value shown, so that a few poor trials do not flatten all others."""
-    top = max(values)
-    spread = max(top - float(np.percentile(values, 25)), 1.0)
-    return max(min(values), top - 4 * spread)
-
-
-def _limit_values(axes: Axes, floor: float, top: float) -> None:
-    margin = 0.06 * max(top - floor, 1.0)
-    axes.set_ylim(floor - margin, top + margin)
-    axes.set_ylabel(ACCURACY)
-
-
-def _shown(values: Sequence[float], floor: float, top: float) -> list[float]:
-    """Move what lies below the axis onto its lower edge."""
-    edge = floor - 0.03 * max(top - floor, 1.0)
-    return [value if value >= floor else edge for value in values]
-
-
-def _mark_below(axes: Axes, values: Sequence[float], floor: float) -> None:
-    below = sum(value < floor for value in values)
-    if below:
-        axes.text(
-            0.99,
-            0.01,
-            f"{below} below the axis, drawn at its edge",
-            transform=axes.transAxes,
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color=GREY,
-        )
-
-
 def _history(search: Search) -> Figure:
     """Draw the value of each trial, and the best so far."""
     search.require(2)
-    figure = _figure(9, 4.8)
+    figure = empty_figure(9, 4.8)
     axes = figure.subplots()
     values = [_value(trial) for trial in search.complete]
     pruned = [(t.number, _percents(t)[1]) for t in search.finished if t.state == TrialState.PRUNED]
     last = [(number, percents[-1]) for number, percents in pruned if percents]
-    floor, top = _floor(values), max([*values, *(value for _, value in last)])
+    floor, top = lowest_shown(values), max([*values, *(value for _, value in last)])
     size = 34 if len(search.finished) <= 60 else 14
     axes.scatter(
         [trial.number for trial in search.complete],
-        _shown(values, floor, top),
+        on_axis(values, floor, top),
         s=size,
         color=BLUE,
         label="complete",
@@ -265,7 +175,7 @@ def _history(search: Search) -> Figure:
     if last:
         axes.scatter(
             [number for number, _ in last],
-            _shown([value for _, value in last], floor, top),
+            on_axis([value for _, value in last], floor, top),
             s=size,
             color=GREY,
             marker="x",
@@ -288,9 +198,9 @@ def _history(search: Search) -> Figure:
     so_far = np.maximum.accumulate([*values, values[-1]])
     axes.step(numbers, so_far, where="post", color=VERMILLION, linewidth=1.8, label="best so far")
     axes.scatter([search.best.number], [max(values)], s=130, marker="*", color=VERMILLION, zorder=4)
-    _limit_values(axes, floor, top)
-    _mark_below(axes, [*values, *(value for _, value in last)], floor)
-    _whole_numbers(axes)
+    limit_values(axes, floor, top)
+    mark_below(axes, [*values, *(value for _, value in last)], floor)
+    whole_numbers(axes)
     axes.set_title(f"Best: trial {search.best.number} with {max(values):.2f} %")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
@@ -303,7 +213,7 @@ def _learning_curves(search: Search) -> Figure:
     curves = [curve for curve in curves if len(curve[1]) >= 2]
     if not curves:
         raise TooLittleError("needs a trial of 2 epochs")
-    figure = _figure(12, 4.8)
+    figure = empty_figure(12, 4.8)
     whole, near = figure.subplots(1, 2)
     many = len(curves) > 40
     best = search.best.number
@@ -316,7 +226,7 @@ def _learning_curves(search: Search) -> Figure:
             axes.plot(epochs, percents, label=label, **style)
             if trial.number != best and trial.state != TrialState.COMPLETE:
                 axes.plot(epochs[-1], percents[-1], "x", color=style["color"], markersize=4)
-        _whole_numbers(axes, "Epoch")
+        whole_numbers(axes, "Epoch")
         axes.set_ylabel(ACCURACY)
     ends = [max(percents) for trial, _, percents in curves if trial.state == TrialState.COMPLETE]
     ends = ends or [max(percents) for _, _, percents in curves]
@@ -325,7 +235,9 @@ def _learning_curves(search: Search) -> Figure:
     near.set_ylim(lowest, top + 0.05 * (top - lowest))
     whole.set_title(f"{len(curves)} trials")
     near.set_title("The same, near the top")
-    figure.legend(loc="outside lower center", ncols=4)
+    legend = figure.legend(loc="outside lower center", ncols=4)
+    for line in legend.get_lines():
+        line.set(alpha=1.0, linewidth=2.0)
     return figure
 
 
@@ -345,7 +257,7 @@ def _durations(search: Search) -> Figure:
         raise TooLittleError(f"needs 2 finished trials, there are {len(timed)}")
     seconds = {t.number: t.duration.total_seconds() for t in timed if t.duration is not None}
     unit, per_unit = _time_unit(max(seconds.values()))
-    figure = _figure(9, 4.4)
+    figure = empty_figure(9, 4.4)
     axes = figure.subplots()
     for state, kind, colour in (
         (TrialState.COMPLETE, "complete", BLUE),
@@ -368,7 +280,7 @@ def _durations(search: Search) -> Figure:
     hours = sum(seconds.values()) / 3600
     total = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     axes.set_title(f"{len(timed)} trials, {total} in all")
-    _whole_numbers(axes)
+    whole_numbers(axes)
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 
@@ -409,11 +321,13 @@ def _importances(search: Search) -> Figure:
     count = len(search.complete)
     quantile = max(0.1, TOP_TRIALS / count)
     evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
-    shares = get_param_importances(search.study, evaluator=evaluator)
+    study = optuna.create_study(direction=StudyDirection.MAXIMIZE)
+    study.add_trials(search.complete)
+    shares = get_param_importances(study, evaluator=evaluator)
     known = sorted((100 * share, name) for name, share in shares.items() if math.isfinite(share))
     if not known:
         raise TooLittleError("the trials tell hyperparameters' importances not apart")
-    figure = _figure(9, 1.3 + 0.34 * len(known))
+    figure = empty_figure(9, 1.3 + 0.34 * len(known))
     axes = figure.subplots()
     bars = axes.barh([name for _, name in known], [share for share, _ in known], color=BLUE)
     axes.bar_label(bars, fmt="%.0f %%", padding=3)
@@ -428,15 +342,16 @@ def _importances(search: Search) -> Figure:
 def _slices(search: Search) -> Figure:
     """Draw the value over each hyperparameter by itself."""
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     search.require(TRIALS_FOR_COMPARISONS)
     searched = _searched(search)
     columns = min(len(searched), 3 if len(searched) <= 9 else 4)
     rows = math.ceil(len(searched) / columns)
-    figure = _figure(max(3.6 * columns, 6), 3.0 * rows + 0.3)
+    figure = empty_figure(max(3.6 * columns, 6), 3.0 * rows + 0.3)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     values = [_value(trial) for trial in search.complete]
-    floor, top = _floor(values), max(values)
+    floor, top = lowest_shown(values), max(values)
     colours = Normalize(0, max(trial.number for trial in search.complete))
     for index, (axes, (name, distribution)) in enumerate(
         zip(panels, searched.items(), strict=False)
@@ -444,24 +359,34 @@ def _slices(search: Search) -> Figure:
         trials = [trial for trial in search.complete if name in trial.params]
         dots = axes.scatter(
             _positions(axes, name, distribution, trials),
-            _shown([_value(trial) for trial in trials], floor, top),
+            on_axis([_value(trial) for trial in trials], floor, top),
             c=[trial.number for trial in trials],
             norm=colours,
             cmap="cividis",
-            s=26 if len(trials) <= 60 else 12,
+            s=40 if len(trials) <= 60 else 12,
             edgecolors="white",
             linewidths=0.3,
         )
         if search.best in trials:
             at = _positions(axes, name, distribution, [search.best])
             axes.scatter(at, [top], s=150, marker="*", color=VERMILLION, zorder=4)
-        _limit_values(axes, floor, top)
-        axes.set_xlabel(_label(name, 30) + (" (log scale)" if _is_log(distribution) else ""))
+        limit_values(axes, floor, top)
+        if _is_log(distribution):
+            label_log_axis(axes)
+        axes.set_xlabel(short_name(name, 30) + (" (log scale)" if _is_log(distribution) else ""))
         if index % columns:
             axes.set_ylabel("")
     for axes in panels[len(searched) :]:
         axes.set_visible(False)
-    bar = figure.colorbar(dots, ax=panels, label="Trial", aspect=30, fraction=0.04, pad=0.01)
+    bar = figure.colorbar(
+        dots,
+        ax=panels,
+        label="Trial",
+        ticks=MaxNLocator(integer=True),
+        aspect=30,
+        fraction=0.04,
+        pad=0.01,
+    )
     bar.outline.set_linewidth(0)
     below = sum(value < floor for value in values)
     note = f"; {below} below the axis, at its edge" if below else ""
@@ -477,11 +402,9 @@ def _positions(
 ) -> list[float]:
     """Place trials along the x axis by a hyperparameter, and set that axis up."""
     if not isinstance(distribution, CategoricalDistribution):
-        if _is_log(distribution):
-            axes.set_xscale("log")
         return [float(trial.params[name]) for trial in trials]
     choices = list(distribution.choices)
-    names = [_label(choice, 18) for choice in choices]
+    names = [short_name(choice, 18) for choice in choices]
     crowded = sum(len(choice) for choice in names) > 30
     axes.set_xticks(range(len(choices)), names, rotation=20 if crowded else 0)
     axes.set_xlim(-0.5, len(choices) - 0.5)
@@ -499,9 +422,9 @@ def _parallel_coordinates(search: Search) -> Figure:
     search.require(TRIALS_FOR_COMPARISONS)
     searched = _searched(search)
     values = [_value(trial) for trial in search.complete]
-    floor, top = _floor(values), max(values)
+    floor, top = lowest_shown(values), max(values)
     scale = Normalize(floor, max(top, floor + 0.1))
-    figure = _figure(max(6.0, 1.25 * len(searched) + 2.5), 5.2)
+    figure = empty_figure(max(6.0, 1.25 * len(searched) + 2.5), 5.2)
     axes = figure.subplots()
     many = len(values) > 60
     for trial in sorted(search.complete, key=lambda t: (t is search.best, _value(t))):
@@ -524,7 +447,7 @@ def _parallel_coordinates(search: Search) -> Figure:
         axes.text(-0.3, UNUSED, "not\nused", ha="right", va="center", fontsize=8, color=GREY)
     axes.set_xlim(-0.5, len(searched) - 0.4)
     axes.set_ylim(UNUSED - 0.06 if unused else -0.06, 1.06)
-    names = [textwrap.fill(_label(name, 30).replace("_", " "), 12) for name in searched]
+    names = [textwrap.fill(short_name(name, 30).replace("_", " "), 12) for name in searched]
     axes.set_xticks(range(len(searched)), names, fontsize=9)
     axes.tick_params(length=0)
     axes.yaxis.set_visible(False)
@@ -568,7 +491,7 @@ def _scale_at(axes: Axes, x: int, distribution: BaseDistribution) -> None:
         middle = math.sqrt(low * high) if _is_log(distribution) else (low + high) / 2
         ticks = [low, middle, high]
     for value in ticks:
-        shown = f"{value:.2g}" if isinstance(value, float) else _label(shown_value(value), 12)
+        shown = f"{value:.2g}" if isinstance(value, float) else short_name(shown_value(value), 12)
         axes.annotate(
             shown,
             (x, _height(distribution, value)),
@@ -584,142 +507,24 @@ def _scale_at(axes: Axes, x: int, distribution: BaseDistribution) -> None:
 # ----------------------------------------------------------------------------------------- writers
 
 
-def _best_metrics(search: Search) -> tuple[FrozenTrial, dict[str, Any]]:
+def _best_metrics(search: Search) -> tuple[int, dict[str, Any]]:
     """Read the metrics of the best trial's best epoch."""
     search.require(1)
-    path = trial_dir(search.checkpoint_dir, search.best.number) / "metrics.json"
+    home = home_of(search.best.user_attrs, search.checkpoint_dir)
+    path = trial_dir(home, search.best.number) / "metrics.json"
     try:
-        return search.best, dict(read_json(path)["best"])
+        return search.best.number, dict(read_json(path)["best"])
     except (OSError, ValueError, KeyError, TypeError):
         where = f"{path.parent.name}/{path.name}"
         raise TooLittleError(f"the best trial's {where} cannot be read") from None
 
 
 def _writers(search: Search) -> Figure:
-    """Draw the best trial's accuracy for each writer, the worst first."""
-    trial, metrics = _best_metrics(search)
-    shares: dict[str, float] = metrics.get("per_writer") or {}
-    if not shares:
-        raise TooLittleError(f"trial {trial.number} has recorded no writers")
-    lines = _lines_of_writers(metrics)
-    ordered = sorted((100 * share, name) for name, share in shares.items())
-    many = len(ordered) > NAMED_WRITERS
-    named = ordered[:WORST_WRITERS] if many else ordered
-    figure = _figure(11 if many else 9, max(3.0, 1.4 + 0.19 * len(named)))
-    panels = figure.subplots(1, 2 if many else 1, squeeze=False).ravel()
-    axes = panels[0]
-    positions = range(len(named), 0, -1)
-    axes.barh(positions, [percent for percent, _ in named], color=BLUE, height=0.75)
-    axes.set_yticks(positions, [_label(name) for _, name in named], fontsize=8)
-    for position, (percent, name) in zip(positions, named, strict=True):
-        of = f" of {lines[name]}" if name in lines else ""
-        axes.text(percent + 1, position, f"{percent:.1f} %{of}", va="center", fontsize=8)
-    mean = float(np.mean([percent for percent, _ in ordered]))
-    axes.axvline(mean, color=VERMILLION, linestyle="--", label=f"mean of writers: {mean:.2f} %")
-    axes.set_xlim(0, 122 if lines else 114)
-    axes.set_xticks(range(0, 101, 20))
-    axes.set_ylim(0.3, len(named) + 0.7)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("Validation lines recognised (%)" + (" of lines" if lines else ""))
-    worst = f"the {len(named)} worst of {len(ordered)}" if many else f"{len(ordered)}"
-    axes.set_title(f"Trial {trial.number}: {worst} writers")
-    figure.legend(loc="outside lower center")
-    if many:
-        panels[1].hist([percent for percent, _ in ordered], bins=range(0, 101, 5), color=BLUE)
-        panels[1].axvline(mean, color=VERMILLION, linestyle="--")
-        panels[1].set_xlabel("Validation lines recognised (%)")
-        panels[1].set_ylabel("Writers")
-        panels[1].set_title(f"All {len(ordered)} writers")
-    return figure
-
-
-def _lines_of_writers(metrics: Mapping[str, Any]) -> dict[str, int]:
-    """Count each writer's validation lines, where the confusion matrix is there to tell."""
-    try:
-        names, counts = _confusion_of(metrics)
-    except TooLittleError:
-        return {}
-    return dict(zip(names, (int(total) for total in counts.sum(axis=1)), strict=True))
-
-
-def _confusion_of(metrics: Mapping[str, Any]) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Give the writers' names and the counts (true writer, guessed writer)."""
-    recorded = metrics.get("confusion")
-    if not recorded:
-        raise TooLittleError("the best trial has recorded no confusion matrix")
-    try:
-        names, counts = list(recorded["writers"]), np.asarray(recorded["counts"], dtype=float)
-    except (KeyError, TypeError, ValueError):
-        raise TooLittleError("the best trial's confusion matrix cannot be read") from None
-    if counts.shape != (len(names), len(names)) or len(names) < 2:
-        raise TooLittleError("the best trial's confusion matrix cannot be read")
-    return names, counts
+    return writers_picture(*_best_metrics(search))
 
 
 def _confusion(search: Search) -> Figure:
-    """Draw whom the best trial takes for whom, and list the commonest mistakes."""
-    from matplotlib.colors import PowerNorm
-
-    trial, metrics = _best_metrics(search)
-    names, counts = _confusion_of(metrics)
-    size = len(names)
-    side = min(9.5, max(4.5, 1.5 + 0.3 * size))
-    figure = _figure(side + 4.6, side + 0.3)
-    axes, beside = figure.subplots(1, 2, width_ratios=[side, 3.6])
-    percents = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # Rare mistakes are what one looks for: a square-root scale lifts them, zeros stay white.
-    picture = axes.imshow(
-        np.ma.masked_equal(percents, 0.0),
-        cmap="viridis_r",
-        norm=PowerNorm(0.5, 0, 100),
-        interpolation="nearest",
-    )
-    step = 1 if size <= NAMED_WRITERS else math.ceil(size / 40)
-    ticks = range(0, size, step)
-    font = 8 if size <= 30 else 6
-    labels = [_label(names[i], 20) for i in ticks]
-    axes.set_xticks(ticks, labels, rotation=90, fontsize=font)
-    axes.set_yticks(ticks, labels, fontsize=font)
-    axes.grid(visible=False)
-    axes.set_xlabel("Taken for")
-    axes.set_ylabel("True writer")
-    axes.set_title(f"Trial {trial.number}: {int(counts.sum())} validation lines of {size} writers")
-    if size <= 30:
-        _write_counts(axes, counts, percents, 8 if size <= 16 else 6)
-    bar = figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.01, ticks=[1, 5, 20, 50, 100])
-    bar.set_label("Lines of the true writer (%)")
-    beside.axis("off")
-    beside.text(0, 1, _mistakes(names, counts), va="top", fontsize=9, linespacing=1.5)
-    return figure
-
-
-def _write_counts(
-    axes: Axes, counts: np.ndarray[Any, Any], percents: np.ndarray[Any, Any], font: float
-) -> None:
-    for row, column in np.argwhere(counts > 0):
-        colour = "white" if percents[row, column] > 25 else "black"
-        axes.text(
-            column,
-            row,
-            f"{counts[row, column]:.0f}",
-            ha="center",
-            va="center",
-            fontsize=font,
-            color=colour,
-        )
-
-
-def _mistakes(names: Sequence[str], counts: np.ndarray[Any, Any], limit: int = 12) -> str:
-    """List the commonest mistakes in words."""
-    wrong = counts - np.diag(np.diag(counts))
-    pairs = sorted((-wrong[i, j], i, j) for i, j in np.argwhere(wrong > 0))
-    if not pairs:
-        return "No mistakes."
-    lines = [f"Mistakes: {int(wrong.sum())} lines, {len(pairs)} pairs of writers", ""]
-    for negative, true, guessed in pairs[:limit]:
-        of = f"{-negative:.0f} of {counts[true].sum():.0f} lines"
-        lines.append(f"{_label(names[true], 20)}\n    as {_label(names[guessed], 20)}: {of}")
-    return "\n".join(lines)
+    return confusion_picture(*_best_metrics(search))
 
 
 # --------------------------------------------------------------------------------- one trial's own
@@ -730,7 +535,7 @@ def _curves(directory: Path) -> Figure:
     history = read_history(directory)
     if len(history) < 2:
         raise TooLittleError(f"needs 2 epochs, there are {len(history)}")
-    figure = _figure(12, 3.6)
+    figure = empty_figure(12, 3.6)
     losses, accuracy, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     losses.plot(epochs, _column(history, "train_loss"), color=BLUE, label="training")
@@ -751,9 +556,9 @@ def _curves(directory: Path) -> Figure:
     rate.set_ylabel("Learning rate (at the epoch's end)")
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", scilimits=(-2, 3))
-    losses.set_title(f"{_label(directory.name)}: {len(history)} epochs")
+    losses.set_title(f"{short_name(directory.name)}: {len(history)} epochs")
     for axes in (losses, accuracy, rate):
-        _whole_numbers(axes, "Epoch")
+        whole_numbers(axes, "Epoch")
     return figure
 
 

@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -273,6 +274,22 @@ def _environment(**values: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def obey_in_thread(connection: Connection, act: Callable[[str], object]) -> None:
+    """Act on each order in a thread; end this whole process when the search process is gone."""
+
+    def listen() -> None:
+        while True:
+            try:
+                order = connection.recv()
+            except (EOFError, OSError):
+                # The search process is gone, however it died: nothing is worth an epilogue.
+                os.kill(os.getpid(), signal.SIGKILL)
+                return
+            act(order)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def exit_text(code: int | None) -> str:

@@ -25,6 +25,8 @@ from batch_system import END_TIME, longest_epoch
 from config import Space
 from data import LineSet
 from devices import STARTS_IN_A_ROW, Devices, Slot
+from drawing import Drawing
+from estimate import Range, finished_epochs, range_text, seconds_left
 from events import Events, trial_event
 from files import UserError, one_line, write_json
 from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, TrialProcesses
@@ -45,11 +47,9 @@ from summary import (
     SummaryFiles,
     best_row,
     duration,
-    finished_epochs,
     percent,
     read_rows,
     remove_weights,
-    seconds_left,
     trial_dir,
 )
 
@@ -144,15 +144,18 @@ class Search:
         self.to_start = max(0, plan.n_trials - self.complete())
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
         self.progress = Progress(self.complete(), plan.n_trials, plan.epochs)
+        self.drawing = Drawing(plan.checkpoint_dir)
 
     def run(self) -> None:
         """Run the search. Whatever it raises, no process of it stays behind."""
         try:
             self.loop()
             self.give_up_displaced()
+            self.drawing.finish(self.stop.wakeup, self.stop.name is not None)
         finally:
             for trial in self.running.values():
                 trial.child.kill()
+            self.drawing.kill()
             self.progress.close()
 
     def loop(self) -> None:
@@ -295,7 +298,8 @@ class Search:
             pipe: running for running in self.running.values() for pipe in running.child.connections
         }
         ready = connection.wait(
-            [*by_connection, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
+            [*by_connection, *self.drawing.connections, self.stop.wakeup],
+            timeout=self.seconds_to_next_deadline(),
         )
         if self.stop.wakeup in ready:
             self.stop.wakeup.recv(4096)
@@ -305,6 +309,8 @@ class Search:
             # A trial whose end another rank has told has no connections any more.
             if pipe in by_connection[pipe].child.connections:
                 self.receive(by_connection[pipe], pipe)
+        if any(pipe in ready for pipe in self.drawing.connections):
+            self.drawing.receive()
         self.watch_the_clock()
 
     def seconds_to_next_deadline(self) -> float:
@@ -455,7 +461,7 @@ class Search:
                 f"val macro top-1 {percent(value)}",
                 f"best {self.best_text()}",
                 f"{duration(metrics['seconds'])}",
-                "left not known yet" if left is None else f"left {duration(left)}",
+                f"left {range_text(left)}",
             ]
         )
 
@@ -475,7 +481,7 @@ class Search:
         value, negative = max(values)
         return f"{percent(value)} (trial {-negative})"
 
-    def time_left(self) -> float | None:
+    def time_left(self) -> Range | None:
         now = time.monotonic()
         running = [(r.progress, now - r.started) for r in self.running.values()]
         return seconds_left(
@@ -567,12 +573,17 @@ class Search:
         # The database has it. What a full disk keeps from being written now is written later.
         self.attempt(lambda: write_record(directory, told))
         self.attempt(lambda: self.summary.write(self.rows))
+        self.redraw()
         if self.plan.kept_models is not None:
             running = {other.number for other in self.running.values()} - {trial.number}
             remove_weights(
                 directory, self.rows, self.plan.kept_models, running, self.without_weights
             )
         self.events.send(trial_event(directory, trial.number, self.rows, self.plan.n_trials))
+
+    def redraw(self) -> None:
+        """Let the drawing process draw the present state."""
+        self.drawing.request()
 
     def attempt(self, write: Callable[[], Result]) -> Result | None:
         """Write a file that is not worth the search: say so where it cannot be written."""

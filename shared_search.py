@@ -18,23 +18,16 @@ from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from files import UserError, one_line, read_json
+from estimate import finished_epochs, seconds_left
+from files import UserError, read_json
 from fleet import SIGN_SECONDS, Fleet
 from processes import STOP
 from recovery import rebuilt_trials, recorded_settings_of, trial_directories
 from search import STOP_SECONDS, RunningTrial, Search
+from status import RunningStatus, Status, silence
 from storage import StorageUnreachableError, find_study, is_surplus, rows_of, shown_url
 from study import refuse_changes, write_record
-from summary import (
-    STALLED_SECONDS,
-    Row,
-    closing_lines,
-    duration,
-    finished_epochs,
-    percent,
-    seconds_left,
-    trial_dir,
-)
+from summary import Row, trial_dir
 
 # Between two looks at what the others do, for a search that has a place free: soon at first.
 FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 10.0
@@ -251,43 +244,56 @@ def recover_shared(storage: BaseStorage, name: str, url: str, checkpoint_dir: Pa
 # ----------------------------------------------------------------------------------------- status
 
 
-def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) -> str:
+def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) -> Status:
     """Describe a search from its storage alone."""
     trials = study.get_trials(deepcopy=False)
     recorded = study.user_attrs
     run = recorded.get("run", {"n_trials": 0, "checkpoint_dir": "."})
-    epochs = recorded.get("settings", {}).get("epochs", 0)
-    running = [t for t in trials if t.state == TrialState.RUNNING and not is_surplus(t)]
-    lines = [f"{where}: {len(running)} trial(s) running"]
+    epochs = int(recorded.get("settings", {}).get("epochs", 0))
     rows = rows_of(trials)
-    progress = []
-    for trial, row in zip(running, (r for r in rows if r.state == "RUNNING"), strict=True):
-        progress.append((float(max(trial.intermediate_values, default=0)), row.seconds or 0.0))
-        lines.append(_running_line(trial, row, epochs))
+    times = {row.number: row.seconds or 0.0 for row in rows}
+    running = [
+        _running(trial, times[trial.number])
+        for trial in trials
+        if trial.state == TrialState.RUNNING and not is_surplus(trial)
+    ]
+    left = None
     if running:
+        progress = [(float(trial.epoch), trial.epoch_seconds) for trial in running]
         complete = sum(row.state == "COMPLETE" for row in rows)
         to_start = max(0, run["n_trials"] - len(running) - complete)
         left = seconds_left(finished_epochs(rows), progress, to_start, epochs, len(running))
-        lines.append("Time left: " + ("not known yet" if left is None else duration(left)))
-    directory = checkpoint_dir or Path(run["checkpoint_dir"])
-    return "\n".join(lines + closing_lines(directory, rows, run["n_trials"]))
+    return Status(
+        heading=f"{where}: {len(running)} trial(s) running",
+        checkpoint_dir=checkpoint_dir or Path(run["checkpoint_dir"]),
+        active=bool(running),
+        holder=None,
+        n_trials=run["n_trials"],
+        epochs=epochs,
+        rows=rows,
+        running=running,
+        left=left,
+    )
 
 
-def _running_line(trial: FrozenTrial, row: Row, epochs: int) -> str:
+def _running(trial: FrozenTrial, seconds: float) -> RunningStatus:
     values = trial.intermediate_values
-    line = f"trial {trial.number:3d} | epoch {max(values, default=0):2d}/{epochs}"
-    if values:
-        last, best = values[max(values)], max(values.values())
-        line += f" | val macro top-1 {percent(last)} | best {percent(best)}"
-    line += f" | running for {duration(row.seconds or 0)}"
+    best = max(values.values(), default=None)
     owner = trial.user_attrs.get("owner")
-    if owner is None:
-        return f"{line} | of no search that lives"
-    line += f" on {one_line(owner['host'])}"
-    silent = _seconds_silent(trial)
-    if silent > STALLED_SECONDS:  # by its host's clock and ours
-        line += f" | stalled: no sign of life for {duration(silent)}"
-    return line
+    silent = None if owner is None else _seconds_silent(trial)  # by its host's clock and ours
+    return RunningStatus(
+        number=trial.number,
+        epoch=max(values, default=0),
+        value=values[max(values)] if values else None,
+        best=best,
+        best_epoch=min((e for e, value in values.items() if value == best), default=None),
+        seconds=seconds,
+        epoch_seconds=seconds,
+        silent_seconds=silent,
+        stalled=bool(silence(silent)),
+        host=None if owner is None else str(owner["host"]),
+        note="of no search that lives" if owner is None else silence(silent),
+    )
 
 
 def _seconds_silent(trial: FrozenTrial) -> float:

@@ -1,4 +1,4 @@
-"""Reads a search for people: its state, its table of trials, its best trial.
+"""Reads a search's database and files, and keeps its summary: table of trials, best trial.
 
 Imports neither torch nor Optuna, so that `--status` answers at once.
 """
@@ -11,23 +11,19 @@ import json
 import shutil
 import sqlite3
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from files import UserError, is_locked, one_line, read_json, write_json, write_text
+from files import one_line, read_json, write_json, write_text
 
 DATABASE = "optuna_study.db"
 STUDY_NAME = "writer_identification"
 UNFINISHED = ("RUNNING", "WAITING")
-EVIDENCE_TRIALS = 100  # the time left is estimated from so many
-STALLED_SECONDS = 300.0  # a running trial shows a sign of life at every batch
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,12 @@ def _opened(database: Path) -> Iterator[sqlite3.Connection]:
                     shutil.copy(file, directory / file.name)
             connection = stack.enter_context(closing(sqlite3.connect(directory / database.name)))
         yield connection
+
+
+def copy_database(database: Path, target: sqlite3.Connection) -> None:
+    """Copy a database, also a live one, without writing to it."""
+    with _readable(database) as connection:
+        connection.backup(target)
 
 
 def _quoted(path: Path) -> str:
@@ -346,89 +348,6 @@ def closing_lines(
     else:
         lines.append("All trials are complete: the same command with a higher --n_trials extends.")
     return lines
-
-
-def seconds_left(
-    finished: Sequence[tuple[float, float]],
-    running: Sequence[tuple[float, float]],
-    to_start: int,
-    epochs: int,
-    jobs: int,
-) -> float | None:
-    """Estimate the time left; None before there is evidence.
-
-    finished, running: (epochs, seconds) of each trial; a trial to come is taken to last as many
-    epochs as the finished ones did on average, pruned ones included.
-    """
-    evidence = [*finished, *((done, seconds) for done, seconds in running if done >= 1)]
-    if not evidence:
-        return None
-    seconds_per_epoch = sum(s for _, s in evidence) / sum(e for e, _ in evidence)
-    per_trial = sum(e for e, _ in finished) / len(finished) if finished else float(epochs)
-    epochs_left = to_start * per_trial + sum(max(0.0, per_trial - done) for done, _ in running)
-    return seconds_per_epoch * epochs_left / max(1, jobs)
-
-
-def status_text(checkpoint_dir: Path) -> str:
-    """Describe a search from its files alone, while it runs or later. Raises UserError."""
-    database = checkpoint_dir / DATABASE
-    if not database.exists():
-        raise UserError(f"{checkpoint_dir} holds no search ({DATABASE} is not there)")
-    try:
-        rows, recorded = read_rows(database), read_study(database)
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{database} cannot be read: {one_line(error)}") from None
-    active = is_locked(checkpoint_dir)
-    run = recorded.get("run", {"n_trials": 0, "n_jobs": 1})
-    epochs = recorded.get("settings", {}).get("epochs", 0)
-    lines = [f"{checkpoint_dir}: {'running' if active else 'not running'}"]
-    running = []
-    for row in (row for row in rows if row.state == "RUNNING"):
-        history = read_history(trial_dir(checkpoint_dir, row.number))
-        running.append((float(len(history)), row.seconds or 0.0))
-        lines.append(_running_line(row, history, epochs, active, checkpoint_dir))
-    if active:
-        to_start = run["n_trials"] - len(running) - sum(row.state == "COMPLETE" for row in rows)
-        left = seconds_left(finished_epochs(rows), running, max(0, to_start), epochs, run["n_jobs"])
-        lines.append("Time left: " + ("not known yet" if left is None else duration(left)))
-    return "\n".join(lines + closing_lines(checkpoint_dir, rows, run["n_trials"]))
-
-
-def finished_epochs(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """Give (epochs, seconds) of the last complete or pruned trials, the last one first."""
-    finished = (
-        (float(row.attributes["epochs"]), row.seconds or 0.0)
-        for row in reversed(rows)
-        if row.state in ("COMPLETE", "PRUNED") and row.attributes.get("epochs")
-    )
-    return list(islice(finished, EVIDENCE_TRIALS))
-
-
-def _running_line(
-    row: Row,
-    history: Sequence[Mapping[str, Any]],
-    epochs: int,
-    active: bool,
-    checkpoint_dir: Path,
-) -> str:
-    line = f"trial {row.number:3d} | epoch {len(history):2d}/{epochs}"
-    if history:
-        best = max(float(epoch["macro_top1"]) for epoch in history)
-        line += f" | val macro top-1 {percent(history[-1]['macro_top1'])} | best {percent(best)}"
-    if not active:
-        return f"{line} | cut off; the next start records it as failed"
-    line += f" | running for {duration(row.seconds or 0)}"
-    silent = _seconds_silent(trial_dir(checkpoint_dir, row.number))
-    if silent is not None and silent > STALLED_SECONDS:
-        line += f" | stalled: no sign of life for {duration(silent)}"
-    return line
-
-
-def _seconds_silent(directory: Path) -> float | None:
-    """Tell how long ago a trial's process last did anything: it touches its log while it works."""
-    signs = [directory / name for name in ("config.json", "train.log", "history.jsonl")]
-    times = [sign.stat().st_mtime for sign in signs if sign.exists()]
-    return max(0.0, time.time() - max(times)) if times else None
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,15 @@ from devices import visible_entries
 from files import UserError, one_line
 from metrics import Metrics, compute_metrics
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
-from processes import PRUNE, STOP, Job, MachineQuestion, Message, TestQuestion
+from processes import (
+    PRUNE,
+    STOP,
+    Job,
+    MachineQuestion,
+    Message,
+    TestQuestion,
+    obey_in_thread,
+)
 from ranks import is_lost, join
 from train import DivergedError, Pruned, Stopped, line_logits, load_model, train
 
@@ -47,21 +55,15 @@ class SearchLine:
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._last_progress = 0.0
-        threading.Thread(target=self._listen, daemon=True).start()
+        obey_in_thread(connection, self._obey)
 
-    def _listen(self) -> None:
-        while True:
-            try:
-                order = self._connection.recv()
-            except (EOFError, OSError):
-                _end_at_once()
-                return
-            if order == STOP:
-                self._stop.set()
-            self._answers.put(order)
+    def _obey(self, order: str) -> None:
+        if order == STOP:
+            self._stop.set()
+        self._answers.put(order)
 
     def send(self, kind: str, **content: Any) -> None:
-        """Send a message; when nobody listens, `_listen` is about to end this process."""
+        """Send a message; when nobody listens, `obey_in_thread` is about to end this process."""
         with contextlib.suppress(OSError):
             self._connection.send((kind, content))
 

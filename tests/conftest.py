@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,23 @@ def _one_thread() -> None:
 def _own_cache(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
     """No test touches the user's cache; tests share one, as searches do."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
+) -> None:
+    """Searches of tests draw nothing, which costs seconds each, unless marked with `pictures`.
+
+    Those in processes of their own find a matplotlib that cannot be imported.
+    """
+    if request.node.get_closest_marker("pictures") is not None:
+        return
+    monkeypatch.setattr("drawing.Drawing.request", lambda self: None)
+    hidden = tmp_path_factory.getbasetemp() / "hidden"
+    hidden.mkdir(exist_ok=True)
+    (hidden / "matplotlib.py").write_text("raise ImportError('hidden from this test')\n")
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
 
 
 @pytest.fixture(scope="session")

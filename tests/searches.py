@@ -147,6 +147,8 @@ def _config(number: int, params: dict[str, Any]) -> dict[str, Any]:
         "data_root": "lines",
         "command": ["hyperparameter_search.py", "--data_root", "my lines", "--n_trials", "12"],
         "git_commit": "0123456789abcdef",
+        "git_dirty": False,
+        "data_fingerprint": "fedcba9876543210",
         "host": "workstation",
         "device_names": [],
         "versions": {"python": "3.12.1", "optuna": "5.0.0", "cuda": None},

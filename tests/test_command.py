@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -233,15 +234,27 @@ def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_
     command.wait_for("trial   0 | epoch  2/9999")
     code = (
         "import sys, hyperparameter_search as h;"
-        f"code = h.main(['--status', '--checkpoint_dir', {str(tmp_path / 'c')!r}]);"
+        f"code = h.main(['--status', '--checkpoint_dir', {str(tmp_path / 'c')!r}, *sys.argv[1:]]);"
         "assert not {'torch', 'optuna', 'torchvision'} & set(sys.modules); sys.exit(code)"
     )
-    status = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True
-    )
-    assert status.returncode == 0, status.stderr
-    assert "c: running" in status.stdout
-    assert "trial   0 | epoch " in status.stdout
+
+    def ask(*more: str) -> str:
+        status = subprocess.run(
+            [sys.executable, "-c", code, *more], cwd=PROGRAM.parent, capture_output=True, text=True
+        )
+        assert status.returncode == 0, status.stderr
+        return status.stdout
+
+    assert "c: running (pid " in ask()
+    found = json.loads(ask("--json"))
+    assert found["active"]
+    (running,) = found["running"]
+    assert running["number"] == 0
+    assert running["epoch"] >= 2
+    assert 0 <= running["value"] <= running["best"] <= 1
+    assert found["seconds_left"]["low"] <= found["seconds_left"]["high"]
+    # No terminal: once.
+    assert ask("--watch").count("c: running") == 1
     command.process.send_signal(signal.SIGTERM)
     assert command.finish()[0] == 143
 

@@ -1,0 +1,196 @@
+"""The drawing process: the pictures and the report of a search, made beside it.
+
+Drawing takes seconds, and the loop that owns the study must not wait for it. So one child process
+of low priority draws whenever a trial has finished. It only reads what the search has written.
+Whatever happens to it is told in one line, and never worth a search. Both ends of its pipe are in
+here; this file imports nothing that is slow, the child does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from files import one_line
+from processes import ChildProcess, Message, exit_text, obey_in_thread
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from summary import Row
+
+DRAW = "draw"
+NICENESS = 19  # the lowest priority: a trial that wants the processor goes first
+LAST_SECONDS = 120.0  # what the last drawing may take, when no trial runs any more
+MOST_CRASHES = 3  # in a row, after which the pictures are given up
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where to read a search, and write what is drawn.
+
+    storage: the URL of a study that several searches share; None for the database in
+    checkpoint_dir.
+    """
+
+    checkpoint_dir: Path
+    storage: str | None
+    study_name: str
+
+
+class Drawing:
+    """The search process's end of the drawing process, which is started when first needed.
+
+    At most one is there, and it draws the newest state: what was asked for while it was busy is
+    drawn once, afterwards. `notes` says, in lines, which pictures the last drawing left out and
+    why.
+    """
+
+    def __init__(
+        self, checkpoint_dir: Path, storage: str | None = None, study_name: str = ""
+    ) -> None:
+        self.notes: list[str] = []
+        self._source = Source(checkpoint_dir, storage, study_name)
+        self._child: ChildProcess | None = None
+        self._busy = self._again = False
+        self._crashes = 0
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Give what becomes readable when `receive` has something to do."""
+        return [] if self._child is None else [self._child.connection]
+
+    def request(self) -> None:
+        """Let the present state be drawn, soon; returns at once."""
+        if self._busy:
+            self._again = True
+            return
+        if self._crashes >= MOST_CRASHES:
+            return
+        try:
+            if self._child is None:
+                self._child = ChildProcess("drawing:draw_on_demand", self._source)
+        except (OSError, EOFError) as error:
+            self._crashed(one_line(error))
+            return
+        self._child.order(DRAW)
+        self._busy, self._again = True, False
+
+    def receive(self) -> None:
+        """Take the drawing process's word, or notice its end."""
+        if self._child is None:
+            return
+        message = self._child.receive()
+        self._busy = False
+        if message is None:
+            code = self._child.end()
+            self._child = None
+            self._crashed(exit_text(code))
+        elif message[0] == "failed":
+            self._crashed(message[1]["cause"])
+        else:
+            self._crashes = 0
+            self.notes = message[1]["notes"]
+        if self._again:
+            self.request()
+
+    def finish(self, wakeup: socket.socket, is_stopping: bool) -> None:
+        """Wait until the newest state is drawn, unless a signal comes; then end the process.
+
+        wakeup: becomes readable with a signal.   is_stopping: one has come; nothing is waited for.
+        """
+        deadline = time.monotonic() + LAST_SECONDS
+        while self._busy and not is_stopping:
+            left = deadline - time.monotonic()
+            ready = connection.wait([*self.connections, wakeup], timeout=max(0.0, left))
+            if not ready:
+                self._crashed(f"took longer than {LAST_SECONDS:g} s")
+            if not ready or wakeup in ready:
+                break
+            self.receive()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the drawing process at once, where there is one; clear away half-drawn files."""
+        if self._child is None:
+            return
+        self._child.kill()
+        self._child.end()
+        self._child = None
+        self._busy = self._again = False
+        for unfinished in ("summary/.*.tmp", "trial_*/.curves.png.*.tmp"):
+            for leftover in self._source.checkpoint_dir.glob(unfinished):
+                leftover.unlink(missing_ok=True)
+
+    def write_report(self, rows: Sequence[Row], recorded: Mapping[str, Any]) -> None:
+        """Write the report from here, when the drawing process has ended."""
+        from report import write_report
+
+        try:
+            write_report(self._source.checkpoint_dir, rows, recorded, self.notes)
+        except Exception as error:
+            self._crashed(one_line(f"{type(error).__name__}: {error}"))
+
+    def _crashed(self, cause: str) -> None:
+        self._crashes += 1
+        last = "; given up for this run" if self._crashes == MOST_CRASHES else ""
+        print(f"warning: drawing the search: {cause}{last}", file=sys.stderr, flush=True)
+
+
+def draw_on_demand(pipe: Connection, source: Source) -> None:
+    """Draw at each order, until the search is gone. What a child process runs."""
+    os.nice(NICENESS)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+    obey_in_thread(pipe, orders.put)
+    while orders.get() == DRAW:
+        answer: Message
+        try:
+            answer = ("drawn", {"notes": draw(source)})
+        except BaseException as error:
+            answer = ("failed", {"cause": one_line(f"{type(error).__name__}: {error}")})
+        with contextlib.suppress(OSError):  # nobody listens: `obey_in_thread` ends this process
+            pipe.send(answer)
+
+
+def draw(source: Source) -> list[str]:
+    """Draw the pictures, write the report; say which pictures were left out, and why."""
+    from plots import draw_all, draw_missing_curves
+    from report import write_report
+
+    trials, rows, recorded = read(source)
+    notes = draw_all(source.checkpoint_dir, trials)
+    write_report(source.checkpoint_dir, rows, recorded, notes)
+    # Last: after an older version's search there are hundreds.
+    draw_missing_curves(source.checkpoint_dir, trials)
+    return notes
+
+
+def read(source: Source) -> tuple[list[FrozenTrial], list[Row], dict[str, Any]]:
+    """Read a study's trials, the same as rows, and what the study recorded about itself."""
+    if source.storage is None:
+        from plots import copied_trials
+        from summary import DATABASE, read_rows, read_study
+
+        database = source.checkpoint_dir / DATABASE
+        return copied_trials(database), read_rows(database), read_study(database)
+    from storage import find_study, is_surplus, opened_storage, rows_of
+
+    with opened_storage(source.storage) as storage:
+        study = find_study(storage, source.study_name)
+        if study is None:
+            return [], [], {}
+        trials = [t for t in study.get_trials(deepcopy=False) if not is_surplus(t)]
+        return trials, rows_of(trials), study.user_attrs

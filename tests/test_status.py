@@ -1,0 +1,254 @@
+"""How a search stands: as a table, as JSON, watched; and how long it still takes."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+from searches import make_search
+
+import files
+import status as status_module
+from estimate import T80, Range, range_text, seconds_left
+from hyperparameter_search import main
+from status import read_status, status_json, status_text, watch
+from study import open_study
+from summary import trial_dir
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty trials: complete, pruned, failed."""
+    directory = tmp_path_factory.mktemp("search") / "c"
+    make_search(directory, 20)
+    return directory
+
+
+def add_running(directory: Path, epochs: int) -> int:
+    study = open_study(directory)
+    number = int(study.ask().number)
+    own = trial_dir(directory, number)
+    own.mkdir()
+    rows = [{"epoch": e, "macro_top1": 0.5 - 0.1 * e, "seconds": 2.0} for e in range(1, epochs + 1)]
+    (own / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return number
+
+
+# ------------------------------------------------------------------------------- table and program
+
+
+def test_table_has_the_best_first_and_the_rest_by_count(finished: Path) -> None:
+    printed = status_text(read_status(finished))
+    lines = printed.splitlines()
+    assert lines[0] == f"{finished}: not running"
+    rows = [line.split() for line in lines[3 : 3 + status_module.SHOWN_TRIALS]]
+    values = [float(words[3].rstrip("%")) for words in rows]
+    assert values == sorted(values, reverse=True)
+    assert f"and {20 - status_module.SHOWN_TRIALS} more" in printed
+    assert max(len(line) for line in lines[2:16]) <= 80
+    assert "Completed trials: 14 | pruned: 3 | failed: 3" in printed
+    assert "Time left" not in printed
+
+
+def test_json_tells_every_trial(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--status", "--json", "--checkpoint_dir", str(finished)]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["states"] == {"COMPLETE": 14, "FAIL": 3, "PRUNED": 3}
+    assert (found["active"], found["seconds_left"], found["running"]) == (False, None, [])
+    trials = open_study(finished).get_trials(deepcopy=False)
+    assert [t["params"] for t in found["trials"]] == [t.params for t in trials]
+    assert [t["state"] for t in found["trials"]] == [t.state.name for t in trials]
+    complete = {t.number: t.value for t in trials if t.state == TrialState.COMPLETE}
+    assert {t["number"]: t["value"] for t in found["trials"] if t["value"] is not None} == complete
+    assert found["best"]["value"] == max(v for v in complete.values() if v is not None)
+    assert found["trials"][3]["failure"] == "loss is nan in epoch 6"
+
+
+def test_running_and_cut_off_trials_are_told_apart(finished: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    shutil.copytree(finished, directory)
+    number = add_running(directory, 3)
+    with files.DirectoryLock(directory):
+        found = json.loads(status_json(read_status(directory)))
+    (running,) = found["running"]
+    assert (running["number"], running["epoch"], running["best_epoch"]) == (number, 3, 1)
+    assert (running["value"], running["best"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert not running["stalled"]
+    assert found["holder"].startswith("pid ")
+    assert found["seconds_left"]["high"] > 0
+
+    copied = tmp_path / "copy"  # on another machine: nobody holds its lock
+    shutil.copytree(directory, copied)
+    found = json.loads(status_json(read_status(copied)))
+    assert (found["active"], found["holder"], found["seconds_left"]) == (False, None, None)
+    (running,) = found["running"]
+    assert running["seconds"] == 6.0, "not since its start: nobody knows when it was cut off"
+    assert "cut off" in running["note"]
+
+
+def test_reading_changes_nothing_and_needs_no_permission(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    finished.chmod(0o555)
+    try:
+        read_status(finished)
+    finally:
+        finished.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--json"], "--json needs --status"),
+        (["--watch"], "--watch needs --status"),
+        (["--status", "--json", "--watch"], "exclude each other"),
+    ],
+)
+def test_flags_that_do_not_fit(
+    flags: list[str], told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--checkpoint_dir", str(tmp_path)]) == 2
+    assert told in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- watch
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def seen_on(terminal: io.StringIO) -> list[str]:
+    """Play the two control sequences that are used: up n lines, erase to the end."""
+    lines: list[str] = []
+    for piece in terminal.getvalue().split("\x1b[J"):
+        text, _, up = piece.partition("\x1b[")
+        lines += text.splitlines()
+        if up:
+            lines = lines[: len(lines) - int(up.rstrip("F"))]
+    return lines
+
+
+def test_watch_refreshes_in_place_until_the_search_ends(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "c"
+    shutil.copytree(finished, directory)
+    number = add_running(directory, 3)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: (60, 60))
+    terminal, lock, times = Terminal(), files.DirectoryLock(directory), []
+
+    def sleep(seconds: float) -> None:
+        times.append(seconds)
+        if len(times) == 2:
+            lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(status_module.time, "sleep", sleep)
+    lock.__enter__()
+    watch(lambda: read_status(directory), terminal)
+    assert len(times) == 2
+    seen = seen_on(terminal)
+    assert seen[0].startswith(f"{directory}"[:59])
+    assert len([line for line in seen if line.startswith(f"{number:5d}  ")]) == 1
+    assert max(map(len, seen)) < 60, "a line that wraps could not be overwritten"
+
+
+def test_watch_ends_with_ctrl_c(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status_module.time, "sleep", interrupted)
+    with files.DirectoryLock(finished):
+        watch(lambda: read_status(finished), Terminal())
+
+
+def test_watch_prints_once_where_nobody_watches(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with files.DirectoryLock(finished):
+        assert main(["--status", "--watch", "--checkpoint_dir", str(finished)]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count(str(finished)) == 3  # heading, best model, summary
+    assert "\x1b" not in printed
+
+
+# ---------------------------------------------------------------------------------------- estimate
+
+
+def test_nothing_is_estimated_from_nothing() -> None:
+    assert seconds_left([], [(0.0, 100.0)], 3, 10, 1) is None
+    assert range_text(None) == "not known yet"
+
+
+def test_one_running_trial_gives_what_its_limits_allow() -> None:
+    low, high = seconds_left([], [(2.0, 20.0)], 1, 10, 1) or (0, 0)
+    assert (low, high) == (3 * 10.0, 8 * 10.0 + 100.0)
+
+
+def test_nothing_left_takes_no_time() -> None:
+    assert seconds_left([(10.0, 100.0)] * 3, [], 0, 10, 1) == (0.0, 0.0)
+
+
+def test_equal_trials_are_foreseen_exactly() -> None:
+    assert seconds_left([(10.0, 100.0)] * 4, [], 3, 10, 1) == (300.0, 300.0)
+    assert seconds_left([(10.0, 100.0)] * 4, [(4.0, 40.0)], 0, 10, 1) == (60.0, 60.0)
+
+
+def test_trials_at_once_divide_the_work_but_not_the_last_trial() -> None:
+    low, high = seconds_left([(10.0, 100.0)] * 4, [], 3, 10, 3) or (0, 0)
+    assert low <= 100.0 <= high <= 200.0
+
+
+def draw_trials(generator: random.Random, count: int) -> list[tuple[float, float]]:
+    """Draw trials of 30 epochs, a third of them pruned, of backbones that differ in speed."""
+    trials = []
+    for _ in range(count):
+        epochs = generator.randint(6, 15) if generator.random() < 0.35 else 30
+        trials.append((float(epochs), epochs * generator.choice([2.0, 3.0, 5.0])))
+    return trials
+
+
+@pytest.mark.parametrize(("known", "to_start"), [(2, 10), (3, 10), (4, 20), (10, 10), (30, 5)])
+def test_range_holds_the_truth_as_often_as_it_says(known: int, to_start: int) -> None:
+    generator = random.Random(known)
+    held, widths = [], []
+    for _ in range(400):
+        took = sum(seconds for _, seconds in draw_trials(generator, to_start))
+        left = seconds_left(draw_trials(generator, known), [], to_start, 30, 1)
+        assert left is not None
+        held.append(left[0] <= took <= left[1])
+        widths.append((left[1] - left[0]) / took)
+    assert statistics.mean(held) > 0.68  # it says four in five; few trials are no normal sample
+    if known >= 10:
+        assert statistics.median(widths) < 1.0, "a range that holds everything says nothing"
+
+
+def test_quantiles_are_student_s() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for degrees, quantile in enumerate(T80, 1):
+        assert quantile == pytest.approx(stats.t.ppf(0.9, degrees), abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [((30.0, 90.0), "30.0 s to 1 min 30 s"), ((60.0, 60.0), "about 1 min 0 s")],
+)
+def test_range_for_people(left: Range, text: str) -> None:
+    assert range_text(left) == text
+
+
+def test_run_that_has_pruned_has_so_many_trials_less_to_start(finished: Path) -> None:
+    """Of a run that may start five trials from number 10 on, ten are gone: none is left."""
+    rows = read_status(finished).rows
+    count: Callable[..., int] = status_module._to_start
+    assert count({"to_start": 12, "first_trial": 10}, rows) == 2
+    assert count({"to_start": 5, "first_trial": 10}, rows) == 0
+    assert count({}, rows) == 0
