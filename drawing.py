@@ -124,11 +124,13 @@ class Drawing:
         """End the drawing process at once, where there is one; clear away half-drawn files."""
         if self._child is None:
             return
+        pid = self._child.pid
         self._child.kill()
         self._child.end()
         self._child = None
         self._busy = self._again = False
-        for unfinished in ("summary/.*.tmp", "trial_*/.curves.png.*.tmp"):
+        # Its own: another search may draw into the same directory.
+        for unfinished in (f"summary/.*.{pid}.tmp", f"trial_*/.curves.png.{pid}.tmp"):
             for leftover in self._source.checkpoint_dir.glob(unfinished):
                 leftover.unlink(missing_ok=True)
 

@@ -28,7 +28,7 @@ class FakeChild:
 
     def __init__(self, work: str, argument: Any) -> None:
         self.connection, self.theirs = Pipe()
-        self.code = 0
+        self.code, self.pid = 0, 123
         self.made.append(self)
 
     def order(self, order: str) -> None:
@@ -153,14 +153,17 @@ def test_half_drawn_files_are_cleared_away(children: list[FakeChild], tmp_path: 
         tmp_path / "summary" / ".history.png.123.tmp",
         tmp_path / "trial_000" / ".curves.png.123.tmp",
     ]
-    others = tmp_path / "trial_000" / ".history.jsonl.123.tmp"
-    for path in (*leftovers, others):
+    others = [
+        tmp_path / "trial_000" / ".history.jsonl.123.tmp",
+        tmp_path / "summary" / ".history.png.124.tmp",
+    ]
+    for path in (*leftovers, *others):
         path.touch()
     drawing = Drawing(tmp_path)
     drawing.request()
     drawing.kill()
     assert not any(path.exists() for path in leftovers)
-    assert others.exists()
+    assert all(path.exists() for path in others)
 
 
 def wait_for_answer(drawing: Drawing) -> None:
