@@ -20,6 +20,7 @@ from optuna.trial import Trial, TrialState, create_trial
 
 from chosen import CONFIRM
 from confirmation import Candidate
+from files import DirectoryLock
 from search import Search
 from study import (
     continue_interrupted,
@@ -131,9 +132,14 @@ def confirm(finished: Search, top: int, seeds: int) -> Confirmation:
 
     Each run of an interrupted one goes on from its checkpoint; nothing complete is trained again.
     """
-    plan = finished.plan
-    directory = plan.checkpoint_dir / CONFIRM
+    directory = finished.plan.checkpoint_dir / CONFIRM
     directory.mkdir(exist_ok=True)
+    with DirectoryLock(directory):  # also what tells --status that it runs
+        return _confirm(finished, directory, top, seeds)
+
+
+def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirmation:
+    plan = finished.plan
     study = open_study(directory)
     record_settings(study, plan.settings)
     study.pruner = NopPruner()  # a mean over the runs that looked good would be no mean

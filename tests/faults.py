@@ -79,10 +79,9 @@ def signal_search(connection: Connection, job: Any) -> None:
 
 
 def job_parent(job: Any) -> int:
-    """Find the search process by its lock file; a confirmation's lies above it."""
-    directory = job.trial_dir.parent
-    holder = (directory.parent if directory.name == "confirm" else directory) / "search.lock"
-    return int(holder.read_text().split()[1])
+    """Find the search process by its lock file."""
+    holder = (job.trial_dir.parent / "search.lock").read_text()
+    return int(holder.split()[1])
 
 
 def out_of_memory(connection: Connection, job: Any) -> None:

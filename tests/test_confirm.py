@@ -19,7 +19,7 @@ from test_train import assert_same_weights
 import search as search_module
 from chosen import chosen_model, read_confirmation
 from confirm import Repetition, candidates_of
-from confirmation import Candidate, describe, summarise
+from confirmation import Candidate, describe, remove_other_weights, summarise
 from study import open_study
 from summary import Row, read_rows
 from train import load_model
@@ -198,6 +198,34 @@ def test_failed_run_counts_and_is_tried_again_by_the_same_command(
     assert "1 failed" in capfd.readouterr().out
     assert confirm() == 0
     assert [entry["failed"] for entry in read(tmp_path / "c")["candidates"]] == [0, 0]
+
+
+def test_time_that_is_up_leaves_the_rest_to_the_same_command(
+    confirm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert confirm("--timeout", "0.000001", "--evaluate_test") == 0
+    printed = capfd.readouterr().out
+    assert "Confirmation: 4 of 4 runs still missing: the same command goes on.\n" in printed
+    assert trials_of(tmp_path / "c" / "confirm") == []
+    assert not (tmp_path / "c" / "summary" / "confirmation.json").exists()
+    assert not (tmp_path / "c" / "summary" / "test_metrics.json").exists()
+
+
+def test_bounded_disk_keeps_the_best_run_of_each(tmp_path: Path) -> None:
+    values = {0: 0.5, 1: 0.7, 2: 0.6, 3: 0.4}
+    for number in values:
+        directory = tmp_path / "confirm" / f"trial_{number:03d}"
+        directory.mkdir(parents=True)
+        for name in ("best_model.pth", "final_model.pth", "metrics.json"):
+            (directory / name).touch()
+    candidates = [Candidate(row(4, 0.9), (10, 11)), Candidate(row(7, 0.8), (12, 13))]
+    runs = [row(number, value, 10 + number) for number, value in values.items()]
+    found = summarise(candidates, runs, [row(4, 0.9), row(7, 0.8)])
+    assert found is not None
+    remove_other_weights(tmp_path, found)
+    with_weights = {path.parent.name for path in tmp_path.rglob("*.pth")}
+    assert with_weights == {"trial_001", "trial_002"}
+    assert len(list(tmp_path.rglob("metrics.json"))) == 4
 
 
 def test_waits_for_the_trials(

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "ranks": set(),
     "bootstrap": {"metrics"},
     "chosen": {"files", "summary"},
-    "confirm": {"chosen", "confirmation", "search", "study", "summary"},
+    "confirm": {"chosen", "confirmation", "files", "search", "study", "summary"},
     "confirmation": {"chosen", "summary"},
     "events": {"files", "summary"},
     "compare": {"chosen", "confirmation", "files", "summary"},
