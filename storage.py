@@ -239,6 +239,8 @@ def is_outage(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if isinstance(cause, (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)):
         return True
+    if isinstance(cause, exc.PendingRollbackError):  # the connection broke within a transaction
+        return True
     if isinstance(cause, exc.DBAPIError):
         return bool(cause.connection_invalidated)
     code = getattr(error, "code", None)  # of a grpc.RpcError; grpc need not be installed

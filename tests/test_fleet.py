@@ -12,10 +12,10 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 from test_search import Run, run
 
 import fleet as fleet_module
@@ -30,6 +30,7 @@ from storage import (
     StorageUnreachableError,
     create_shared_study,
     hide_password,
+    is_outage,
     rows_of,
     secrets_of,
     shown_url,
@@ -211,6 +212,29 @@ def test_free_lock_on_the_same_host_tells_at_once(member: Member, tmp_path: Path
 
 
 # ---------------------------------------------------------------------------------------- outages
+
+
+def broken_within_a_transaction() -> Exception:
+    """Wrap as Optuna does what SQLAlchemy raises when a connection breaks before its rollback."""
+    error = StorageInternalError("An exception is raised during the commit.")
+    error.__cause__ = PendingRollbackError(
+        "Can't reconnect until invalid transaction is rolled back"
+    )
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "outage"),
+    [
+        (OUTAGE, True),
+        (broken_within_a_transaction(), True),
+        (IntegrityError("INSERT", {}, Exception("duplicate key")), False),
+        (StorageInternalError("no cause"), False),
+        (ValueError("a bug"), False),
+    ],
+)
+def test_outages_are_told_from_errors(error: Exception, outage: bool) -> None:
+    assert is_outage(error) is outage
 
 
 class Flaky(InMemoryStorage):
