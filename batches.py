@@ -168,8 +168,22 @@ def distort(
         ],
         1,
     )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False)
+    return F.grid_sample(
+        images, affine_grid(theta, height, width), "bilinear", "zeros", align_corners=False
+    )
+
+
+def affine_grid(theta: Tensor, height: int, width: int) -> Tensor:
+    """Do what `F.affine_grid` does without `align_corners`: (batch, height, width, 2).
+
+    By sums over rows and columns instead of a matrix product for each pixel: a tenth of its time on
+    a CPU, where that is more than `grid_sample` itself takes.
+    """
+    x = (torch.arange(width, device=theta.device) * 2 + 1) / width - 1
+    y = (torch.arange(height, device=theta.device) * 2 + 1) / height - 1
+    rows = theta[:, None, :, 1] * y[:, None] + theta[:, None, :, 2]  # (batch, height, 2)
+    columns = theta[:, None, :, 0] * x[:, None]  # (batch, width, 2)
+    return rows[:, :, None] + columns[:, None]
 
 
 def change_ink(
@@ -181,18 +195,22 @@ def change_ink(
     drawn = own.cut(drawn, 1)
     signed = (drawn * 2 - 1) * strength
     left, middle, right = _neighbours(images, 3)
-    thick, blurred = torch.maximum(torch.maximum(left, middle), right), left + middle + right
+    thick = torch.maximum(left, middle)
+    torch.maximum(thick, right, out=thick)
+    blurred = (left + middle).add_(right)
     above, level, below = _neighbours(thick, 2)
-    thick = torch.maximum(torch.maximum(above, level), below)
+    torch.maximum(above, level, out=thick)
+    torch.maximum(thick, below, out=thick)
     above, level, below = _neighbours(blurred, 2)
-    blurred = (above + level + below) / 9
+    torch.add(above, level, out=blurred).add_(below)  # nine times the mean
     thicker = signed[0].clamp(min=0) * 0.25
     softer = signed[1] * 0.35  # negative: sharper
-    images = images + thicker * (thick - images) + softer * (blurred - images)
-    images = images * torch.exp(signed[2] * 0.18)
+    contrast = torch.exp(signed[2] * 0.18)
+    images = images * (contrast * (1 - thicker - softer))
+    images.addcmul_(thick, contrast * thicker).addcmul_(blurred, contrast * softer / 9)
     shape = (own.batch, *images.shape[1:])
     noise = own.cut(torch.randn(shape, generator=generator, device=images.device), 0)
-    return images + noise * (drawn[3] * strength * 0.08) + signed[4] * 0.08
+    return images.addcmul_(noise, drawn[3] * strength * 0.08).add_(signed[4] * 0.08)
 
 
 def _neighbours(images: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from batches import (
     Lines,
+    affine_grid,
     augment,
     change_ink,
     distort,
@@ -297,3 +299,9 @@ def test_change_of_ink_moves_no_stroke() -> None:
     assert ratio.min() < 0.9
     assert ratio.max() > 1.1
     assert changed[outside].abs().mean() < 0.5
+
+
+def test_affine_grid_is_that_of_torch() -> None:
+    theta = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = F.affine_grid(theta, [3, 1, 10, 30], align_corners=False)
+    torch.testing.assert_close(affine_grid(theta, 10, 30), expected)
