@@ -99,19 +99,23 @@ def synchronize(device: str) -> None:
 
 def alternate(
     sides: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Time each side once a round, after a round to warm up; every other round backwards.
 
-    What else the machine does then slows all sides alike.
+    What else the machine does then slows all sides alike. Returns seconds by the clock, and seconds
+    of CPU, of this process and all its threads.
     """
-    measured: dict[str, list[float]] = {name: [] for name in sides}
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         names = list(sides)[:: 1 if number % 2 else -1]
         for name in names:
+            before = time.process_time()
             seconds = seconds_of(sides[name], device)
             if number > 0:
-                measured[name].append(seconds)
-    return measured
+                wall[name].append(seconds)
+                cpu[name].append(time.process_time() - before)
+    return wall, cpu
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:

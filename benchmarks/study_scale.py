@@ -16,6 +16,7 @@ added_cpu_ms_at_N, the same in CPU time. search_mib, optuna_mib: growth of memor
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import shutil
 import sqlite3
@@ -47,6 +48,7 @@ from study import make_pruner, make_sampler, open_study, settle_unfinished
 from summary import DATABASE, read_rows, status_text, write_summary
 
 EPOCHS = 20
+MEMORY_REPORTS = 5  # of a trial whose memory counts; 20 take four times as long
 SPACE = default_space("cpu", pretrained=False)
 
 
@@ -54,6 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser_for(__doc__)
     parser.add_argument("--sizes", nargs="+", type=int, default=[10, 100, 1000, 3000])
     parser.add_argument("--rounds", type=int, default=15, help="trials of each side at each size")
+    parser.add_argument("--reports", type=int, default=EPOCHS, help="of a trial")
     parser.add_argument("--memory_trials", type=int, default=500, help="0: leave it out")
     return parser.parse_args(argv)
 
@@ -68,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for size in args.sizes:
             fill(work / "filled", size)
             opened.append([f"{size} trials", *opening(work / "filled", size).values()])
-            times = trials_in_turn(work, size, args.rounds, stop)
+            times = trials_in_turn(args, work, size, stop)
             spent.append([f"{size} trials", *times.values()])
             result[f"added_ms_at_{size}"] = times["added"]
             result[f"added_cpu_ms_at_{size}"] = times["added CPU"]
         header = ["", "search", "Optuna", "added", "search CPU", "Optuna CPU", "added CPU"]
-        common.print_table(f"ms a trial of {EPOCHS} reports", header, spent)
+        common.print_table(f"ms a trial of {args.reports} reports", header, spent)
         header = ["", "open", "--status", "summary"]
         common.print_table("ms", header, opened)
         if args.memory_trials:
@@ -176,7 +179,9 @@ class InstantChild:
         pass
 
 
-def search_side(directory: Path, stop: StopSignals) -> tuple[Search, Callable[[], None]]:
+def search_side(
+    directory: Path, stop: StopSignals, reports: int = EPOCHS
+) -> tuple[Search, Callable[[], None]]:
     """Give a search, and what runs one trial of it."""
     none = np.zeros(0, np.int64)
     plan = Plan(
@@ -192,6 +197,7 @@ def search_side(directory: Path, stop: StopSignals) -> tuple[Search, Callable[[]
         seed=0,
         timeout=None,
         trial_timeout=None,
+        stop_at=math.inf,
         max_consecutive_failed_trials=5,
         kept_models=None,
         provenance={},
@@ -204,7 +210,7 @@ def search_side(directory: Path, stop: StopSignals) -> tuple[Search, Callable[[]
     def trial() -> None:
         running_search.start_next()
         running = running_search.running[0]
-        for epoch in range(1, EPOCHS + 1):
+        for epoch in range(1, reports + 1):
             metrics = {"macro_top1": value_of(running.number, epoch)}
             running_search.receive_report(
                 running, epoch, metrics | {"train_loss": 1.0, "seconds": 1.0}, again=False
@@ -214,7 +220,7 @@ def search_side(directory: Path, stop: StopSignals) -> tuple[Search, Callable[[]
     return running_search, trial
 
 
-def optuna_side(directory: Path) -> Callable[[], None]:
+def optuna_side(directory: Path, reports: int = EPOCHS) -> Callable[[], None]:
     """Give what does the same calls with nothing around them."""
     study = open_study(directory)
     study.sampler = make_sampler("tpe", 0)
@@ -223,7 +229,7 @@ def optuna_side(directory: Path) -> Callable[[], None]:
     def trial() -> None:
         asked = study.ask()
         suggest(asked, SPACE)
-        for epoch in range(1, EPOCHS + 1):
+        for epoch in range(1, reports + 1):
             asked.report(value_of(asked.number, epoch), epoch)
             asked.should_prune()
         study.tell(asked, value_of(asked.number, EPOCHS))
@@ -237,7 +243,9 @@ def instant_trials() -> Iterator[None]:
         yield
 
 
-def trials_in_turn(work: Path, size: int, rounds: int, stop: StopSignals) -> dict[str, float]:
+def trials_in_turn(
+    args: argparse.Namespace, work: Path, size: int, stop: StopSignals
+) -> dict[str, float]:
     """Give ms a trial of both sides; the first trial of each is not counted."""
     for name in ("search", "optuna"):
         shutil.rmtree(work / name, ignore_errors=True)
@@ -247,11 +255,11 @@ def trials_in_turn(work: Path, size: int, rounds: int, stop: StopSignals) -> dic
         shutil.copytree(trial_dir, work / "search" / trial_dir.name)
     with instant_trials():
         sides = {
-            "search": search_side(work / "search", stop)[1],
-            "optuna": optuna_side(work / "optuna"),
+            "search": search_side(work / "search", stop, args.reports)[1],
+            "optuna": optuna_side(work / "optuna", args.reports),
         }
         measured: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-        for number in range(rounds + 1):
+        for number in range(args.rounds + 1):
             for name in list(sides)[:: 1 if number % 2 else -1]:
                 wall, cpu = time.perf_counter(), time.process_time()
                 sides[name]()
@@ -304,7 +312,11 @@ def memory_of(name: str, trials: int, work: Path) -> float:
 
 def grow(connection: Connection, name: str, trials: int, directory: Path) -> None:
     with StopSignals() as stop, instant_trials():
-        trial = search_side(directory, stop)[1] if name == "search" else optuna_side(directory)
+        trial = (
+            search_side(directory, stop, MEMORY_REPORTS)[1]
+            if name == "search"
+            else optuna_side(directory, MEMORY_REPORTS)
+        )
         for _ in range(max(1, trials // 10)):
             trial()
         before = common.memory_mib("RssAnon")

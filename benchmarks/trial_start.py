@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser_for(__doc__)
     common.add_data_flags(parser)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--spawned", type=int, default=8, help="trials in fresh processes")
+    parser.add_argument("--spawned", type=int, default=8, help="trials in fresh processes; 0: none")
     parser.add_argument("--backbone", default="tiny")
     return parser.parse_args(argv)
 
@@ -50,19 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(directory)
         spans = {
             "this search": search_spans(args, root, cache_dir, work / "search"),
-            "spawn": spawn_spans(args, config, data, work),
         }
-        if importlib.util.find_spec("ray") is not None:
+        if args.spawned:
+            spans["spawn"] = spawn_spans(args, config, data, work)
+        if args.spawned and importlib.util.find_spec("ray") is not None:
             spans["Ray Tune"] = ray_spans(args, config, data, work)
     rows = [[name, median(found), min(found), max(found)] for name, found in spans.items()]
     if "Ray Tune" not in spans:
-        rows.append(["Ray Tune", "not installed", "", ""])
+        rows.append(["Ray Tune", "not measured", "", ""])
     common.print_table(
         "s from a trial's end to the next one's first batch", ["", "median", "least", "most"], rows
     )
     common.print_result(
         seconds=median(spans["this search"]),
-        spawn_seconds=median(spans["spawn"]),
+        spawn_seconds=median(spans["spawn"]) if "spawn" in spans else None,
         ray_seconds=median(spans["Ray Tune"]) if "Ray Tune" in spans else None,
     )
     return 0

@@ -1,0 +1,98 @@
+"""Each benchmark runs, on next to nothing, and says what it is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import worker
+from benchmarks import (
+    cache,
+    epoch,
+    record_trials,
+    search_efficiency,
+    study_scale,
+    trial_start,
+    validation,
+)
+from synthetic import make_lines
+
+LINES = ("--threads", "1", "--writers", "2", "--pages", "3")
+
+
+@pytest.fixture
+def result(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Any:  # (module, flags) -> what its last line holds
+    monkeypatch.setattr(worker, "_faster_precision", lambda *_: "float32")  # seconds each
+
+    def run(benchmark: Any, *flags: str) -> dict[str, Any]:
+        assert benchmark.main(flags) == 0
+        found: dict[str, Any] = json.loads(capfd.readouterr().out.splitlines()[-1])
+        return found
+
+    return run
+
+
+def test_epoch(result: Any) -> None:
+    found = result(
+        epoch,
+        *(*LINES, "--backbones", "tiny", "--batch_sizes", "4", "--rounds", "1", "--steps", "1"),
+        *("--obvious_steps", "1", "--padded_steps", "0", "--workers", "0"),
+    )
+    assert found["ratio"] > 0
+    assert found["cpu_ratio"] > 0
+    assert found["squeezed_ratio"] > 0
+    assert found["padded_ratio"] is None
+
+
+def test_validation(result: Any) -> None:
+    found = result(validation, *LINES, *("--backbones", "tiny", "--rounds", "1", "--workers", "0"))
+    assert found["ratio"] > 0
+    assert found["cpu_ratio"] > 0
+
+
+@pytest.mark.slow
+def test_trial_start(result: Any) -> None:
+    found = result(trial_start, *LINES, "--trials", "2", "--spawned", "0")
+    assert found["seconds"] > 0
+    assert found["spawn_seconds"] is None
+
+
+def test_study_scale(result: Any) -> None:
+    found = result(
+        study_scale, "--sizes", "2", "3", "--rounds", "1", "--reports", "3", "--memory_trials", "0"
+    )
+    assert {"added_ms_at_2", "added_ms_at_3", "added_cpu_ms_at_3"} <= set(found)
+
+
+def test_search_efficiency(result: Any) -> None:
+    found = result(search_efficiency, "--seeds", "2", "--trials", "1")
+    assert set(found) == {"default", "unpruned", "optuna", "random"}
+    assert all(0 <= value <= 1 for value in found.values())
+
+
+@pytest.mark.slow
+def test_cache(result: Any) -> None:
+    found = result(cache, *("--lines", "96", "--writers", "2", "--images", "8", "--rounds", "1"))
+    assert found["open_seconds_20000"] > 0
+    assert found["command_seconds"] > found["open_seconds_20000"]
+
+
+@pytest.mark.slow
+def test_record_trials(result: Any, tmp_path: Path) -> None:
+    make_lines(tmp_path / "lines", num_writers=2, pages_per_split={"train": 1, "val": 1})
+    out = tmp_path / "table.json"
+    flags = (
+        *("--data_root", str(tmp_path / "lines"), "--work", str(tmp_path / "work")),
+        *("--out", str(out), "--searches", "random-median", "--seeds", "0", "--trials", "1"),
+        *("--epochs", "1", "--writers", "2", "--backbone", "tiny", "--threads", "1"),
+    )
+    for _ in range(2):  # nothing is left to do the second time
+        assert result(record_trials, *flags) == {"trials": 1, "epochs": 1, "unfinished": 0}
+    (trial,) = json.loads(out.read_text())["searches"]["random-median-0"]
+    assert len(trial["values"]) == 1
+    assert trial["params"]["learning_rate"] > 0
