@@ -25,6 +25,7 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.search_space import IntersectionSearchSpace
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.engine import URL
@@ -170,6 +171,7 @@ class Drawer:
         self._space, self._sampler, self._seed, self._salt = space, sampler, seed, tuple(salt)
         self._memory = optuna.create_study(direction=StudyDirection.MAXIMIZE)
         self._mirrored: set[int] = set()
+        self._intersection = IntersectionSearchSpace(include_pruned=True)
         self._keys: dict[int, str] = {}  # of finished trials, by number
 
     def ask(self, study: optuna.Study) -> Trial:
@@ -222,7 +224,11 @@ class Drawer:
 
     def _draw(self, number: int, attempt: int) -> FrozenTrial:
         name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
-        self._memory.sampler = make_sampler(name, _seed(self._seed, number, attempt, *self._salt))
+        sampler = make_sampler(name, _seed(self._seed, number, attempt, *self._salt))
+        if isinstance(sampler, TPESampler):
+            # It remembers which trials it has seen; a new one would go through all at each draw.
+            sampler._search_space = self._intersection
+        self._memory.sampler = sampler
         if number == 0 and attempt == 0:
             self._memory.enqueue_trial(baseline(self._space))
         trial = self._memory.ask()
