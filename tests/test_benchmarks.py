@@ -77,7 +77,7 @@ def test_search_efficiency(result: Any) -> None:
 
 @pytest.mark.slow
 def test_cache(result: Any) -> None:
-    found = result(cache, *("--lines", "96", "--writers", "2", "--images", "8", "--rounds", "1"))
+    found = result(cache, *("--lines", "720", "--writers", "2", "--images", "8", "--rounds", "1"))
     assert found["open_seconds_20000"] > 0
     assert found["command_seconds"] > found["open_seconds_20000"]
 
