@@ -44,8 +44,9 @@ from config import Space, default_space, suggest
 from data import LineSet
 from search import Plan, Search
 from signals import StopSignals
+from status import read_status, status_text
 from study import make_pruner, make_sampler, open_study, settle_unfinished
-from summary import DATABASE, read_rows, status_text, write_summary
+from summary import DATABASE, read_rows, write_summary
 
 EPOCHS = 20
 MEMORY_REPORTS = 5  # of a trial whose memory counts; 20 take four times as long
@@ -288,7 +289,7 @@ def opening(directory: Path, size: int) -> dict[str, float]:
     rows = read_rows(directory / DATABASE)
     sides = {
         "open": open_it,
-        "status": lambda: status_text(directory),
+        "status": lambda: status_text(read_status(directory)),
         "summary": lambda: write_summary(directory, rows),
     }
     return {

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import worker
 from benchmarks import (
-    cache,
     epoch,
-    record_trials,
     search_efficiency,
     study_scale,
     trial_start,
     validation,
 )
-from synthetic import make_lines
 
 LINES = ("--threads", "1", "--writers", "2", "--pages", "3")
 
@@ -73,26 +69,3 @@ def test_search_efficiency(result: Any) -> None:
     found = result(search_efficiency, "--seeds", "2", "--trials", "1")
     assert set(found) == {"default", "unpruned", "optuna", "random"}
     assert all(0 <= value <= 1 for value in found.values())
-
-
-@pytest.mark.slow
-def test_cache(result: Any) -> None:
-    found = result(cache, *("--lines", "720", "--writers", "2", "--images", "8", "--rounds", "1"))
-    assert found["open_seconds_20000"] > 0
-    assert found["command_seconds"] > found["open_seconds_20000"]
-
-
-@pytest.mark.slow
-def test_record_trials(result: Any, tmp_path: Path) -> None:
-    make_lines(tmp_path / "lines", num_writers=2, pages_per_split={"train": 1, "val": 1})
-    out = tmp_path / "table.json"
-    flags = (
-        *("--data_root", str(tmp_path / "lines"), "--work", str(tmp_path / "work")),
-        *("--out", str(out), "--searches", "random-median", "--seeds", "0", "--trials", "1"),
-        *("--epochs", "1", "--writers", "2", "--backbone", "tiny", "--threads", "1"),
-    )
-    for _ in range(2):  # nothing is left to do the second time
-        assert result(record_trials, *flags) == {"trials": 1, "epochs": 1, "unfinished": 0}
-    (trial,) = json.loads(out.read_text())["searches"]["random-median-0"]
-    assert len(trial["values"]) == 1
-    assert trial["params"]["learning_rate"] > 0
