@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from config import TrialConfig
 from data import LineSet
 
 CONTINUE, PRUNE, STOP = "continue", "prune", "stop"
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 Message = tuple[str, dict[str, Any]]
 
@@ -256,12 +257,24 @@ def start_fork_server() -> None:
         OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "passive"),
         SEARCH_PID=str(os.getpid()),
     ):
-        # A Ctrl-C while it imports is not for it: it ends with this process.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with _shielded():
+            resource_tracker.ensure_running()
+        with _shielded():  # again: starting the tracker lifts it from some signals
             forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Keep signals to the process group from programs that are started meanwhile.
+
+    They are for the search, with which all its processes end. A program inherits what is blocked,
+    for life; this process gets late what comes meanwhile, but loses nothing.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -150,5 +150,6 @@ def is_lost(error: BaseException) -> bool:
     """Tell an error that says no more than that another rank is gone or does not answer."""
     if isinstance(error, dist.DistError):
         return True
-    # Gloo's errors have no type of their own; they name its source file.
-    return isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    # Gloo's errors have no type of their own; most name its source file.
+    words = ("/gloo/", "Application timeout caused pair closure")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -28,7 +28,7 @@ examples:
 
   repeat a trial outside of its search, or train the final model on all but the test lines:
     python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir again
-    python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir final \
+    python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir final \\
         --train_on train+val
 
 exit codes: 0 done | 1 some images could not be read, they are named, or the training failed |

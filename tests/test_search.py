@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from faults import faulty
+from faults import RealChild, faulty
 from optuna.trial import TrialState
 
 import files
@@ -260,8 +260,7 @@ def test_bad_trial_fails_and_the_search_goes_on(
     printed = capfd.readouterr().out
     assert f"trial   1 | failed: {cause}" in printed
     assert "1 of 3 trials still missing: the same command runs them." in printed
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(search_module, "ChildProcess", RealChild)
     assert run(n_trials="3") == 0
     states = [state for _, state, _ in trials_of(directory)]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
