@@ -22,7 +22,7 @@ __all__ = ["run"]  # the fixture
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("text", [None, "", "soon", "nan", "inf", str(time.time() - 5)])
+@pytest.mark.parametrize("text", [None, "", "soon", "nan", "inf", "1700000000"])
 def test_no_limit_is_told(text: str | None) -> None:
     assert stop_time({} if text is None else {END_TIME: text}) == math.inf
 
