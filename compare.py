@@ -12,7 +12,7 @@ from typing import Any
 
 from chosen import read_confirmation
 from confirmation import spread
-from files import UserError, one_line, read_json
+from files import UserError, one_line, read_dict
 from summary import (
     DATABASE,
     Row,
@@ -62,26 +62,18 @@ def read_search(directory: Path) -> Compared:
     except sqlite3.DatabaseError as error:
         raise UserError(f"--compare: {database} cannot be read: {one_line(error)}") from None
     settings = recorded.get("settings", {})
-    report = _read(directory / "summary" / "data_report.json")
+    report = read_dict(directory / "summary" / "data_report.json")
     best = best_row(rows)
     return Compared(
         name=str(directory),
         rows=rows,
         settings=settings,
         confirmation=read_confirmation(directory, rows),
-        test=_read(directory / "summary" / "test_metrics.json"),
-        config={} if best is None else _read(trial_dir(directory, best.number) / "config.json"),
+        test=read_dict(directory / "summary" / "test_metrics.json"),
+        config={} if best is None else read_dict(trial_dir(directory, best.number) / "config.json"),
         lines=report.get("fingerprint", settings.get("data", {}).get("fingerprint")),
         best=best,
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def why_not_ranked(searches: Sequence[Compared]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from chosen import Chosen
 from data import LineSet
-from files import UserError, one_line, read_json, write_json
+from files import UserError, one_line, read_dict, write_json
 from processes import ChildProcess, TestQuestion, exit_text
 from signals import StopSignals
 from summary import percent
@@ -37,11 +37,11 @@ def evaluate_test(
     Returns lines for people; none when a signal came first.
     """
     path = checkpoint_dir / "summary" / "test_metrics.json"
-    before = _read(path)
+    before = read_dict(path)
     identity = {
         "trial": chosen.trial,
         "directory": str(chosen.directory.relative_to(checkpoint_dir)),
-        "config_hash": _read(chosen.directory / "config.json").get("config_hash"),
+        "config_hash": read_dict(chosen.directory / "config.json").get("config_hash"),
         "data_fingerprint": question.data.fingerprint,
     }
     if all(before.get(name) == value for name, value in identity.items()):
@@ -86,14 +86,6 @@ def _ask(question: TestQuestion, stop: StopSignals) -> tuple[str, dict[str, Any]
     if stop.name is not None:
         return "stopped", {}
     return message or ("failed", {"cause": exit_text(code)})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def describe(found: dict[str, Any]) -> list[str]:

@@ -67,6 +67,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is nested too deeply") from None
 
 
+def read_dict(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where the file is not there, or holds none."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def content_hash(value: Any) -> str:
     """Hash a JSON-able value independently of the order of its keys: 16 hexadecimal digits."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -15,7 +15,7 @@ import optuna
 from optuna.distributions import json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
-from files import UserError, one_line, read_json, sync_directory
+from files import UserError, one_line, read_dict, sync_directory
 from study import finished_value, open_study
 from summary import DATABASE, read_history, read_rows, trial_dir
 
@@ -169,7 +169,7 @@ def _move_aside(checkpoint_dir: Path) -> Path | None:
 def recorded_settings_of(checkpoint_dir: Path) -> dict[str, Any] | None:
     """Find the study's settings in the newest trial's config.json that has them."""
     for number in reversed(trial_directories(checkpoint_dir)):
-        config = _read_dict(trial_dir(checkpoint_dir, number) / "config.json")
+        config = read_dict(trial_dir(checkpoint_dir, number) / "config.json")
         if isinstance(settings := config.get("settings"), dict):
             return settings
     return None
@@ -177,7 +177,7 @@ def recorded_settings_of(checkpoint_dir: Path) -> dict[str, Any] | None:
 
 def _rebuild(checkpoint_dir: Path, number: int) -> FrozenTrial:
     directory = trial_dir(checkpoint_dir, number)
-    record = _read_dict(directory / "trial.json")
+    record = read_dict(directory / "trial.json")
     try:
         return _from_record(record, number)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -211,7 +211,7 @@ def _from_record(record: dict[str, Any], number: int) -> FrozenTrial:
 
 def _from_config(directory: Path, number: int) -> FrozenTrial:
     """Rebuild a trial that had not been told: finished, or cut off."""
-    config = _read_dict(directory / "config.json")
+    config = read_dict(directory / "config.json")
     value = finished_value(directory)
     history = read_history(directory)
     attributes = {**config["user_attrs"], "epochs": len(history)}
@@ -267,11 +267,3 @@ def _local(aware: str | None) -> datetime | None:
     if aware is None:
         return None
     return datetime.fromisoformat(aware).astimezone().replace(tzinfo=None)
-
-
-def _read_dict(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

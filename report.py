@@ -20,7 +20,7 @@ from typing import Any
 from chosen import read_confirmation
 from confirmation import describe as describe_confirmation
 from evaluation import describe
-from files import one_line, read_json, write_text
+from files import one_line, read_dict, write_text
 from summary import Row, best_row, duration, home_of, percent, shown_value, trial_dir
 
 # Name, title, how to read it.
@@ -166,12 +166,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _read(directory: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object; empty where there is none that can be read."""
-    try:
-        value = read_json(directory / f"{name}.json")
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_dict(directory / f"{name}.json")
 
 
 def _facts(facts: Iterable[tuple[str, object]]) -> str:
