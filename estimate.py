@@ -61,7 +61,7 @@ def _trials_to_come(
 ) -> Range:
     """Say how long so many trials take, one after the other."""
     if len(finished) < TRIALS_FOR_SPREAD:
-        # No pruner judges a trial in its first fifth; see make_pruner.
+        # No pruner judges a trial in its first fifth; see study.warm_up_epochs.
         return count * (epochs // 5 + 1) * min(speeds), count * epochs * max(speeds)
     took = [seconds for _, seconds in finished]
     known = len(took)

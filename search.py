@@ -26,7 +26,7 @@ from config import Space
 from data import LineSet
 from devices import STARTS_IN_A_ROW, Devices, Slot
 from drawing import Drawing
-from estimate import Range, finished_epochs, range_text, seconds_left
+from estimate import Range, Timed, finished_epochs, range_text, seconds_left
 from events import Events, trial_event
 from files import UserError, one_line, write_json
 from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, TrialProcesses
@@ -38,6 +38,7 @@ from study import (
     checkpoint_to_continue,
     config_of,
     distributions_of,
+    warm_up_epochs,
     write_error_log,
     write_record,
 )
@@ -137,8 +138,7 @@ class Search:
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
         self.devices = Devices(plan.slots)
         self.events = Events(plan.on_event)
-        self.judged: list[Row] | None = None  # the rows whose best trial is `best`
-        self.best: Row | None = None
+        self.judged: tuple[list[Row], tuple[Row | None, list[Timed]]] | None = None
         self.summary = SummaryFiles(plan.checkpoint_dir)
         self.rows = self.read()
         self.to_start = max(0, plan.n_trials - self.complete())
@@ -197,7 +197,7 @@ class Search:
             return False
         now = time.monotonic()
         running = [(float(r.epoch), now - r.started) for r in self.running.values()]
-        seconds = longest_epoch([*finished_epochs(self.rows), *running])
+        seconds = longest_epoch([*self.finished()[1], *running])
         return now + seconds >= self.plan.stop_at
 
     # -------------------------------------------------------------------------------------- start
@@ -443,9 +443,10 @@ class Search:
         running.epoch, running.progress = max(epoch, running.epoch), float(epoch)
         if running.best is None or value > running.best:
             running.best, running.best_epoch = value, epoch
-        # What is done is not pruned.
+        # What is done is not pruned. A pruner goes through all trials, also to say: too early.
         is_last = epoch >= self.plan.epochs or epoch - running.best_epoch >= self.plan.patience
-        if running.stop_cause is None and not is_last and running.trial.should_prune():
+        is_judged = not is_last and epoch >= warm_up_epochs(self.plan.epochs)
+        if running.stop_cause is None and is_judged and running.trial.should_prune():
             # Told at once: a search killed from here on leaves a pruned trial, not a lost one.
             running.pruned = True
             self.finish(running.trial, TrialState.PRUNED, epoch)
@@ -465,14 +466,14 @@ class Search:
             ]
         )
 
-    def best_finished(self) -> Row | None:
-        """Give the best complete trial, sought once for each state of the rows."""
-        if self.judged is not self.rows:
-            self.judged, self.best = self.rows, best_row(self.rows)
-        return self.best
+    def finished(self) -> tuple[Row | None, list[Timed]]:
+        """Give the best complete trial, and how long trials took; sought once for given rows."""
+        if self.judged is None or self.judged[0] is not self.rows:
+            self.judged = self.rows, (best_row(self.rows), finished_epochs(self.rows))
+        return self.judged[1]
 
     def best_text(self) -> str:
-        best = self.best_finished()
+        best = self.finished()[0]
         values = [(r.best, -r.number) for r in self.running.values() if r.best is not None]
         if best is not None and best.value is not None:
             values.append((best.value, -best.number))
@@ -485,7 +486,7 @@ class Search:
         now = time.monotonic()
         running = [(r.progress, now - r.started) for r in self.running.values()]
         return seconds_left(
-            finished_epochs(self.rows),
+            self.finished()[1],
             running,
             self.to_start,
             self.plan.epochs,

@@ -9,6 +9,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,14 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
 
+def warm_up_epochs(epochs: int) -> int:
+    """Give how many epochs a trial trains before a pruner judges it: a fifth of them."""
+    return epochs // 5
+
+
 def make_pruner(name: str, epochs: int) -> BasePruner:
-    """Build a pruner; none judges a trial in the first fifth of its epochs."""
-    warm_up = epochs // 5
+    """Build a pruner, which judges no trial before `warm_up_epochs`."""
+    warm_up = warm_up_epochs(epochs)
     if name == "median":
         return MedianPruner(STARTUP_TRIALS, warm_up)
     if name == "percentile":
@@ -160,6 +166,28 @@ def make_pruner(name: str, epochs: int) -> BasePruner:
 # ----------------------------------------------------------------------------------------- drawing
 
 
+@dataclass
+class Draws:
+    """What was drawn so far: the last draw's number, and the hyperparameters, as text."""
+
+    last: int = -1
+    taken: set[str] = field(default_factory=set)
+    tried: set[str] = field(default_factory=set)  # of these, by trials that were not interrupted
+
+    def add(self, trial: FrozenTrial) -> None:
+        attributes = trial.user_attrs
+        self.last = max(self.last, attributes.get("draw", -1))
+        if attributes.get("surplus"):
+            return
+        key = params_key(trial.params)
+        self.taken.add(key)
+        if not attributes.get("interrupted"):
+            self.tried.add(key)
+
+    def copy(self) -> Draws:
+        return Draws(self.last, set(self.taken), set(self.tried))
+
+
 class Drawer:
     """Draws hyperparameters in a study in memory, so that a repeated draw leaves no trace.
 
@@ -170,9 +198,11 @@ class Drawer:
         """salt: a number of its own for each of several searches that draw at once."""
         self._space, self._sampler, self._seed, self._salt = space, sampler, seed, tuple(salt)
         self._memory = optuna.create_study(direction=StudyDirection.MAXIMIZE)
-        self._mirrored: set[int] = set()
         self._intersection = IntersectionSearchSpace(include_pruned=True)
-        self._keys: dict[int, str] = {}  # of finished trials, by number
+        # Of the finished trials, which never change again; a draw looks at the other ones only.
+        self._finished: set[int] = set()
+        self._settled = 0  # so many of the first trials have finished
+        self._draws = Draws()
 
     def ask(self, study: optuna.Study) -> Trial:
         """Start the next trial: one that waits in the study, or a new draw.
@@ -181,7 +211,7 @@ class Drawer:
         between, the draw is neither lost nor drawn again. Raises SpaceExhaustedError.
         """
         trials = study.get_trials(deepcopy=False)
-        if not any(trial.state == TrialState.WAITING for trial in trials):
+        if not any(trial.state == TrialState.WAITING for trial in trials[self._settled :]):
             study.add_trial(self.new_draw(trials))
         return study.ask()
 
@@ -193,16 +223,18 @@ class Drawer:
         The sampler is made afresh from (seed, draws so far, attempt): one that was seeded once
         would repeat its draws after each restart.
         """
-        number = 1 + max((trial.user_attrs.get("draw", -1) for trial in trials), default=-1)
-        taken = {self._key_of(t) for t in trials if not t.user_attrs.get("surplus")}
-        # Where a finite space has nothing else left, what was interrupted is worth a new start.
-        left_out = ("interrupted", "surplus")
-        tried = {self._key_of(t) for t in trials if not any(map(t.user_attrs.get, left_out))}
-        placeholders = self._mirror(trials)
+        unfinished = self._learn(trials)
+        draws = self._draws.copy()
+        for trial in unfinished:
+            draws.add(trial)
+        number, taken = draws.last + 1, draws.taken
+        running = [trial for trial in unfinished if trial.state == TrialState.RUNNING]
+        placeholders = self._add_to_memory(running)  # TPE keeps away from them
         try:
             for attempt in range(2 * REDRAWS):
                 drawn = self._draw(number, attempt)
-                if params_key(drawn.params) not in (taken if attempt < REDRAWS else tried):
+                # Where a finite space has nothing else, what was interrupted is worth a new start.
+                if params_key(drawn.params) not in (taken if attempt < REDRAWS else draws.tried):
                     seed = _seed(self._seed, number, 0, *self._salt)
                     return create_trial(
                         state=state,
@@ -215,12 +247,39 @@ class Drawer:
                 self._memory.tell(placeholder, state=TrialState.FAIL)  # samplers pass over these
         raise SpaceExhaustedError(f"{len(taken)} different configurations were drawn")
 
-    def _key_of(self, trial: FrozenTrial) -> str:
-        if not trial.state.is_finished():
-            return params_key(trial.params)
-        if trial.number not in self._keys:
-            self._keys[trial.number] = params_key(trial.params)
-        return self._keys[trial.number]
+    def _learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Take in the trials that have finished since the last draw; returns the unfinished ones.
+
+        trials: all of the study, by number.
+        """
+        later = trials[self._settled :]
+        finished = [t for t in later if t.state.is_finished() and t.number not in self._finished]
+        self._add_to_memory(finished)
+        self._finished.update(trial.number for trial in finished)
+        for trial in finished:
+            self._draws.add(trial)
+        unfinished = [trial for trial in later if not trial.state.is_finished()]
+        self._settled = unfinished[0].number if unfinished else len(trials)
+        return unfinished
+
+    def _add_to_memory(self, trials: Sequence[FrozenTrial]) -> list[int]:
+        """Copy what samplers look at into the study in memory; returns the trials' numbers there.
+
+        Optuna's own way, a deep copy of the whole, makes each later look at the originals slower:
+        it reads their `__dict__`, and CPython then keeps their attributes apart from them.
+        """
+        first = len(self._memory.get_trials(deepcopy=False)) if trials else 0
+        for trial in trials:
+            self._memory.add_trial(
+                create_trial(
+                    state=trial.state,
+                    value=trial.value,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    intermediate_values=trial.intermediate_values,
+                )
+            )
+        return list(range(first, first + len(trials)))
 
     def _draw(self, number: int, attempt: int) -> FrozenTrial:
         name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
@@ -234,21 +293,6 @@ class Drawer:
         trial = self._memory.ask()
         suggest(trial, self._space)
         return self._memory.tell(trial, state=TrialState.FAIL)
-
-    def _mirror(self, trials: Sequence[FrozenTrial]) -> list[int]:
-        """Copy finished trials once, running ones for this draw (TPE keeps away from them).
-
-        Returns the numbers, in memory, of the running ones.
-        """
-        placeholders = []
-        for trial in trials:
-            if trial.state == TrialState.RUNNING:
-                placeholders.append(len(self._memory.get_trials(deepcopy=False)))
-                self._memory.add_trial(trial)
-            elif trial.state.is_finished() and trial.number not in self._mirrored:
-                self._memory.add_trial(trial)
-                self._mirrored.add(trial.number)
-        return placeholders
 
 
 def params_key(params: Mapping[str, Any]) -> str:
