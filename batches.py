@@ -16,32 +16,73 @@ from torch import Tensor
 
 from data import INK_DEVIATION, LineSet
 
+STRIP_SHARE = 0.4  # of a device's free memory; what is larger stays on the host
+
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of one split on a device. All tensors but the strip are (lines,), int64."""
+    """The lines of one split. All tensors but the strip are (lines,), int64, on its device.
+
+    Batches are wanted on `device`: the strip's own, or another where the strip is too large for it.
+    """
 
     strip: Tensor  # (total_width, line_height), uint8; row 0 is empty background
     starts: Tensor
     widths: Tensor
     labels: Tensor
     pages: Tensor  # numbered from 0 without gaps
+    device: torch.device
 
     @classmethod
-    def of(cls, data: LineSet, split: str, strip: Tensor) -> Lines:
-        """Take a split's lines; `strip` is the result of `strip_on`."""
+    def of(
+        cls, data: LineSet, split: str, strip: Tensor, device: torch.device | None = None
+    ) -> Lines:
+        """Take a split's lines; `strip` is the result of `strip_on`.
+
+        device: where batches are wanted, if not where the strip is.
+        """
         chosen = data.select(split)
         _, pages = np.unique(data.pages[chosen], return_inverse=True)
-        own = (data.starts[chosen], data.widths[chosen], data.labels[chosen], pages)
-        return cls(strip, *(torch.from_numpy(np.asarray(a)).to(strip.device) for a in own))
+        starts, widths, labels, numbers = (
+            torch.from_numpy(np.asarray(own)).to(strip.device)
+            for own in (data.starts[chosen], data.widths[chosen], data.labels[chosen], pages)
+        )
+        return cls(strip, starts, widths, labels, numbers, device or strip.device)
 
     def __len__(self) -> int:
         return len(self.starts)
 
 
 def strip_on(data: LineSet, device: torch.device) -> Tensor:
-    """Put the strip on the device; on the CPU it stays mapped, shared by all processes."""
-    return torch.from_numpy(data.strip).to(device)
+    """Put the strip on the device where it leaves room there for training.
+
+    On the CPU it stays mapped, shared by all processes; so does one that is too large for a device,
+    which then gets each batch's crops alone.
+    """
+    strip = torch.from_numpy(data.strip)
+    room = free_memory(device)
+    if room is not None and strip.nbytes > STRIP_SHARE * room:
+        print(
+            f"the lines ({strip.nbytes / 2**30:.1f} GiB) stay on the host: {device} has "
+            f"{room / 2**30:.1f} GiB free",
+            flush=True,
+        )
+        return strip
+    return strip.to(device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Give the bytes that are free on a device; None for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor from the host without waiting for what the device still computes."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from other memory waits for the device
+    return tensor.to(device, non_blocking=True)
 
 
 # ----------------------------------------------------------------------------- order and windows
@@ -95,12 +136,14 @@ def random_offsets(widths: Tensor, crop_width: int, generator: torch.Generator) 
 def gather(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Tensor:
     """Cut crops out of the strip: (batch, 1, line_height, crop_width), float32, unit deviation.
 
-    chosen, offsets (batch,), int64. Columns outside of the line are empty background.
+    chosen, offsets (batch,), int64, on the strip's device; the crops are on `lines.device`. Columns
+    outside of the line are empty background.
     """
     column = offsets[:, None] + torch.arange(crop_width, device=offsets.device)
     inside = (column >= 0) & (column < lines.widths[chosen, None])
     source = torch.where(inside, lines.starts[chosen, None] + column, 0)
-    crops = lines.strip[source]  # (batch, crop_width, line_height), uint8
+    # (batch, crop_width, line_height), uint8: the smallest form to send
+    crops = to_device(lines.strip[source], lines.device)
     return crops.transpose(1, 2).unsqueeze(1).to(torch.float32).div_(INK_DEVIATION)
 
 

@@ -16,6 +16,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from config import TrialConfig
+
 CONNECT_SECONDS = 8.0  # a machine without network is noticed within this time
 
 # ------------------------------------------------------------------------------------ backbones
@@ -213,6 +215,19 @@ class WriterModel(nn.Module):
             CosineClassifier(channels, num_writers)
             if loss == "cosface"
             else nn.Linear(channels, num_writers)
+        )
+
+    @classmethod
+    def of(cls, config: TrialConfig, num_writers: int) -> WriterModel:
+        """Build a configuration's model."""
+        return cls(
+            config.backbone,
+            num_writers,
+            pooling=config.pooling,
+            dropout=config.dropout,
+            loss=config.loss,
+            scale=config.scale,
+            pretrained=config.pretrained,
         )
 
     def embed(self, images: Tensor) -> Tensor:

@@ -148,9 +148,9 @@ def _side_by_side(
     strip = np.concatenate([np.zeros((1, line_height), np.uint8), *inks])
     widths = np.array([len(ink) for ink in inks], np.int64)
     starts = 1 + np.cumsum(widths) - widths
-    nothing = np.zeros_like(widths)
-    own = (torch.from_numpy(a).to(device) for a in (strip, starts, widths, nothing, nothing))
-    return Lines(*own)
+    on_device = [torch.from_numpy(array).to(device) for array in (strip, starts, widths)]
+    nothing = torch.zeros_like(on_device[2])
+    return Lines(on_device[0], on_device[1], on_device[2], nothing, nothing, device)
 
 
 def _guess(

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torchvision
 
+from checkpoints import CheckpointMismatchError, load_checked
 from config import TrialConfig
 from data import SPLITS, LineSet, find_lines, load_lines
 from files import DirectoryLock, UserError, content_hash, one_line, read_json, write_json
 from provenance import provenance
 from signals import Interrupted, StopSignals
 from summary import duration, percent
-from train import CheckpointMismatchError, Stopped, load_checked, train
+from train import Stopped, train
 
 TRAIN_ON = ("train", "train+val")
 

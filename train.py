@@ -13,26 +13,34 @@ Run as a program it predicts with a model, or repeats a trial: see train_command
 from __future__ import annotations
 
 import copy
-import json
 import math
-import pickle
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from batches import Lines, Own, augment, epoch_order, gather, random_offsets, strip_on, windows
+from batches import (
+    Lines,
+    Own,
+    augment,
+    epoch_order,
+    gather,
+    random_offsets,
+    strip_on,
+    to_device,
+    windows,
+)
+from checkpoints import Checkpoints, save_model
 from config import TrialConfig
-from data import PREPROCESSING, LineSet
-from files import UserError, one_line, write_json, write_text, write_whole
+from data import LineSet
+from files import write_json
 from metrics import Metrics, compute_metrics
 from model import WriterModel, classification_loss, mix_images
 from ranks import ALONE, Ranks
@@ -42,7 +50,6 @@ CLIP_NORM = 1.0
 EMA_SHARE = 0.05  # the moving average looks back over this share of all steps
 CHECK_LOSS_STEPS = 20  # the loss is read from the device this often, to end a diverged trial
 EVALUATION_BATCH = 64
-CHECKPOINT_FORMAT = 2
 
 
 class Pruned(Exception):
@@ -55,10 +62,6 @@ class Stopped(Exception):
 
 class DivergedError(Exception):
     """The loss or the model's output is not finite."""
-
-
-class CheckpointMismatchError(Exception):
-    """A checkpoint belongs to another configuration or to other data."""
 
 
 Report = Callable[[int, dict[str, Any]], None]
@@ -101,44 +104,47 @@ def train(
     report, check = ranks.shared(report, Pruned, Stopped), ranks.shared(check, Stopped)
     place = torch.device(device)
     strip = strip_on(data, place)
-    training, validation = Lines.of(data, "train", strip), Lines.of(data, "val", strip)
+    training, validation = (Lines.of(data, split, strip, place) for split in ("train", "val"))
     state = TrainingState.start(config, len(data.writers), place, ranks)
-    if continue_from is not None:
-        restore(state, continue_from, trial_dir, config, data)
-        for row in state.history:  # whoever judges the trial has to know what it had shown
-            report(row["epoch"], row)
     steps = steps_per_epoch(config, len(training))
 
-    while not is_finished(state, config, last_epoch):
-        started = time.perf_counter()
-        images_before = state.step * config.batch_size
-        try:
-            train_epoch(state, config, training, steps, check, micro_batch)
-            metrics = None
-            ranks.buffers_of_first(state.average)
-            if len(validation):
-                metrics = evaluate(
-                    state.average,
-                    config,
-                    validation,
-                    data.writers,
-                    lambda: check(state.epoch + 1),
-                    ranks,
-                )
-        except Stopped:
-            ranks.add_up(state.loss_sum)
-            save(state, trial_dir, config, data)
-            raise
-        seconds = time.perf_counter() - started
-        images = state.step * config.batch_size - images_before
-        end_epoch(state, config, data, trial_dir, metrics, steps, seconds, images)
-        try:
-            report(state.epoch, state.history[-1])
-        except (Pruned, Stopped):
-            # Nothing is saved by giving up what is done.
-            if not is_finished(state, config, last_epoch):
+    with Checkpoints(trial_dir, config, data, ranks.is_first) as checkpoints:
+        if continue_from is not None:
+            state.load(checkpoints.take_over(continue_from))
+            for row in state.history:  # whoever judges the trial has to know what it had shown
+                report(row["epoch"], row)
+        while not is_finished(state, config, last_epoch):
+            started = time.perf_counter()
+            images_before = state.step * config.batch_size
+            try:
+                train_epoch(state, config, training, steps, check, micro_batch)
+                metrics = None
+                ranks.buffers_of_first(state.average)
+                if len(validation):
+                    metrics = evaluate(
+                        state.average,
+                        config,
+                        validation,
+                        data.writers,
+                        lambda: check(state.epoch + 1),
+                        ranks,
+                    )
+            except Stopped:
+                ranks.add_up(state.loss_sum)
+                checkpoints.save(state.contents())
+                checkpoints.wait()
                 raise
-
+            seconds = time.perf_counter() - started
+            images = state.step * config.batch_size - images_before
+            end_epoch(state, config, checkpoints, metrics, steps, seconds, images)
+            try:
+                report(state.epoch, state.history[-1])
+            except (Pruned, Stopped):
+                # Nothing is saved by giving up what is done.
+                if not is_finished(state, config, last_epoch):
+                    checkpoints.wait()
+                    raise
+        checkpoints.wait()
     return finish(state, config, data, trial_dir)
 
 
@@ -151,28 +157,31 @@ def train_epoch(
     micro_batch: int | None = None,
 ) -> None:
     """Train the rest of an epoch: all of it, or what a stop in its middle left over."""
-    device, ranks = lines.strip.device, state.ranks
+    host, device, ranks = lines.strip.device, lines.device, state.ranks
     rng = np.random.default_rng([config.seed, 1, state.epoch])
     order = epoch_order(lines.labels.cpu().numpy(), config.sampler_alpha, rng)
     batches = torch.tensor_split(
-        torch.from_numpy(order[: steps * config.batch_size]).to(device), steps
+        torch.from_numpy(order[: steps * config.batch_size]).to(host), steps
     )
     generator = torch.Generator(device)
+    # Where crops begin is drawn where the strip is: asking the device would be waiting for it.
+    cropping = generator if host == device else torch.Generator(host)
     state.model.train()
     while state.step < (state.epoch + 1) * steps:
         check(state.step / steps)
         seed = derived_seed(config.seed, 2, state.step)
         # Dropout: its masks are a rank's own.
         torch.manual_seed(seed if ranks.is_first else derived_seed(seed, ranks.rank))
-        generator.manual_seed(seed)
+        for drawing in (generator, cropping):
+            drawing.manual_seed(seed)
         chosen = batches[state.step - state.epoch * steps]
         own = Own(ranks.rows(len(chosen), mixes(config)), len(chosen))
-        offsets = random_offsets(lines.widths[chosen], config.crop_width, generator)
+        offsets = random_offsets(lines.widths[chosen], config.crop_width, cropping)
         chosen, offsets = own.cut(chosen, 0), own.cut(offsets, 0)
         images = gather(lines, chosen, offsets, config.crop_width)
         images = augment(images, config.augment_geometry, config.augment_photometry, generator, own)
         set_learning_rate(state.optimizer, schedule(state.step, config.epochs * steps))
-        labels = lines.labels[chosen]
+        labels = to_device(lines.labels[chosen], device)
         state.loss_sum += training_step(state, config, images, labels, micro_batch, own.batch)
         state.step += 1
         update_average(state.average, state.model, state.step, config.epochs * steps)
@@ -246,8 +255,7 @@ def batch_loss(logits: Tensor, config: TrialConfig, labels: Tensor) -> Tensor:
 def end_epoch(
     state: TrainingState,
     config: TrialConfig,
-    data: LineSet,
-    trial_dir: Path,
+    checkpoints: Checkpoints,
     metrics: Metrics | None,
     steps: int,
     seconds: float,
@@ -267,15 +275,12 @@ def end_epoch(
     state.history.append(row)
     state.epoch = epoch
     state.loss_sum.zero_()
-    if metrics is not None and (
+    is_best = metrics is not None and (
         state.best is None or metrics.macro_top1 > state.best["macro_top1"]
-    ):
+    )
+    if is_best and metrics is not None:
         state.best = {**row, "confusion": metrics.confusion}
-        if state.ranks.is_first:
-            save_model(trial_dir / "best_model.pth", state.average, config, data, row)
-    if state.ranks.is_first:
-        write_history(trial_dir, state.history)
-    save(state, trial_dir, config, data)
+    checkpoints.save(state.contents(), is_best)
 
 
 def finish(
@@ -354,19 +359,20 @@ def line_logits(
 
     Ranks take turns at batches of windows, the same ones as a single process; none is done twice.
     """
-    device = lines.strip.device
+    device = lines.device
     line, offsets = windows(lines.widths, config.crop_width)
     by_window = torch.zeros(len(line), num_writers, device=device)
     model.eval()
-    parts = torch.split(torch.arange(len(line), device=device), EVALUATION_BATCH)
+    parts = torch.split(torch.arange(len(line), device=line.device), EVALUATION_BATCH)
     for turn in range(0, len(parts), ranks.size):
         check()
         for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
             images = gather(lines, line[part], offsets[part], config.crop_width)
             with autocast(config, device):
                 logits = model(images.contiguous(memory_format=torch.channels_last))
-            by_window[part] = logits.float()
+            by_window[part.to(device)] = logits.float()
     ranks.add_up(by_window)
+    line = line.to(device)
     total = torch.zeros(len(lines), num_writers, device=device).index_add_(0, line, by_window)
     return total / torch.bincount(line, minlength=len(lines))[:, None]
 
@@ -377,15 +383,7 @@ def line_logits(
 def build_model(config: TrialConfig, num_writers: int) -> WriterModel:
     """Build the configuration's model, its weights drawn from the configuration's seed."""
     torch.manual_seed(derived_seed(config.seed, 0, 0))
-    return WriterModel(
-        config.backbone,
-        num_writers,
-        pooling=config.pooling,
-        dropout=config.dropout,
-        loss=config.loss,
-        scale=config.scale,
-        pretrained=config.pretrained,
-    ).to(memory_format=torch.channels_last)
+    return WriterModel.of(config, num_writers).to(memory_format=torch.channels_last)
 
 
 def build_optimizer(config: TrialConfig, model: WriterModel) -> torch.optim.Optimizer:
@@ -463,7 +461,7 @@ def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
         raise DivergedError(f"{what} is not finite in epoch {state.epoch + 1}")
 
 
-# -------------------------------------------------------------------------- state and checkpoints
+# ------------------------------------------------------------------------------------------ state
 
 
 @dataclass
@@ -498,177 +496,28 @@ class TrainingState:
         loss_sum = torch.zeros((), device=device)
         return cls(model, ranks.replicated(model), average, optimizer, loss_sum, ranks=ranks)
 
+    def contents(self) -> dict[str, Any]:
+        """Give all of it as tensors and plain values, for `load`."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_sum": self.loss_sum,
+            "step": self.step,
+            "epoch": self.epoch,
+            "best": self.best,
+            "history": self.history,
+        }
 
-def save(state: TrainingState, trial_dir: Path, config: TrialConfig, data: LineSet) -> None:
-    """Write latest_checkpoint.pth, whole, bound to its configuration and data; rank 0 does."""
-    if not state.ranks.is_first:
-        return
-    checkpoint = {
-        "model": state.model.state_dict(),
-        "average": state.average.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "loss_sum": state.loss_sum,
-        "step": state.step,
-        "epoch": state.epoch,
-        "best": state.best,
-        "history": state.history,
-        **_binding(config, data),
-    }
-    write_tensors(trial_dir / "latest_checkpoint.pth", checkpoint)
-
-
-def restore(
-    state: TrainingState, old_dir: Path, trial_dir: Path, config: TrialConfig, data: LineSet
-) -> None:
-    """Take over latest_checkpoint.pth of a trial directory, with its best model and history.
-
-    Raises CheckpointMismatchError when it belongs to another configuration or other data, and
-    FileNotFoundError when there is none.
-    """
-    checkpoint = load_checked(old_dir / "latest_checkpoint.pth", config, data)
-    state.model.load_state_dict(checkpoint["model"])
-    state.average.load_state_dict(checkpoint["average"])
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.loss_sum.copy_(checkpoint["loss_sum"])
-    state.step = checkpoint["step"]
-    state.epoch = checkpoint["epoch"]
-    state.best = checkpoint["best"]
-    state.history = checkpoint["history"]
-    if not state.ranks.is_first:
-        state.loss_sum.zero_()  # it is the sum over the ranks
-        return
-    if old_dir != trial_dir and state.best is not None:
-        load_checked(old_dir / "best_model.pth", config, data)
-        content = (old_dir / "best_model.pth").read_bytes()
-        write_whole(trial_dir / "best_model.pth", lambda file: file.write(content))
-        write_history(trial_dir, state.history)
-
-
-def load_checked(path: Path, config: TrialConfig, data: LineSet) -> dict[str, Any]:
-    """Load a file of `save` or `save_model`, refusing one of another configuration or data."""
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    for name, wanted in _binding(config, data).items():
-        if loaded.get(name) != wanted:
-            raise CheckpointMismatchError(
-                f"{path} belongs to another {name}: {loaded.get(name)!r} instead of {wanted!r}"
-            )
-    return loaded
-
-
-def save_model(
-    path: Path, model: WriterModel, config: TrialConfig, data: LineSet, row: dict[str, Any]
-) -> None:
-    """Write a model with all that its use needs: weights, configuration, names of writers."""
-    saved = {
-        "model": model.state_dict(),
-        "writers": list(data.writers),
-        "epoch": row["epoch"],
-        "metrics": row,
-        "preprocessing": PREPROCESSING,
-        **_binding(config, data),
-    }
-    write_tensors(path, saved)
-
-
-class _ErrorKeeper:
-    """A file that remembers why it could not be written: torch.save hides a full disk."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        try:
-            return self._file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write what `torch.load` reads, whole. Raises OSError."""
-
-    def write(file: BinaryIO) -> None:
-        keeper = _ErrorKeeper(file)
-        try:
-            torch.save(content, keeper)  # type: ignore[arg-type]
-        except Exception:
-            if keeper.error is not None:
-                raise keeper.error from None
-            raise
-
-    write_whole(path, write)
-
-
-def load_model(path: Path) -> tuple[WriterModel, TrialConfig, tuple[str, ...]]:
-    """Load a saved model for use: the model, its configuration and its writers' names.
-
-    Raises UserError, in one line, for whatever is not a model of this program.
-    """
-    saved = _load_saved_model(path)
-    try:
-        config = TrialConfig.from_dict(saved["config"])
-        writers = tuple(map(str, saved["writers"]))
-        if len(writers) < 2:
-            raise ValueError("it knows fewer than two writers")
-        # Built without ImageNet weights: its own follow.
-        model = build_model(replace(config, pretrained=False), len(writers))
-        model.load_state_dict(saved["model"])
-    except Exception as error:  # nearly anything, where a file holds nearly anything
-        raise UserError(f"{path} is not a model of this program: {one_line(error, 150)}") from None
-    return model.eval(), config, writers
-
-
-def _load_saved_model(path: Path) -> dict[str, Any]:
-    """Read a file of `save_model`. Raises UserError; runs nothing that the file holds."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on files that are not its own
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; give a best_model.pth or final_model.pth"
-        ) from None
-    except pickle.UnpicklingError:  # torch's own advice, to load it all the same, is a bad one
-        raise UserError(
-            f"{path} is not a model of this program: refused, it does not hold tensors and plain "
-            "values alone"
-        ) from None
-    except Exception as error:
-        cause = one_line(f"{type(error).__name__}: {error}", 150)
-        raise UserError(f"{path} is not a model of this program: {cause}") from None
-    if isinstance(saved, dict) and "optimizer" in saved:
-        raise UserError(
-            f"{path} is the checkpoint of a trial under way, not a model; "
-            "give a best_model.pth or final_model.pth"
-        )
-    if not isinstance(saved, dict) or not {"model", "config", "writers"} <= saved.keys():
-        raise UserError(f"{path} is not a model of this program: it has no writers' names")
-    if saved.get("preprocessing", PREPROCESSING) != PREPROCESSING:
-        raise UserError(
-            f"{path} was trained on lines that were prepared in another way "
-            f"({one_line(saved['preprocessing'], 100)}); use the version of the program it is from"
-        )
-    return saved
-
-
-def write_history(trial_dir: Path, history: list[dict[str, Any]]) -> None:
-    """Write history.jsonl: a line per epoch."""
-    lines = [json.dumps(row, allow_nan=False) + "\n" for row in history]
-    write_text(trial_dir / "history.jsonl", "".join(lines))
-
-
-def _binding(config: TrialConfig, data: LineSet) -> dict[str, Any]:
-    """Name what a checkpoint belongs to."""
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "config_hash": config.hash(),
-        "data_fingerprint": data.fingerprint,
-        "config": config.to_dict(),
-    }
+    def load(self, contents: dict[str, Any]) -> None:
+        """Take over what `contents` gave."""
+        self.model.load_state_dict(contents["model"])
+        self.average.load_state_dict(contents["average"])
+        self.optimizer.load_state_dict(contents["optimizer"])
+        self.step, self.epoch = contents["step"], contents["epoch"]
+        self.best, self.history = contents["best"], contents["history"]
+        if self.ranks.is_first:  # it is the sum over the ranks
+            self.loss_sum.copy_(contents["loss_sum"])
 
 
 if __name__ == "__main__":

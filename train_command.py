@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoints import load_model
 from command_line import Parser, device_name, underscored
 from data import default_cache_dir
 from files import UserError, one_line
@@ -17,7 +18,7 @@ from prediction import as_csv, as_json, as_table, predict
 from progress import lasting_output
 from retraining import TRAIN_ON, Retraining, device_like, retrain
 from signals import Interrupted, StopSignals
-from train import DivergedError, load_model
+from train import DivergedError
 
 EXIT_OK, EXIT_INCOMPLETE, EXIT_USAGE = 0, 1, 2
 

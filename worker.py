@@ -23,6 +23,7 @@ import torchvision
 
 from batches import Lines, strip_on
 from bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
+from checkpoints import load_model
 from config import BACKBONES, BACKBONES_BY_TIER
 from devices import visible_entries
 from files import UserError, one_line
@@ -38,7 +39,7 @@ from processes import (
     obey_in_thread,
 )
 from ranks import is_lost, join
-from train import DivergedError, Pruned, Stopped, line_logits, load_model, train
+from train import DivergedError, Pruned, Stopped, line_logits, train
 
 TEST_METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1", "loss")
 PROGRESS_SECONDS = 0.5  # a trial tells its progress at most so often
@@ -210,7 +211,7 @@ def _measure(question: TestQuestion) -> dict[str, Any]:
     torch.set_num_threads(question.threads)
     device = torch.device(open_device(question.gpus[0] if question.gpus else None))
     model, config, writers = load_model(question.model_file)
-    lines = Lines.of(question.data, "test", strip_on(question.data, device))
+    lines = Lines.of(question.data, "test", strip_on(question.data, device), device)
     with torch.inference_mode():
         output = line_logits(model.to(device), config, lines, len(writers))
     logits = output.double().cpu().numpy()

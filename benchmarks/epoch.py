@@ -89,17 +89,19 @@ class Bench:
     def __init__(self, config: TrialConfig, data: LineSet, root: Path, device: str) -> None:
         self.config, self.data, self.root, self.device = config, data, root, device
         place = torch.device(device)
-        self.lines = Lines.of(data, "train", strip_on(data, place))
+        self.lines = Lines.of(data, "train", strip_on(data, place), place)
         self.state = train.TrainingState.start(config, len(data.writers), place)
         self.fixed_state = train.TrainingState.start(config, len(data.writers), place)
         self.generator = torch.Generator(place)
-        self.chosen = torch.arange(config.batch_size, device=place) % len(self.lines)
+        host = self.lines.strip.device  # the device's own, or the host's where that has no room
+        self.cropping = torch.Generator(host)
+        self.chosen = torch.arange(config.batch_size, device=host) % len(self.lines)
         self.crops = self.cut()
         self.images = augment(self.crops, 1.0, 1.0, self.generator)
 
     def cut(self) -> Tensor:
         width = self.config.crop_width
-        offsets = random_offsets(self.lines.widths[self.chosen], width, self.generator)
+        offsets = random_offsets(self.lines.widths[self.chosen], width, self.cropping)
         return gather(self.lines, self.chosen, offsets, width)
 
     def epoch(self, steps: int) -> None:

@@ -72,11 +72,11 @@ class Bench:
     def __init__(self, config: TrialConfig, data: LineSet, root: Path, device: str) -> None:
         self.config, self.data, self.root, self.device = config, data, root, device
         place = torch.device(device)
-        self.lines = Lines.of(data, "val", strip_on(data, place))
+        self.lines = Lines.of(data, "val", strip_on(data, place), place)
         self.model = train.TrainingState.start(config, len(data.writers), place).average
         line, offsets = windows(self.lines.widths, config.crop_width)
         self.windows = len(line)
-        parts = torch.split(torch.arange(self.windows, device=place), train.EVALUATION_BATCH)
+        parts = torch.split(torch.arange(self.windows, device=line.device), train.EVALUATION_BATCH)
         self.resident = [
             gather(self.lines, line[part], offsets[part], config.crop_width).contiguous(
                 memory_format=torch.channels_last

@@ -131,7 +131,8 @@ def lines() -> Lines:
     strip = torch.from_numpy(rng.integers(1, 256, (1 + int(widths.sum()), HEIGHT), np.uint8))
     strip[0] = 0
     starts = 1 + widths.cumsum(0) - widths
-    return Lines(strip, starts, widths, torch.zeros_like(widths), torch.zeros_like(widths))
+    zeros = torch.zeros_like(widths)
+    return Lines(strip, starts, widths, zeros, zeros, strip.device)
 
 
 @pytest.mark.parametrize("offset", [0, 3, -4, -31, -32, -40, 100, 180, 199, 200, 1000])

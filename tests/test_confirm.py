@@ -17,12 +17,12 @@ from test_search import Run, run, snapshot, trials_of
 from test_train import assert_same_weights
 
 import search as search_module
+from checkpoints import load_model
 from chosen import chosen_model, read_confirmation
 from confirm import Repetition, candidates_of
 from confirmation import Candidate, describe, remove_other_weights, summarise
 from study import open_study
 from summary import Row, read_rows
-from train import load_model
 
 __all__ = ["run"]  # the fixture
 BASE = {"n_trials": "3"}

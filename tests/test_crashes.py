@@ -24,6 +24,7 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 from test_search import arguments
 
+import checkpoints
 import processes
 import search as search_module
 import train as train_module
@@ -125,19 +126,20 @@ class Epochs:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.saved: set[tuple[int, int]] = set()
         self.again: list[tuple[int, int]] = []
-        real_epoch, real_save = train_module.train_epoch, train_module.save
+        real_epoch, real_save = train_module.train_epoch, checkpoints.Checkpoints.save
 
         def train_epoch(state: Any, config: Any, *more: Any) -> None:
             if (config.seed, state.epoch + 1) in self.saved:
                 self.again.append((config.seed, state.epoch + 1))
             real_epoch(state, config, *more)
 
-        def save(state: Any, directory: Path, config: Any, data: Any) -> None:
-            real_save(state, directory, config, data)
-            self.saved.add((config.seed, state.epoch))
+        def save(files: Any, contents: dict[str, Any], is_best: bool = False) -> None:
+            real_save(files, contents, is_best)
+            files.wait()  # each step has its turn: what is beside the point may be in any order
+            self.saved.add((files._config.seed, contents["epoch"]))
 
         patch.setattr(train_module, "train_epoch", train_epoch)
-        patch.setattr(train_module, "save", save)
+        patch.setattr(checkpoints.Checkpoints, "save", save)
 
 
 def leaves_a_trace(name: str, first: Any) -> bool:

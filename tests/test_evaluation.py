@@ -15,8 +15,9 @@ from test_search import Run, run
 import evaluation
 from batches import Lines, strip_on
 from bootstrap import Pages, count_pages, intervals, resample
+from checkpoints import load_model
 from data import LineSet
-from train import evaluate, load_model
+from train import evaluate
 
 __all__ = ["run"]  # the fixture
 

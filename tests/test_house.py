@@ -47,8 +47,8 @@ MAY_IMPORT = {
     "processes": {"config", "data"},
     "fork_server_preload": {"worker"},
     "worker": {
-        *("batches", "bootstrap", "config", "devices", "files", "metrics", "model", "processes"),
-        *("ranks", "train"),
+        *("batches", "bootstrap", "checkpoints", "config", "devices", "files", "metrics", "model"),
+        *("processes", "ranks", "train"),
     },
     "ranks": set(),
     "bootstrap": {"metrics"},
@@ -59,18 +59,24 @@ MAY_IMPORT = {
     "compare": {"chosen", "confirmation", "files", "summary"},
     "evaluation": {"chosen", "data", "files", "processes", "signals", "summary"},
     # The last one only where train.py is run as a program.
-    "train": {"batches", "config", "data", "files", "metrics", "model", "ranks", "train_command"},
-    "train_command": {
-        *("command_line", "data", "files", "prediction", "progress", "retraining", "signals"),
-        "train",
+    "train": {
+        *("batches", "checkpoints", "config", "data", "files", "metrics", "model", "ranks"),
+        "train_command",
     },
-    "retraining": {"config", "data", "files", "provenance", "signals", "summary", "train"},
+    "checkpoints": {"config", "data", "files", "model"},
+    "train_command": {
+        *("checkpoints", "command_line", "data", "files", "prediction", "progress", "retraining"),
+        *("signals", "train"),
+    },
+    "retraining": {
+        *("checkpoints", "config", "data", "files", "provenance", "signals", "summary", "train"),
+    },
     "prediction": {"batches", "config", "data", "files", "model", "train"},
     "metrics": set(),
     "batches": {"data"},
     "data": {"files"},
     "config": {"files"},
-    "model": set(),
+    "model": {"config"},
     "files": set(),
     "synthetic": set(),
 }

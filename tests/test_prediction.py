@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import prediction
+from checkpoints import load_model
 from config import TrialConfig
 from data import LineSet
 from prediction import predict
-from train import Stopped, load_model, train
+from train import Stopped, train
 from train_command import main
 
 PROGRAM = Path(__file__).parents[1] / "train.py"

@@ -21,11 +21,12 @@ import search as search_module
 import study as study_module
 import train
 from batches import Lines, Own, augment, strip_on
+from checkpoints import load_model
 from config import TrialConfig
 from data import LineSet
 from ranks import ALONE, Ranks
 from study import open_study
-from train import TrainingState, evaluate, line_logits, load_model, training_step
+from train import TrainingState, evaluate, line_logits, training_step
 
 __all__ = ["run"]  # the fixture
 

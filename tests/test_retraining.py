@@ -16,9 +16,9 @@ from test_train import assert_same_weights, weights_of
 
 import hyperparameter_search
 import retraining
+from checkpoints import load_model
 from data import SPLITS, LineSet
 from retraining import with_validation_lines
-from train import load_model
 from train_command import main
 
 FIXED = ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8", "precision=float32")

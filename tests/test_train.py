@@ -15,14 +15,15 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
+import batches
 import train as train_module
 from batches import Lines, strip_on
+from checkpoints import CheckpointMismatchError, load_checked, load_model
 from config import TrialConfig
 from data import LineSet, find_lines, load_lines
 from metrics import Metrics, compute_metrics
 from model import WriterModel, classification_loss
 from train import (
-    CheckpointMismatchError,
     DivergedError,
     Stopped,
     TrainingState,
@@ -30,8 +31,7 @@ from train import (
     build_model,
     build_optimizer,
     evaluate,
-    load_checked,
-    load_model,
+    line_logits,
     schedule,
     steps_per_epoch,
     train,
@@ -267,6 +267,48 @@ def poisoned(data: LineSet) -> LineSet:
     broken = dataclasses.replace(data)
     broken.__dict__["strip"] = np.full(data.strip.shape, np.nan, np.float32)
     return broken
+
+
+# --------------------------------------------------------------------------- lines on the host
+
+
+def test_lines_too_large_for_the_device_stay_on_the_host(
+    data: LineSet,
+    config: TrialConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """`cpu:0` stands for a device here: torch takes it for another one than `cpu`."""
+    device = torch.device("cpu", 0)
+    monkeypatch.setattr(batches, "free_memory", lambda device: data.strip.nbytes)
+    sent: list[torch.Tensor] = []
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(tensor)
+        return tensor.to(device)
+
+    monkeypatch.setattr(batches, "to_device", to_device)
+    monkeypatch.setattr(train_module, "to_device", to_device)
+    train(config, data, tmp_path, device=str(device))
+    assert "stay on the host" in capfd.readouterr().out
+    crops = [tensor for tensor in sent if tensor.dtype == torch.uint8]
+    assert {tensor.shape[1:] for tensor in crops} == {(config.crop_width, config.line_height)}
+    labels = [tensor for tensor in sent if tensor.dtype == torch.int64]
+    assert len(crops) + len(labels) == len(sent), "what is sent is small"
+    assert len(labels) == config.epochs * steps_per_epoch(config, len(data.select("train")))
+
+    model, _, writers = load_model(tmp_path / "final_model.pth")
+    strip = strip_on(data, device)
+    at_home, far = (Lines.of(data, "val", strip, place) for place in (CPU, device))
+    assert far.strip.device != far.device
+    near, of_far = (line_logits(model, config, lines, len(writers)) for lines in (at_home, far))
+    assert torch.equal(near, of_far)
+
+
+def test_lines_that_fit_go_to_the_device(data: LineSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "free_memory", lambda device: 3 * data.strip.nbytes)
+    assert strip_on(data, torch.device("meta")).device.type == "meta"
 
 
 # ----------------------------------------------------------------------------------------- breaks
