@@ -149,9 +149,18 @@ class Drawing:
         print(f"warning: drawing the search: {cause}{last}", file=sys.stderr, flush=True)
 
 
+def give_way() -> None:
+    """Let whatever else wants the processor have it."""
+    os.nice(NICENESS)
+    # Children have sessions of their own, and where Linux groups processes by session it shares the
+    # processor between these: next to a trial on one core a nice process alone took half of it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
+
+
 def draw_on_demand(pipe: Connection, source: Source) -> None:
     """Draw at each order, until the search is gone. What a child process runs."""
-    os.nice(NICENESS)
+    give_way()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -223,3 +224,22 @@ def test_real_process_without_matplotlib(
     assert capfd.readouterr().err == ""
     assert not list((tmp_path / "c").rglob("*.png"))
     assert (tmp_path / "c" / "summary" / "report.html").exists()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/autogroup").exists(), reason="this Linux does not group by session"
+)
+def test_drawing_gives_way_as_a_session() -> None:
+    """A process alone that is nice takes half a core from a trial: each has a session."""
+    seen = "import os, drawing; os.setsid(); drawing.give_way(); print(os.nice(0))"
+    seen += "; print(open('/proc/self/autogroup').read())"
+    result = subprocess.run(
+        [sys.executable, "-c", seen],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    priority, autogroup = result.stdout.split(maxsplit=1)
+    assert priority == "19"
+    assert autogroup.split()[-2:] == ["nice", "19"]
