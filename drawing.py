@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files import one_line
-from processes import ChildProcess, Message, exit_text, obey_in_thread
+from processes import ChildProcess, Message, exit_text, obey_in_thread, weigh_session
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DRAW = "draw"
 NICENESS = 19  # the lowest priority: a trial that wants the processor goes first
+SESSION_NICENESS = 10  # about a tenth of a core where all are busy: a picture in half a minute
 LAST_SECONDS = 120.0  # what the last drawing may take, when no trial runs any more
 MOST_CRASHES = 3  # in a row, after which the pictures are given up
 
@@ -109,6 +110,8 @@ class Drawing:
 
         wakeup: becomes readable with a signal.   is_stopping: one has come; nothing is waited for.
         """
+        if self._child is not None:
+            weigh_session(self._child.pid, os.nice(0))  # no trial is left to give way to
         deadline = time.monotonic() + LAST_SECONDS
         while self._busy and not is_stopping:
             left = deadline - time.monotonic()
@@ -149,18 +152,10 @@ class Drawing:
         print(f"warning: drawing the search: {cause}{last}", file=sys.stderr, flush=True)
 
 
-def give_way() -> None:
-    """Let whatever else wants the processor have it."""
-    os.nice(NICENESS)
-    # Children have sessions of their own, and where Linux groups processes by session it shares the
-    # processor between these: next to a trial on one core a nice process alone took half of it.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(NICENESS))
-
-
 def draw_on_demand(pipe: Connection, source: Source) -> None:
     """Draw at each order, until the search is gone. What a child process runs."""
-    give_way()
+    weigh_session("self", max(SESSION_NICENESS, os.nice(0)))
+    os.nice(NICENESS)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

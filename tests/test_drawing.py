@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 from searches import make_search
 
 import drawing as drawing_module
-from drawing import DRAW, MOST_CRASHES, NICENESS, Drawing
+from drawing import DRAW, MOST_CRASHES, NICENESS, SESSION_NICENESS, Drawing
 
 pytestmark = pytest.mark.pictures
 
@@ -229,17 +228,18 @@ def test_real_process_without_matplotlib(
 @pytest.mark.skipif(
     not Path("/proc/self/autogroup").exists(), reason="this Linux does not group by session"
 )
-def test_drawing_gives_way_as_a_session() -> None:
-    """A process alone that is nice takes half a core from a trial: each has a session."""
-    seen = "import os, drawing; os.setsid(); drawing.give_way(); print(os.nice(0))"
-    seen += "; print(open('/proc/self/autogroup').read())"
-    result = subprocess.run(
-        [sys.executable, "-c", seen],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    priority, autogroup = result.stdout.split(maxsplit=1)
-    assert priority == "19"
-    assert autogroup.split()[-2:] == ["nice", "19"]
+def test_drawing_gives_way_as_a_session_until_the_trials_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wakeup: tuple[socket.socket, socket.socket]
+) -> None:
+    """A process that is nice alone takes half a core from a trial: each has a session."""
+    drawing = Drawing(tmp_path)
+    drawing.request()
+    wait_for_answer(drawing)
+    assert drawing._child is not None
+    autogroup = Path(f"/proc/{drawing._child.pid}/autogroup")
+    assert autogroup.read_text().split()[-1] == str(SESSION_NICENESS)
+    seen = []
+    monkeypatch.setattr(drawing, "kill", lambda: seen.append(autogroup.read_text().split()[-1]))
+    drawing.finish(wakeup[0], False)
+    assert seen == ["0"]
+    Drawing.kill(drawing)

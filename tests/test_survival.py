@@ -9,6 +9,8 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import connection, forkserver
@@ -623,3 +625,23 @@ def test_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     assert run(n_trials="1") == 0
     assert "this file system has no locks" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- politeness
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/autogroup").exists(), reason="this Linux does not group by session"
+)
+def test_a_search_that_is_nice_has_nice_trials() -> None:
+    """Each child has a session, and the kernel shares the processor between sessions first."""
+    seen = "import os, processes; os.nice(7); processes._work('builtins:print', 'a', 'b')"
+    seen += "; print(open('/proc/self/autogroup').read())"
+    result = subprocess.run(
+        [sys.executable, "-c", seen],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split()[-2:] == ["nice", "7"]
