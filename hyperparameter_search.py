@@ -142,9 +142,8 @@ def ask_machine(
     ranges: dict[str, Any],
 ) -> dict[str, Any]:
     """Let a child process find out devices, weights and precision. Raises UserError."""
-    from processes import ChildProcess, MachineQuestion, start_fork_server
+    from processes import ChildProcess, MachineQuestion
 
-    start_fork_server()
     backbones: tuple[str, ...] | None = None
     weights = args.weights
     if recorded is not None:  # decided once per study
@@ -177,13 +176,17 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
 
     Raises UserError.
     """
+    from processes import start_fork_server
+
+    fix, ranges = parse_fix(args.fix), read_ranges(args.space)
+    for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
+        narrow(default_space("cpu", pretrained), fix, ranges)
+    start_fork_server()  # it imports torch while this process imports Optuna and finds the lines
+
     from evaluation import require_test_lines
     from study import make_sampler
 
     make_sampler(args.sampler, 0)  # it may need what is not installed
-    fix, ranges = parse_fix(args.fix), read_ranges(args.space)
-    for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
-        narrow(default_space("cpu", pretrained), fix, ranges)
     if args.demo:
         from synthetic import make_lines
 

@@ -19,7 +19,7 @@ from storage import find_study, is_surplus, opened_storage
 from study import params_key
 from summary import STUDY_NAME
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[1]
 N_TRIALS = 6
 
@@ -162,6 +162,7 @@ def check_whole(url: str, directories: list[Path], logs: Path) -> list[FrozenTri
     return trials
 
 
+@pytest.mark.slow
 def test_four_searches_on_postgresql_one_of_them_killed_and_the_server_restarted(
     postgresql: PostgreSQL, lines_root: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_four_searches_on_postgresql_one_of_them_killed_and_the_server_restarted
     assert f"trial {failed[0].number} was cut off at epoch" in said
 
 
+@pytest.mark.slow
 def test_four_searches_on_the_grpc_proxy(
     postgresql: PostgreSQL, lines_root: Path, tmp_path: Path
 ) -> None:
