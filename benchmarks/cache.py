@@ -37,7 +37,8 @@ from synthetic import make_lines
 
 LINE_HEIGHT = 64
 LINES_PER_PAGE = 40
-SPLIT_OF_PAGE = ("train",) * 7 + ("val",) * 2 + ("test",)
+# Of a writer's pages, in order: a set of few has lines to train and validate on, too.
+SPLIT_OF_PAGE = ("train", "val", *("train",) * 3, "test", *("train",) * 2, "val", "train")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +127,7 @@ def decode_rates(args: argparse.Namespace, sources: Sequence[Path]) -> float:
 def link_lines(args: argparse.Namespace, sources: Sequence[Path], root: Path) -> None:
     """Link the images into a data root of many lines."""
     images = cycle(sources)
-    pages = max(args.writers, args.lines // LINES_PER_PAGE)
+    pages = max(2 * args.writers, args.lines // LINES_PER_PAGE)
     per_page = -(-args.lines // pages)
     left = args.lines
     for number in range(pages):

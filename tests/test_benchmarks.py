@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import worker
 from benchmarks import (
+    cache,
     epoch,
+    record_trials,
     search_efficiency,
     study_scale,
     trial_start,
@@ -56,6 +59,29 @@ def test_trial_start(result: Any) -> None:
     found = result(trial_start, *LINES, "--trials", "2", "--spawned", "0")
     assert found["seconds"] > 0
     assert found["spawn_seconds"] is None
+
+
+@pytest.mark.slow
+def test_cache(result: Any) -> None:
+    found = result(cache, *("--lines", "40", "--writers", "2", "--images", "4", "--rounds", "1"))
+    assert 0 < found["open_seconds_20000"] < found["command_seconds"]
+    assert found["lines_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_record_trials_goes_on_where_it_was_stopped(
+    result: Any, lines_root: Path, tmp_path: Path
+) -> None:
+    flags = [*("--data_root", str(lines_root), "--work", str(tmp_path / "work"))]
+    flags += [*("--out", str(tmp_path / "table.json"), "--threads", "1", "--seeds", "0")]
+    flags += [*("--trials", "1", "--epochs", "2", "--writers", "4", "--backbone", "tiny")]
+    flags += [*("--line_height", "16", "--crop_width", "32")]
+    assert result(record_trials, *flags, "--searches", "random-none")["trials"] == 1
+    found = result(record_trials, *flags)
+    assert found == {"trials": 3, "epochs": 6, "unfinished": 0}
+    searches = json.loads((tmp_path / "table.json").read_text())["searches"]
+    assert set(searches) == {"random-none-0", "tpe-none-0", "tpe-median-0"}
+    assert all(len(trial["values"]) == 2 for trials in searches.values() for trial in trials)
 
 
 def test_study_scale(result: Any) -> None:
