@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from signals import StopSignals
 from summary import Row
 
 PATIENCE_SECONDS = 300.0  # so long an outage in the middle of a search is waited out
+CALL_SECONDS = 120.0  # a gRPC call that takes longer has lost its server
 HURRIED_SECONDS = 5.0  # the same once a signal has asked for the end
 SETTINGS_SECONDS = 60.0  # so long a study may stand without settings while its creator lives
 RACES = 20  # processes that make the tables at once see each other's half-made ones
@@ -98,7 +100,45 @@ def opened_storage(url: str, stop: StopSignals | None = None) -> Iterator[BaseSt
         close()
 
 
-def _open_proxy(url: str) -> GrpcStorageProxy:
+class TimedProxy:
+    """Optuna's client of its gRPC proxy, whose calls may wait for ever, with an end to waiting.
+
+    The connection of a call that has no answer after CALL_SECONDS is closed, which ends the call as
+    an outage does; the next call has a new connection.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._proxy = self._connected()
+
+    def _connected(self) -> GrpcStorageProxy:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return GrpcStorageProxy(host=self._host, port=self._port)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._proxy, name)
+        if name.startswith("__") or not callable(attribute):
+            return attribute
+        return partial(self._timed, name)
+
+    def _timed(self, name: str, *args: Any, **named: Any) -> Any:
+        proxy = self._proxy
+
+        def give_up() -> None:
+            self._proxy = self._connected()
+            proxy.close()
+
+        timer = threading.Timer(CALL_SECONDS, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return getattr(proxy, name)(*args, **named)
+        finally:
+            timer.cancel()
+
+
+def _open_proxy(url: str) -> TimedProxy:
     # The search process starts programs (git), never forks itself.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
@@ -115,8 +155,7 @@ def _open_proxy(url: str) -> GrpcStorageProxy:
         raise UserError(
             "--storage grpc://… needs grpcio and protobuf: pip install grpcio protobuf"
         ) from None
-    with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
-        proxy = GrpcStorageProxy(host=host, port=port)
+    proxy = TimedProxy(host, port)
     try:
         proxy.wait_server_ready(timeout=10)
     except ConnectionError:

@@ -112,6 +112,13 @@ class PostgreSQL:
 @contextmanager
 def grpc_proxy(url: str) -> Iterator[str]:
     """Run Optuna's proxy before a database; gives the URL for --storage."""
+    with grpc_process(url) as (proxy, _):
+        yield proxy
+
+
+@contextmanager
+def grpc_process(url: str) -> Iterator[tuple[str, int]]:
+    """Run Optuna's proxy before a database; gives the URL for --storage, and the process's id."""
     pytest.importorskip("grpc", reason="grpcio is not installed")
     port = free_port()
     with subprocess.Popen([sys.executable, "-c", PROXY, url, str(port)]) as server:
@@ -125,6 +132,6 @@ def grpc_proxy(url: str) -> Iterator[str]:
                     assert server.poll() is None, "the proxy did not start"
                     assert time.monotonic() < deadline
                     time.sleep(0.1)
-            yield f"grpc://127.0.0.1:{port}"
+            yield f"grpc://127.0.0.1:{port}", server.pid
         finally:
             server.terminate()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from servers import PASSWORD, QUOTED, PostgreSQL, grpc_proxy
+from servers import PASSWORD, QUOTED, PostgreSQL, grpc_process, grpc_proxy
 
-from storage import find_study, is_surplus, opened_storage
+import storage as storage_module
+from storage import create_shared_study, find_study, is_surplus, opened_storage, settings_of
 from study import params_key
 from summary import STUDY_NAME
 
@@ -94,6 +97,22 @@ def test_claims_at_once_keep_to_the_budget_and_never_draw_twice(
     assert len(set(fresh)) == len(fresh) == 24
     started = [number for one in said for number in one["started"]]
     assert len(set(started)) == len(started)
+
+
+def test_a_proxy_that_falls_silent_is_given_up_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stopped process keeps its connections: a call would wait for ever."""
+    database = f"sqlite:///{tmp_path / 'study.db'}"
+    with grpc_process(database) as (url, server), opened_storage(url) as storage:
+        assert create_shared_study(storage, STUDY_NAME, {"epochs": 7})
+        monkeypatch.setattr(storage_module, "CALL_SECONDS", 0.5)
+        os.kill(server, signal.SIGSTOP)
+        threading.Timer(2.0, os.kill, (server, signal.SIGCONT)).start()
+        began = time.monotonic()
+        assert settings_of(storage, STUDY_NAME) == {"epochs": 7}
+        assert 1.5 < time.monotonic() - began < 30
+    assert capfd.readouterr().err.count(f"warning: {url} cannot be reached") == 1
 
 
 class Command:
