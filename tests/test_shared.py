@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,17 +14,21 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from servers import PASSWORD, QUOTED, PostgreSQL, grpc_process, grpc_proxy
+from test_search import Run, run
 
 import storage as storage_module
+from drawing import Drawing
 from storage import create_shared_study, find_study, is_surplus, opened_storage, settings_of
 from study import params_key
 from summary import STUDY_NAME
 
 pytestmark = pytest.mark.timeout(600)
+__all__ = ["run"]  # the fixture
 ROOT = Path(__file__).parents[1]
 N_TRIALS = 6
 
@@ -113,6 +119,37 @@ def test_a_proxy_that_falls_silent_is_given_up_and_found_again(
         assert settings_of(storage, STUDY_NAME) == {"epochs": 7}
         assert 1.5 < time.monotonic() - began < 30
     assert capfd.readouterr().err.count(f"warning: {url} cannot be reached") == 1
+
+
+@pytest.mark.pictures
+def test_a_local_study_moves_to_postgresql_and_goes_on_there(
+    run: Run, postgresql: PostgreSQL, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the README's line; what goes on is drawn from the storage."""
+    url, directory = postgresql.make_database("moved"), tmp_path / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawing, "request", lambda self: None)
+        assert run(n_trials="1") == 0
+    readme = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r'`(python -c "import optuna; optuna.copy_study[^`]*)`', readme)
+    line = line.replace("sqlite:///runs/search_001", f"sqlite:///{directory}")
+    line = line.replace("postgresql+psycopg://search@dbhost/lines", url)
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], check=True, stderr=PIPE)
+    capfd.readouterr()
+
+    assert run("--storage", url, n_trials="2") == 0
+    out = capfd.readouterr().out
+    assert "RESUMING EXISTING STUDY" in out
+    assert PASSWORD not in out
+    first, second = trials_at(url)
+    assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.COMPLETE)
+    assert first.params != second.params
+    assert second.user_attrs["draw"] == first.user_attrs["draw"] + 1
+    assert (directory / "summary" / "history.png").exists()
+    assert (directory / "trial_001" / "curves.png").exists()
+    page = (directory / "summary" / "report.html").read_text()
+    assert f"{100 * second.values[0]:.2f}%" in page
+    assert QUOTED not in page
 
 
 class Command:
