@@ -546,3 +546,19 @@ def test_signal_while_waiting_for_others(
     monkeypatch.setattr(shared_search.SharedSearch, "look", signalled)
     assert command(n_trials="2") == 143
     assert states_of(backend) == ["COMPLETE", "RUNNING"]
+
+
+def test_unexpected_error_is_told_without_the_password(
+    shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries put the URL into what they raise."""
+    command, _ = shared
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError(f"could not parse {URL}, password 's3cr@t'")
+
+    monkeypatch.setattr("hyperparameter_search.prepare_shared", broken)
+    assert command() == 1
+    said = capfd.readouterr().err
+    assert "RuntimeError: could not parse postgresql+psycopg://me:***@db.example/lines" in said
+    assert "s3cr" not in said
