@@ -27,7 +27,11 @@ from config import TrialConfig
 from data import LineSet
 
 CONTINUE, PRUNE, STOP = "continue", "prune", "stop"
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# What terminals send to a whole group, and batch systems to every process of a job.
+FOR_THE_SEARCH = (
+    *(signal.SIGINT, signal.SIGHUP, signal.SIGTERM),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 Message = tuple[str, dict[str, Any]]
 
@@ -134,8 +138,10 @@ class ChildProcess:
         with contextlib.suppress(ValueError):  # `end` has closed it
             self._process.kill()
 
-    def terminate(self) -> None:
-        self._process.terminate()
+    def ask_where(self) -> None:
+        """Let it write into its log where it is, also where it hangs; see `worker._output_to`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGQUIT)
 
     def end(self, seconds: float = 10.0) -> int | None:
         """Wait for the child's end, killing it after `seconds`; give its exit code (-signal)."""
@@ -235,7 +241,7 @@ class TrialProcesses:
                     return message  # also where rank 0 has ended well, and was missed for that
         for other in silent.values():
             child = self._ranks.pop(other)
-            child.terminate()  # it writes where it hangs into its log
+            child.ask_where()
             child.end(LAST_WORDS_SECONDS)
             cause = self._named(other, "hung: the other ranks waited for it in vain")
             return "died", {"cause": cause, "log": self._jobs[other].log}
@@ -265,12 +271,12 @@ def start_fork_server() -> None:
 
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
-    """Keep signals to the process group from programs that are started meanwhile.
+    """Keep signals from programs that are started meanwhile.
 
     They are for the search, with which all its processes end. A program inherits what is blocked,
     for life; this process gets late what comes meanwhile, but loses nothing.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_SEARCH)
     try:
         yield
     finally:

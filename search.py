@@ -59,6 +59,7 @@ Result = TypeVar("Result")
 SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
 JOB_ENDS = f"interrupted before the end of the batch system's job ({END_TIME})"
+TERMINATED = "interrupted by SIGTERM to the trial's own process"
 STOP_SECONDS = 20.0  # a trial that was told to stop and has not ended by then is killed
 
 
@@ -376,6 +377,9 @@ class Search:
             self.leave_device(running, content["gpu"], content["cause"])
         elif kind == "done":
             self.end_complete(running, content["metrics"])
+        elif kind == "stopped" and running.stop_cause is None:
+            running.stop_cause = TERMINATED
+            self.end_failed(running, kind)
         elif kind == "died":
             how = "killed when it did not stop in time" if running.killed else content["cause"]
             self.end_failed(running, how, _end_of(content["log"]))
@@ -522,7 +526,7 @@ class Search:
             running.epoch,
             time.monotonic() - running.started,
             traceback,
-            interrupted=running.stop_cause == JOB_ENDS,
+            interrupted=running.stop_cause in (JOB_ENDS, TERMINATED),
         )
 
     def record_failure(

@@ -63,6 +63,10 @@ class SearchLine:
             self._stop.set()
         self._answers.put(order)
 
+    def stop(self, *_: object) -> None:
+        """Let the trial save its state and end at its next batch. A handler of signals."""
+        self._stop.set()
+
     def send(self, kind: str, **content: Any) -> None:
         """Send a message; when nobody listens, `obey_in_thread` is about to end this process."""
         with contextlib.suppress(OSError):
@@ -101,6 +105,9 @@ def run_trial(connection: Connection, job: Job) -> None:
     A rank above 0 that ended as rank 0 did says nothing and exits with 0.
     """
     line = SearchLine(connection, job.log)
+    # A batch system signals each process of a job, and kills what is left after a while.
+    signal.signal(signal.SIGTERM, line.stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     with _output_to(job.log):
         try:
             metrics = _train(job, line)
@@ -187,7 +194,7 @@ def _output_to(path: Path) -> Iterator[None]:
     os.dup2(log, 2)
     os.close(log)
     faulthandler.enable()
-    faulthandler.register(signal.SIGTERM, chain=True)  # says where this hangs, and ends it
+    faulthandler.register(signal.SIGQUIT)  # says where this is
     yield
     sys.stdout.flush()
     sys.stderr.flush()

@@ -126,6 +126,11 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
     worker.run_trial(connection, job)
 
 
+def signal_itself(connection: Connection, job: Any) -> None:
+    """Be sent SIGTERM in the second epoch, as a batch system sends it to each process of a job."""
+    _signal_at(connection, job, 5, os.getpid())
+
+
 def signal_search_late(connection: Connection, job: Any) -> None:
     """Send the search process SIGTERM in the second epoch."""
     _signal_at(connection, job, 5)
@@ -136,7 +141,7 @@ def signal_search_first(connection: Connection, job: Any) -> None:
     _signal_at(connection, job, 0)
 
 
-def _signal_at(connection: Connection, job: Any, call: int) -> None:
+def _signal_at(connection: Connection, job: Any, call: int, pid: int | None = None) -> None:
     import worker
 
     calls = iter(range(10**9))
@@ -144,8 +149,8 @@ def _signal_at(connection: Connection, job: Any, call: int) -> None:
 
     def check(line: Any, progress: float) -> None:
         if next(calls) == call:
-            os.kill(job_parent(job), signal.SIGTERM)
-            time.sleep(0.5)
+            os.kill(pid or job_parent(job), signal.SIGTERM)
+            time.sleep(0.0 if pid else 0.5)
         real_check(line, progress)
 
     worker.SearchLine.check = check  # type: ignore[method-assign]

@@ -260,7 +260,7 @@ class Scripted:
             self.theirs.send(message)
         if code is not None:
             self.theirs.close()
-        self.code, self.terminated = code, False
+        self.code, self.asked = code, False
 
     def receive(self) -> processes.Message | None:
         try:
@@ -269,8 +269,8 @@ class Scripted:
             return None
         return message
 
-    def terminate(self) -> None:
-        self.terminated = True
+    def ask_where(self) -> None:
+        self.asked = True
 
     def end(self, seconds: float = 10.0) -> int | None:
         return self.code
@@ -308,7 +308,7 @@ def test_word_that_another_rank_is_lost_is_traced_to_it(
     assert message is not None
     assert message[0] == kind
     assert cause is None or message[1]["cause"].startswith(cause)
-    assert ranks[0].terminated == ("hung" in str(cause))
+    assert ranks[0].asked == ("hung" in str(cause))
 
 
 def test_ranks_are_told_only_what_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> None:

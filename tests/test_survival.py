@@ -627,6 +627,35 @@ def test_file_system_without_locks_is_warned_of(
     assert "this file system has no locks" in capfd.readouterr().err
 
 
+# ------------------------------------------------------------------- signals to every process
+
+
+def test_sigterm_to_a_trial_itself_lets_it_save(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Batch systems send it to each process of a job: what is done must reach the disk."""
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "signal_itself"}))
+    directory = tmp_path / "c"
+    more = ("--epochs", "3", "--max_consecutive_failed_trials", "1", "--continue_interrupted")
+    assert run(*more, n_trials="2") == 0
+    assert [state for _, state, _ in trials_of(directory)] == ["FAIL", "COMPLETE"], (
+        "it is no failure"
+    )
+    log = (directory / "trial_000" / "error.log").read_text()
+    assert "interrupted by SIGTERM to the trial's own process at epoch 2" in log
+    saved = torch.load(directory / "trial_000" / "latest_checkpoint.pth", weights_only=True)
+    assert saved["epoch"] == 1
+    assert saved["step"] > 0
+    assert run(*more, n_trials="2") == 0
+    assert [state for _, state, _ in trials_of(directory)] == ["FAIL", "COMPLETE", "COMPLETE"]
+    continued = open_study(directory).get_trials()[2]
+    assert continued.user_attrs["continues"] == 0
+    assert capfd.readouterr().err == ""
+
+
 # ------------------------------------------------------------------------------------- politeness
 
 
