@@ -108,8 +108,9 @@ def one_trial(
     assert trial is not None
     value = random.random()
     for epoch in range(1, epochs + 1):
-        time.sleep(epoch_seconds * random.uniform(0.8, 1.2))
-        if time.monotonic() > until:
+        pause = epoch_seconds * random.uniform(0.8, 1.2)
+        time.sleep(max(0.0, min(pause, until - time.monotonic())))
+        if time.monotonic() >= until:
             return
         began = time.monotonic()
         trial.report(value * epoch / epochs, epoch)
