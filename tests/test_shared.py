@@ -121,6 +121,7 @@ def test_a_proxy_that_falls_silent_is_given_up_and_found_again(
     assert capfd.readouterr().err.count(f"warning: {url} cannot be reached") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_a_local_study_moves_to_postgresql_and_goes_on_there(
     run: Run, postgresql: PostgreSQL, tmp_path: Path, capfd: pytest.CaptureFixture[str]
