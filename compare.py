@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ from chosen import read_confirmation
 from confirmation import spread
 from files import UserError, one_line, read_dict
 from summary import (
-    DATABASE,
     Row,
     best_row,
     percent,
-    read_rows,
-    read_study,
+    read_recorded,
     shown_value,
     trial_dir,
 )
@@ -54,13 +51,10 @@ class Compared:
 
 def read_search(directory: Path) -> Compared:
     """Read what is to be compared of one search. Raises UserError."""
-    database = directory / DATABASE
-    if not database.exists():
-        raise UserError(f"--compare: {directory} holds no search ({DATABASE} is not there)")
     try:
-        rows, recorded = read_rows(database), read_study(database)
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"--compare: {database} cannot be read: {one_line(error)}") from None
+        rows, recorded = read_recorded(directory)
+    except UserError as error:
+        raise UserError(f"--compare: {error}") from None
     settings = recorded.get("settings", {})
     report = read_dict(directory / "summary" / "data_report.json")
     best = best_row(rows)

@@ -35,6 +35,7 @@ FOR_THE_SEARCH = (
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 Message = tuple[str, dict[str, Any]]
 
+SESSION_TRIES = 10  # to weigh a session
 STARTS = 3  # of one process, before it is given up
 
 _context = get_context("forkserver")
@@ -317,8 +318,14 @@ def weigh_session(pid: int | str, niceness: int) -> None:
     Where Linux groups processes by session it shares the processor between sessions, and a process
     that is nice goes behind others of its own session alone: measured, half of the core.
     """
-    with contextlib.suppress(OSError):  # this Linux does not
-        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+    for _ in range(SESSION_TRIES):
+        try:
+            Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+            return
+        except BlockingIOError:  # whoever is not root may change one in a tenth of a second
+            time.sleep(0.1)
+        except OSError:  # this Linux does not
+            return
 
 
 def exit_text(code: int | None) -> str:
@@ -334,7 +341,8 @@ def exit_text(code: int | None) -> str:
 def _work(name: str, connection: Connection, argument: Any) -> None:
     # A session of its own: a signal to one child's group reaches that child alone.
     os.setsid()
-    weigh_session("self", os.nice(0))
+    if niceness := os.nice(0):
+        weigh_session("self", niceness)
     module, _, function = name.partition(":")
     # Imported here, not above: the search process must not import torch.
     getattr(import_module(module), function)(connection, argument)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,17 +16,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from estimate import Range, finished_epochs, range_text, seconds_left
-from files import UserError, is_locked, one_line
+from files import is_locked, one_line
 from summary import (
-    DATABASE,
     Row,
     best_row,
     closing_lines,
     duration,
     percent,
     read_history,
-    read_rows,
-    read_study,
+    read_recorded,
     trial_dir,
 )
 
@@ -70,13 +67,7 @@ class Status:
 
 def read_status(checkpoint_dir: Path) -> Status:
     """Read how a search stands; changes nothing. Raises UserError."""
-    database = checkpoint_dir / DATABASE
-    if not database.exists():
-        raise UserError(f"{checkpoint_dir} holds no search ({DATABASE} is not there)")
-    try:
-        rows, recorded = read_rows(database), read_study(database)
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{database} cannot be read: {one_line(error)}") from None
+    rows, recorded = read_recorded(checkpoint_dir)
     active = is_locked(checkpoint_dir)
     run = recorded.get("run", {})
     epochs = int(recorded.get("settings", {}).get("epochs", 0))

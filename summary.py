@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from files import one_line, read_json, write_json, write_text
+from files import UserError, one_line, read_json, write_json, write_text
 
 DATABASE = "optuna_study.db"
 STUDY_NAME = "writer_identification"
@@ -158,6 +158,17 @@ def read_rows(database: Path, numbers: Collection[int] | None = None) -> list[Ro
             )
             for trial_id, number, state, value, started, ended in trials
         ]
+
+
+def read_recorded(checkpoint_dir: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Read a search's trials, and what its study recorded about itself. Raises UserError."""
+    database = checkpoint_dir / DATABASE
+    if not database.exists():
+        raise UserError(f"{checkpoint_dir} holds no search ({DATABASE} is not there)")
+    try:
+        return read_rows(database), read_study(database)
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{database} cannot be read: {one_line(error)}") from None
 
 
 def _listed(numbers: Iterable[int]) -> str:

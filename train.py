@@ -118,17 +118,7 @@ def train(
             images_before = state.step * config.batch_size
             try:
                 train_epoch(state, config, training, steps, check, micro_batch)
-                metrics = None
-                ranks.buffers_of_first(state.average)
-                if len(validation):
-                    metrics = evaluate(
-                        state.average,
-                        config,
-                        validation,
-                        data.writers,
-                        lambda: check(state.epoch + 1),
-                        ranks,
-                    )
+                metrics = validate(state, config, validation, data.writers, check)
             except Stopped:
                 ranks.add_up(state.loss_sum)
                 checkpoints.save(state.contents())
@@ -322,6 +312,21 @@ def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | Non
 
 
 # ------------------------------------------------------------------------------------- evaluation
+
+
+def validate(
+    state: TrainingState,
+    config: TrialConfig,
+    lines: Lines,
+    writers: tuple[str, ...],
+    check: Check,
+) -> Metrics | None:
+    """Measure the average of the weights on the validation lines; None where there are none."""
+    state.ranks.buffers_of_first(state.average)
+    if not len(lines):
+        return None
+    progress = state.epoch + 1
+    return evaluate(state.average, config, lines, writers, lambda: check(progress), state.ranks)
 
 
 @torch.inference_mode()

@@ -94,11 +94,6 @@ class SearchLine:
                 os.utime(self._log)  # a sign of life, for `--status`
 
 
-def _end_at_once() -> None:
-    """End this process: the search process is gone, and nothing is worth an epilogue."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def run_trial(connection: Connection, job: Job) -> None:
     """Run one trial to its end, and send how it ended as the last message.
 
@@ -205,7 +200,7 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def measure_on_test(connection: Connection, question: TestQuestion) -> None:
     """Send ("measured", metrics with intervals) or ("failed", …) of a model on the test lines."""
-    threading.Thread(target=_end_with_search, args=(connection,), daemon=True).start()
+    obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     try:
         answer: Message = ("measured", _measure(question))
     except Exception as error:  # told in a line: the search's results stand without it
@@ -259,7 +254,7 @@ def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
 
 def answer_question(connection: Connection, question: MachineQuestion) -> None:
     """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
-    threading.Thread(target=_end_with_search, args=(connection,), daemon=True).start()
+    obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         answer: Message = ("machine", _describe_machine(question))
@@ -267,13 +262,6 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
         answer = ("mistake", {"cause": str(error)})
     with contextlib.suppress(OSError):  # nobody waits for it any more
         connection.send(answer)
-
-
-def _end_with_search(connection: Connection) -> None:
-    """Wait for the end of the pipe; downloads and measurements are of no use after it."""
-    with contextlib.suppress(EOFError, OSError):
-        connection.recv()
-    _end_at_once()
 
 
 def _describe_machine(question: MachineQuestion) -> dict[str, Any]:

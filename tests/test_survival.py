@@ -674,3 +674,18 @@ def test_a_search_that_is_nice_has_nice_trials() -> None:
         check=True,
     )
     assert result.stdout.split()[-2:] == ["nice", "7"]
+
+
+def test_session_is_weighed_once_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is not root is refused a second change within a tenth of a second."""
+    answers = iter([BlockingIOError(), BlockingIOError(), None])
+    written = []
+
+    def write_text(path: Path, text: str) -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+        written.append((str(path), text))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    processes.weigh_session(123, 7)
+    assert written == [("/proc/123/autogroup", "7")]
