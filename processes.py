@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing import forkserver, get_context, resource_tracker
@@ -259,15 +259,29 @@ def start_fork_server() -> None:
     before = os.environ.get("PYTHONPATH")
     with _environment(
         PYTHONPATH=os.pathsep.join([here, before] if before else [here]),
-        # Threads that spin while they wait starve each other where anything else runs: 7 times
-        # slower training of a small model beside one busy process, on 2 cores with 2 threads.
-        OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "passive"),
         SEARCH_PID=str(os.getpid()),
+        **training_environment(os.environ),
     ):
         with _shielded():
             resource_tracker.ensure_running()
         with _shielded():  # again: starting the tracker lifts it from some signals
             forkserver.ensure_running()
+
+
+def training_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Give what makes training on a CPU faster, and is read as a program starts.
+
+    Only where `given`, the user's environment, says nothing of the same.
+    """
+    # A thread without work waits awake for some 0.3 ms, then sleeps. On 2 cores with 2 threads a
+    # small model takes 1.4 times as long with threads that sleep at once, and with threads that
+    # stay awake 2.5 times as long beside one busy process.
+    waiting = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+    # The memory of one step is kept for the next: to have it from the kernel again, page by page,
+    # made steps 1.04 to 1.3 times as long.
+    memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    groups = (waiting, memory)
+    return {k: v for own in groups if not own.keys() & given.keys() for k, v in own.items()}
 
 
 @contextlib.contextmanager

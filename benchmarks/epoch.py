@@ -183,4 +183,5 @@ class Bench:
 
 
 if __name__ == "__main__":
+    common.as_in_a_trial()
     raise SystemExit(main())

@@ -219,4 +219,5 @@ def ray_spans(
 
 
 if __name__ == "__main__":
+    common.as_in_a_trial()
     raise SystemExit(main())

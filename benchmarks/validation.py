@@ -123,4 +123,5 @@ class Bench:
 
 
 if __name__ == "__main__":
+    common.as_in_a_trial()
     raise SystemExit(main())

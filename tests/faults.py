@@ -255,3 +255,7 @@ def norms_over_groups() -> Callable[[], None]:
 
     model.BUILDERS["tiny"] = build
     return lambda: model.BUILDERS.update(tiny=real)
+
+
+def tell_environment(connection: Connection, question: Any) -> None:
+    connection.send(("environment", dict(os.environ)))

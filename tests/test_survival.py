@@ -147,6 +147,24 @@ def test_fork_server_that_is_killed_over_a_start_is_started_again() -> None:
     assert child.end() == 0
 
 
+def test_children_have_the_environment_that_trains_faster() -> None:
+    child = RealChild("faults:tell_environment", QUESTION)
+    message = child.receive()
+    assert child.end() == 0
+    assert message is not None
+    assert {"GOMP_SPINCOUNT", "MALLOC_MMAP_MAX_"} < message[1].keys()
+    assert processes.training_environment(os.environ).items() <= message[1].items()
+
+
+def test_environment_of_the_user_stands() -> None:
+    wanted = processes.training_environment({})
+    waiting = processes.training_environment({"MALLOC_TRIM_THRESHOLD_": "131072"})
+    memory = processes.training_environment({"OMP_WAIT_POLICY": "active"})
+    assert waiting.keys() == {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    assert waiting | memory == wanted
+    assert not waiting.keys() & memory.keys()
+
+
 def test_question_ends_with_the_search() -> None:
     """A measurement or a download is of no use to a search that is gone."""
     child = RealChild("faults:slow_answer", QUESTION)
