@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +176,7 @@ def train_epoch(
         labels = to_device(lines.labels[chosen], device)
         state.loss_sum += training_step(state, config, images, labels, micro_batch, own.batch)
         state.step += 1
-        update_average(state.average, state.model, state.step, config.epochs * steps)
+        update_average(state.pairs, state.step, config.epochs * steps)
         if state.step % CHECK_LOSS_STEPS == 0:
             require_finite(state.loss_sum, "the training loss", state)
     require_finite(state.loss_sum, "the training loss", state)
@@ -427,8 +429,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["peak"] * share
 
 
+@dataclass(frozen=True)
+class TensorPairs:
+    """The tensors of a moving average and those of its model, in the same order.
+
+    Listed once: going through the modules at each step took half of the average's time.
+    """
+
+    average: list[Tensor]  # weights and batch-norm statistics
+    model: list[Tensor]
+    average_counts: list[Tensor]  # batches that batch norm has seen
+    model_counts: list[Tensor]
+
+    @classmethod
+    def of(cls, average: nn.Module, model: nn.Module) -> TensorPairs:
+        lists: list[list[Tensor]] = []
+        for is_float in (True, False):
+            for module in (average, model):
+                tensors = chain(module.parameters(), module.buffers())
+                lists.append([t for t in tensors if t.is_floating_point() == is_float])
+        return cls(*lists)
+
+
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, step: int, total_steps: int) -> None:
+def update_average(pairs: TensorPairs, step: int, total_steps: int) -> None:
     """Move the average of weights and batch-norm statistics towards the model.
 
     The average looks back over EMA_SHARE of the training, and over less at its start.
@@ -436,14 +460,9 @@ def update_average(average: nn.Module, model: nn.Module, step: int, total_steps:
     horizon = max(1.0, EMA_SHARE * total_steps)
     decay = min(1 - 1 / horizon, step / (step + 9))
     blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    blend(list(average.parameters()), list(model.parameters()), step)
-    buffers = list(zip(average.buffers(), model.buffers(), strict=True))
-    floats = [(a, m) for a, m in buffers if a.is_floating_point()]
-    if floats:
-        blend([a for a, _ in floats], [m for _, m in floats], step)
-    for a, m in buffers:
-        if not a.is_floating_point():
-            a.copy_(m)
+    blend(pairs.average, pairs.model, step)
+    if pairs.model_counts:
+        torch._foreach_copy_(pairs.average_counts, pairs.model_counts)
 
 
 def autocast(config: TrialConfig, device: torch.device) -> AbstractContextManager[Any]:
@@ -486,6 +505,10 @@ class TrainingState:
     best: dict[str, Any] | None = None  # the best epoch's row of the history, and its confusion
     history: list[dict[str, Any]] = field(default_factory=list)
     ranks: Ranks = ALONE
+
+    @cached_property
+    def pairs(self) -> TensorPairs:
+        return TensorPairs.of(self.average, self.model)
 
     @classmethod
     def start(

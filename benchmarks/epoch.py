@@ -171,7 +171,7 @@ class Bench:
             "crops": self.cut,
             "geometry": lambda: augment(self.crops, 1.0, 0.0, self.generator),
             "photometry": lambda: augment(self.crops, 0.0, 1.0, self.generator),
-            "average": lambda: train.update_average(state.average, state.model, 10, 1000),
+            "average": lambda: train.update_average(state.pairs, 10, 1000),
             "order": lambda: epoch_order(every_label, config.sampler_alpha, rng),
         }
         seconds, cpu_seconds = common.alternate(sides, 3 * rounds, self.device)

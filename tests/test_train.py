@@ -26,6 +26,7 @@ from model import WriterModel, classification_loss
 from train import (
     DivergedError,
     Stopped,
+    TensorPairs,
     TrainingState,
     batch_loss,
     build_model,
@@ -230,12 +231,16 @@ def test_schedule_rises_then_falls_to_nothing() -> None:
 def test_average_is_the_moving_average_of_weights_and_statistics() -> None:
     model, average = (WriterModel("tiny", 3) for _ in range(2))
     before = {name: value.clone() for name, value in average.state_dict().items()}
-    update_average(average, model, step=1, total_steps=10_000)  # decay 1 / 10 at the first step
+    model(torch.rand(4, 1, 16, 64))  # batch norm counts it
+    pairs = TensorPairs.of(average, model)
+    update_average(pairs, step=1, total_steps=10_000)  # decay 1 / 10 at the first step
     current = model.state_dict()
     for name, value in average.state_dict().items():
         expected = before[name] + 0.9 * (current[name] - before[name])
         if value.is_floating_point():
             torch.testing.assert_close(value, expected)
+        else:
+            assert value == 1
 
 
 def test_fewer_lines_than_a_batch_make_one_step(config: TrialConfig) -> None:
