@@ -143,8 +143,8 @@ def gather(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Te
     column = offsets[:, None] + torch.arange(crop_width, device=offsets.device)
     inside = (column >= 0) & (column < lines.widths[chosen, None])
     source = torch.where(inside, lines.starts[chosen, None] + column, 0)
-    # (batch, crop_width, line_height), uint8: the smallest form to send. `index_select` copies whole
-    # columns: an eighth of the time that indexing takes on a CPU.
+    # (batch, crop_width, line_height), uint8: the smallest form to send. `index_select` copies
+    # whole columns: an eighth of the time that indexing takes on a CPU.
     crops = lines.strip.index_select(0, source.flatten()).view(*source.shape, -1)
     crops = to_device(crops, lines.device)
     return crops.transpose(1, 2).unsqueeze(1).to(torch.float32).div_(INK_DEVIATION)
@@ -273,4 +273,4 @@ def draw_noise(images: Tensor, generator: torch.Generator, own: Own) -> Tensor:
     sheet = torch.randn(NOISE_SHEET * pixels, generator=generator, device=device)
     places = (NOISE_SHEET - 1) * pixels + 1
     begin = own.cut(torch.randint(places, (own.batch,), generator=generator, device=device), 0)
-    return sheet.unfold(0, pixels, 1)[begin].view_as(images)
+    return sheet.unfold(0, pixels, 1).index_select(0, begin).view_as(images)

@@ -25,7 +25,7 @@ from command_line import parse_args
 from compare import compare_text
 from config import Choice, Space, Value, default_space, narrow, parse_fix
 from data import default_cache_dir, describe_report, find_lines, load_lines
-from devices import divide
+from devices import divide, usable_cores
 from files import DirectoryLock, SharedLock, UserError, one_line, refuse_if_in_use, write_json
 from progress import lasting_output
 from provenance import provenance
@@ -258,7 +258,7 @@ def make_plan(
         n_trials=args.n_trials,
         slots=slots,
         ranks=ranks,
-        threads=max(1, len(os.sched_getaffinity(0)) // (len(slots) * ranks)),
+        threads=max(1, usable_cores() // (len(slots) * ranks)),
         sampler=args.sampler,
         seed=args.seed,
         timeout=args.timeout,

@@ -25,7 +25,7 @@ from batches import Lines, strip_on
 from bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
 from checkpoints import load_model
 from config import BACKBONES, BACKBONES_BY_TIER
-from devices import visible_entries
+from devices import usable_cores, visible_entries
 from files import UserError, one_line
 from metrics import Metrics, compute_metrics
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
@@ -255,7 +255,7 @@ def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
 def answer_question(connection: Connection, question: MachineQuestion) -> None:
     """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
     obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     try:
         answer: Message = ("machine", _describe_machine(question))
     except UserError as error:
