@@ -549,7 +549,8 @@ def _curves(directory: Path) -> Figure:
     accuracy.plot(epochs, percents, color=BLUE)
     accuracy.set_ylabel(ACCURACY)
     if np.isfinite(percents).any():
-        best = int(np.nanargmax(percents))
+        measured = np.flatnonzero(np.isfinite(percents))
+        best = max(measured, key=lambda at: (percents[at], -history[at].get("loss", 0.0)))
         accuracy.scatter([epochs[best]], [percents[best]], s=120, marker="*", color=VERMILLION)
         accuracy.set_title(f"Best: {percents[best]:.2f} % at epoch {epochs[best]}")
     rate.plot(epochs, _column(history, "learning_rate"), color=GREEN)

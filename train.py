@@ -267,12 +267,18 @@ def end_epoch(
     state.history.append(row)
     state.epoch = epoch
     state.loss_sum.zero_()
-    is_best = metrics is not None and (
-        state.best is None or metrics.macro_top1 > state.best["macro_top1"]
-    )
+    is_best = metrics is not None and (state.best is None or _merit(row) > _merit(state.best))
     if is_best and metrics is not None:
         state.best = {**row, "confusion": metrics.confusion}
     checkpoints.save(state.contents(), is_best)
+
+
+def _merit(row: dict[str, Any]) -> tuple[float, float]:
+    """Order epochs by macro top-1, equal ones by their loss.
+
+    Few validation lines make many epochs equal, and the first of them is the least trained.
+    """
+    return row["macro_top1"], -row["loss"]
 
 
 def finish(
@@ -310,7 +316,11 @@ def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | Non
     """Tell whether all epochs are done, or `patience` of them without a better value."""
     if state.epoch >= min(config.epochs, last_epoch or config.epochs):
         return True
-    return state.best is not None and state.epoch - state.best["epoch"] >= config.patience
+    if state.best is None:
+        return False
+    value = state.best["macro_top1"]
+    reached: int = next(row["epoch"] for row in state.history if row["macro_top1"] == value)
+    return state.epoch - reached >= config.patience
 
 
 # ------------------------------------------------------------------------------------- evaluation

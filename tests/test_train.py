@@ -209,6 +209,25 @@ def test_epochs_and_patience_end_a_trial(
     assert metrics.macro_top1 == 0.5
 
 
+def test_of_equally_good_epochs_the_one_of_the_least_loss_is_kept(
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not lengthen the training: patience counts from the first of them."""
+    shown = iter([(0.5, 1.2), (0.5, 1.1), (0.4, 0.2), (0.5, 1.3), (0.9, 0.1)])
+    epochs: list[int] = []
+
+    def scripted(*_: Any, **__: Any) -> Metrics:
+        value, loss = next(shown)
+        return Metrics(value, None, 0.0, 0.0, loss, {}, {})
+
+    monkeypatch.setattr(train_module, "evaluate", scripted)
+    config = changed(config, epochs=6, patience=3)
+    metrics = train(config, data, tmp_path, lambda epoch, row: epochs.append(epoch))
+    assert epochs == [1, 2, 3, 4]
+    assert metrics.loss == 1.1
+    assert json.loads((tmp_path / "metrics.json").read_text())["best"]["epoch"] == 2
+
+
 # --------------------------------------------------------------------------------------- learning
 
 
