@@ -509,7 +509,7 @@ class TrainingState:
     replicated: nn.Module  # the same, with its gradients averaged over the ranks
     average: WriterModel
     optimizer: torch.optim.Optimizer
-    loss_sum: Tensor  # (), of the steps of the epoch under way
+    loss_sum: Tensor  # (), float64 so that it is exact in any order: of the epoch's steps so far
     step: int = 0  # steps done in all
     epoch: int = 0  # epochs done, validation included
     best: dict[str, Any] | None = None  # the best epoch's row of the history, and its confusion
@@ -531,7 +531,7 @@ class TrainingState:
         model = ranks.prepared(build_model(config, num_writers).to(device), device)
         average = copy.deepcopy(model).requires_grad_(False)
         optimizer = build_optimizer(config, model)
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         return cls(model, ranks.replicated(model), average, optimizer, loss_sum, ranks=ranks)
 
     def contents(self) -> dict[str, Any]:

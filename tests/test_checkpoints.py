@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def test_training_goes_on_while_the_disk_is_slow_and_changes_nothing_that_is_wri
             assert not latest.exists()
             gate.set()
         elif now == 2.0:  # validation of the second epoch
+            patience = time.monotonic() + 60
+            while not latest.exists() and time.monotonic() < patience:
+                time.sleep(0.01)
             written.append(torch.load(latest, weights_only=True))
 
     train(config, data, tmp_path / "slow", check=check)
