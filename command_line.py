@@ -235,14 +235,14 @@ def _add_training_flags(group: Any) -> None:
     group.add_argument(
         "--epochs",
         type=whole_number,
-        default=40,
+        default=60,
         metavar="N",
         help="most epochs of a trial (default: %(default)s)",
     )
     group.add_argument(
         "--patience",
         type=whole_number,
-        default=15,
+        default=20,
         metavar="N",
         help="end a trial after so many epochs without a better value (default: %(default)s)",
     )
