@@ -244,14 +244,14 @@ def change_ink(
     # Sums and maxima over neighbours, one dimension after the other: on a CPU, pooling of one
     # channel takes ten times as long.
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    left, middle, right = (padded[..., at : at + images.shape[3]] for at in range(3))
+    left, middle, right = _neighbours(padded, 3)
     thick = torch.maximum(left, middle)
     torch.maximum(thick, right, out=thick)
     blurred = (left + middle).add_(right)
-    above, level, below = (thick[:, :, at : at + images.shape[2]] for at in range(3))
+    above, level, below = _neighbours(thick, 2)
     thick = torch.maximum(above, level)
     torch.maximum(thick, below, out=thick)
-    above, level, below = (blurred[:, :, at : at + images.shape[2]] for at in range(3))
+    above, level, below = _neighbours(blurred, 2)
     blurred = (above + level).add_(below)  # nine times the mean
     thicker = signed[0].clamp(min=0) * 0.25
     softer = signed[1] * 0.35  # negative: sharper
@@ -260,6 +260,12 @@ def change_ink(
     images.addcmul_(thick, contrast * thicker).addcmul_(blurred, contrast * softer / 9)
     noise = draw_noise(images, generator, own)
     return images.addcmul_(noise, drawn[3] * strength * 0.08).add_(signed[4] * 0.08)
+
+
+def _neighbours(padded: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each pixel's predecessor, itself and its successor along a dimension padded by one."""
+    size = padded.shape[dim] - 2
+    return padded.narrow(dim, 0, size), padded.narrow(dim, 1, size), padded.narrow(dim, 2, size)
 
 
 def draw_noise(images: Tensor, generator: torch.Generator, own: Own) -> Tensor:

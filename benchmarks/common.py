@@ -18,6 +18,7 @@ from typing import Any
 
 from config import TrialConfig
 from data import LineSet, default_cache_dir, find_lines, load_lines
+from devices import usable_cores
 from processes import training_environment
 from synthetic import make_lines
 
@@ -27,9 +28,7 @@ def parser_for(documentation: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch"
-    )
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of torch")
     return parser
 
 
