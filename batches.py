@@ -6,6 +6,7 @@ Everything is batched tensor code on the strip's device; nothing is done image b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from data import INK_DEVIATION, LineSet
 
-NOISE_SHEET = 4  # images: noise is drawn for so many, and each of a batch takes a part of it
+NOISE_SHEET = 4  # images: noise is drawn for so many in an epoch, and each takes a part of it
+NOISE_STEP = 10_007  # pixels that a batch's parts are shifted against those of the batch before
 STRIP_SHARE = 0.4  # of a device's free memory; what is larger stays on the host
 
 
@@ -123,19 +125,19 @@ def windows(widths: Tensor, crop_width: int) -> tuple[Tensor, Tensor]:
 
 
 def random_offsets(widths: Tensor, crop_width: int, generator: torch.Generator) -> Tensor:
-    """Choose where a crop starts in each line: (batch,); negative where the line is narrower.
+    """Choose where a crop starts in lines of these widths: as many; negative in narrower lines.
 
     A line that is narrower than the crop stands at a random place in it.
     """
     slack = (widths - crop_width).double()
     uniform = torch.rand(
-        len(widths), generator=generator, dtype=torch.float64, device=widths.device
+        widths.shape, generator=generator, dtype=torch.float64, device=widths.device
     )
     return (slack * uniform).round().long()
 
 
-def gather(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Tensor:
-    """Cut crops out of the strip: (batch, 1, line_height, crop_width), float32, unit deviation.
+def cut(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Tensor:
+    """Cut crops out of the strip: (batch, 1, line_height, crop_width), uint8, stored by columns.
 
     chosen, offsets (batch,), int64, on the strip's device; the crops are on `lines.device`. Columns
     outside of the line are empty background.
@@ -143,63 +145,95 @@ def gather(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Te
     column = offsets[:, None] + torch.arange(crop_width, device=offsets.device)
     inside = (column >= 0) & (column < lines.widths[chosen, None])
     source = torch.where(inside, lines.starts[chosen, None] + column, 0)
-    # (batch, crop_width, line_height), uint8: the smallest form to send. `index_select` copies
-    # whole columns: an eighth of the time that indexing takes on a CPU.
+    # `index_select` copies whole columns: an eighth of the time that indexing takes on a CPU.
     crops = lines.strip.index_select(0, source.flatten()).view(*source.shape, -1)
-    crops = to_device(crops, lines.device)
-    return crops.transpose(1, 2).unsqueeze(1).to(torch.float32).div_(INK_DEVIATION)
+    return to_device(crops, lines.device).transpose(1, 2).unsqueeze(1)
 
 
-# --------------------------------------------------------------------------------- augmentation
+def gather(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Tensor:
+    """Cut crops like `cut`, as images for a model: float32, unit deviation."""
+    return cut(lines, chosen, offsets, crop_width) / INK_DEVIATION
+
+
+# ------------------------------------------------------------------------------- an epoch's images
 
 
 @dataclass(frozen=True)
-class Own:
-    """Which images of a batch are at hand, where several processes share it.
+class EpochImages:
+    """The images of an epoch: of which lines, where they are cut, how each is distorted.
 
-    Random numbers are drawn for the whole batch: what an image gets does not depend on its sharing.
+    All that chance decides is drawn at the epoch's start. Drawn for each batch, these few numbers
+    took half as long on a CPU as the work on pixels. Processes that share each batch draw the same
+    and keep what is theirs: what an image gets does not depend on its sharing.
     """
 
-    rows: slice | Tensor  # their places in the batch
-    batch: int  # images in all
+    lines: Lines
+    crop_width: int
+    chosen: Tensor  # (batches, own), int64, on the strip's device, as the offsets
+    offsets: Tensor
+    labels: Tensor  # (batches, own), int64, on the device of the batches, as what follows
+    geometry: Tensor | None  # (batches, own, 2, 3), see `draw_geometry`
+    ink: Tensor | None  # (batches, own, 4, 1, 1, 1), see `draw_ink`
+    noise: Noise
 
-    def cut(self, drawn: Tensor, dim: int) -> Tensor:
-        """Take from what was drawn for the whole batch."""
-        if isinstance(self.rows, slice):
-            return drawn
-        return drawn.index_select(dim, self.rows.to(drawn.device))
+    @classmethod
+    def draw(
+        cls,
+        lines: Lines,
+        order: Tensor,
+        crop_width: int,
+        geometry: float,
+        photometry: float,
+        seed: int,
+        rows: slice | Tensor = slice(None),
+    ) -> EpochImages:
+        """Draw them for lines in this order, (batches, batch), int64.
+
+        geometry, photometry: how much is distorted; 1 is the usual, 0 leaves it out. rows: which
+        images of each batch are this process's.
+        """
+        host, device = lines.strip.device, lines.device
+        chosen = order.to(host)
+        # Where crops begin is drawn where the strip is: asking the device would be waiting for it.
+        cropping = torch.Generator(host).manual_seed(seed)
+        offsets = random_offsets(lines.widths[chosen], crop_width, cropping)[:, rows]
+        chosen = chosen[:, rows]
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        height = lines.strip.shape[1]
+        moves = draw_geometry(order.shape, geometry, height, crop_width, generator)
+        changes = draw_ink(order.shape, photometry, generator)
+        return cls(
+            lines,
+            crop_width,
+            chosen,
+            offsets,
+            to_device(lines.labels[chosen], device),
+            moves[:, rows] if geometry > 0 else None,
+            changes[:, rows] if photometry > 0 else None,
+            Noise.draw(order.shape[1], height, crop_width, generator, rows),
+        )
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Make a batch: images (own, 1, height, width), float32, and labels (own,), int64."""
+        crops = cut(self.lines, self.chosen[number], self.offsets[number], self.crop_width)
+        images = crops / INK_DEVIATION if self.ink is None else change_ink(crops, self.ink[number])
+        if self.geometry is not None:
+            images = distort(images, self.geometry[number])
+        if self.ink is not None:
+            images.addcmul_(self.noise.of(number), self.ink[number, :, 3])
+        return images, self.labels[number]
 
 
-def augment(
-    images: Tensor,
-    geometry: float,
-    photometry: float,
-    generator: torch.Generator,
-    own: Own | None = None,
+def draw_geometry(
+    shape: Sequence[int], strength: float, height: int, width: int, generator: torch.Generator
 ) -> Tensor:
-    """Distort a batch (batch, 1, height, width), each image differently, on its device.
+    """Draw a rotation (± 1°), shear, scale and stretch (± 5 %), and shift for each image.
 
-    The generator lives on the images' device. own: where they are a part of a batch.
+    Returns (*shape, 2, 3) for `distort`. The figures are for strength 1. They are small: slant and
+    proportions are a writer's own. Twice as much, also of the ink's changes at that time, cost 3
+    points of accuracy after 12 epochs on real lines.
     """
-    own = own or Own(slice(None), len(images))
-    if geometry > 0:
-        images = distort(images, geometry, generator, own)
-    if photometry > 0:
-        images = change_ink(images, photometry, generator, own)
-    return images
-
-
-def distort(
-    images: Tensor, strength: float, generator: torch.Generator, own: Own | None = None
-) -> Tensor:
-    """Rotate (± 1°), shear, scale and stretch (± 5 %), and shift each image.
-
-    The figures are for strength 1. They are small: slant and proportions are a writer's own. Twice
-    as much of this and of `change_ink` cost 3 points of accuracy after 12 epochs on real lines.
-    """
-    own = own or Own(slice(None), len(images))
-    height, width = images.shape[2:]
-    drawn = own.cut(torch.rand(6, own.batch, generator=generator, device=images.device), 1)
+    drawn = torch.rand(6, *shape, generator=generator, device=generator.device)
     drawn = (drawn * 2 - 1) * strength
     angle = drawn[0] * math.radians(1.0)
     shear = drawn[1] * 0.05
@@ -207,16 +241,19 @@ def distort(
     stretch = torch.exp(drawn[3] * 0.05)
     shift_x, shift_y = drawn[4] * 4 / width, drawn[5] * 0.03
     aspect = height / width  # affine_grid works in units of half the image
-    theta = torch.stack(
+    return torch.stack(
         [
             torch.stack([scale * stretch, (shear + angle) * aspect, shift_x], -1),
             torch.stack([-angle / aspect, scale, shift_y], -1),
         ],
-        1,
+        -2,
     )
-    return F.grid_sample(
-        images, affine_grid(theta, height, width), "bilinear", "zeros", align_corners=False
-    )
+
+
+def distort(images: Tensor, theta: Tensor) -> Tensor:
+    """Move the pixels of (batch, 1, height, width) by affine maps, (batch, 2, 3)."""
+    grid = affine_grid(theta, *images.shape[2:])
+    return F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False)
 
 
 def affine_grid(theta: Tensor, height: int, width: int) -> Tensor:
@@ -225,58 +262,87 @@ def affine_grid(theta: Tensor, height: int, width: int) -> Tensor:
     By sums over rows and columns instead of a matrix product for each pixel: a tenth of its time on
     a CPU, where that is more than `grid_sample` itself takes.
     """
-    x = (torch.arange(width, device=theta.device) * 2 + 1) / width - 1
-    y = (torch.arange(height, device=theta.device) * 2 + 1) / height - 1
-    rows = theta[:, :, 1:2] * y + theta[:, :, 2:3]  # (batch, 2, height)
+    x, y = (
+        torch.linspace(1 / size - 1, 1 - 1 / size, size, device=theta.device)
+        for size in (width, height)
+    )
+    rows = torch.addcmul(theta[:, :, 2:], theta[:, :, 1:2], y)  # (batch, 2, height)
     columns = theta[:, :, :1] * x  # (batch, 2, width)
     # As two planes: pairs that lie together take three times as long to add, and longer to sample.
     return (rows[..., :, None] + columns[..., None, :]).permute(0, 2, 3, 1)
 
 
-def change_ink(
-    images: Tensor, strength: float, generator: torch.Generator, own: Own | None = None
-) -> Tensor:
-    """Change each image's stroke width, sharpness, contrast, noise and paper."""
-    own = own or Own(slice(None), len(images))
-    drawn = torch.rand(5, own.batch, 1, 1, 1, generator=generator, device=images.device)
-    drawn = own.cut(drawn, 1)
-    signed = (drawn * 2 - 1) * strength
-    # Sums and maxima over neighbours, one dimension after the other: on a CPU, pooling of one
-    # channel takes ten times as long.
-    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    left, middle, right = _neighbours(padded, 3)
-    thick = torch.maximum(left, middle)
-    torch.maximum(thick, right, out=thick)
-    blurred = (left + middle).add_(right)
-    above, level, below = _neighbours(thick, 2)
-    thick = torch.maximum(above, level)
-    torch.maximum(thick, below, out=thick)
-    above, level, below = _neighbours(blurred, 2)
-    blurred = (above + level).add_(below)  # nine times the mean
-    thicker = signed[0].clamp(min=0) * 0.25
-    softer = signed[1] * 0.35  # negative: sharper
-    contrast = torch.exp(signed[2] * 0.18)
-    images = images * (contrast * (1 - thicker - softer))
-    images.addcmul_(thick, contrast * thicker).addcmul_(blurred, contrast * softer / 9)
-    noise = draw_noise(images, generator, own)
-    return images.addcmul_(noise, drawn[3] * strength * 0.08).add_(signed[4] * 0.08)
+def draw_ink(shape: Sequence[int], strength: float, generator: torch.Generator) -> Tensor:
+    """Draw each image's change of stroke width, contrast, paper and noise.
 
-
-def _neighbours(padded: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each pixel's predecessor, itself and its successor along a dimension padded by one."""
-    size = padded.shape[dim] - 2
-    return padded.narrow(dim, 0, size), padded.narrow(dim, 1, size), padded.narrow(dim, 2, size)
-
-
-def draw_noise(images: Tensor, generator: torch.Generator, own: Own) -> Tensor:
-    """Give each image normal noise, (batch, 1, height, width), from a place of its own in a sheet.
-
-    A sheet of a few images' size: drawing each pixel's anew was the most expensive part of
-    augmentation on a CPU.
+    Returns (*shape, 4, 1, 1, 1): the weights of grey levels and of those of the darkest
+    neighbours, what is added, and the deviation of noise. Of these, stroke width and noise count.
     """
-    pixels = images.shape[2] * images.shape[3]
-    device = images.device
-    sheet = torch.randn(NOISE_SHEET * pixels, generator=generator, device=device)
-    places = (NOISE_SHEET - 1) * pixels + 1
-    begin = own.cut(torch.randint(places, (own.batch,), generator=generator, device=device), 0)
-    return sheet.unfold(0, pixels, 1).index_select(0, begin).view_as(images)
+    drawn = torch.rand(4, *shape, 1, 1, 1, generator=generator, device=generator.device)
+    signed = (drawn * 2 - 1) * strength
+    thicker = signed[0] * 0.4  # negative: thinner, with harder edges
+    contrast = torch.exp(signed[1] * 0.18) / INK_DEVIATION
+    paper, noise = signed[2] * 0.08, drawn[3] * strength * 0.24
+    return torch.stack([contrast * (1 - thicker), contrast * thicker, paper, noise], -4)
+
+
+def change_ink(crops: Tensor, ink: Tensor) -> Tensor:
+    """Make images of crops, (batch, 1, height, width), uint8 to float32; all but the noise.
+
+    ink (batch, 4, 1, 1, 1), from `draw_ink`.
+    """
+    unchanged, thickened, paper, _ = ink.unbind(1)
+    images = crops.to(torch.float32)
+    torch.addcmul(paper, images, unchanged, out=images)
+    return images.addcmul_(darkest_neighbours(crops).to(torch.float32), thickened)
+
+
+def darkest_neighbours(images: Tensor) -> Tensor:
+    """Take the maximum of each pixel and its eight neighbours, one dimension after the other.
+
+    On a CPU, pooling of one channel takes ten times as long.
+    """
+    for dim in (2, 3):
+        most = images.shape[dim] - 1
+        darkest = images.clone()
+        for here, there in ((0, 1), (1, 0)):
+            place = darkest.narrow(dim, here, most)
+            torch.maximum(place, images.narrow(dim, there, most), out=place)
+        images = darkest
+    return images
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Normal noise for the images of an epoch, each a part of one sheet.
+
+    To draw it for each pixel was the most expensive part of augmentation on a CPU.
+    """
+
+    sheet: Tensor  # (pixels,)
+    batch_size: int
+    height: int
+    width: int
+    rows: slice | Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        batch_size: int,
+        height: int,
+        width: int,
+        generator: torch.Generator,
+        rows: slice | Tensor = slice(None),
+    ) -> Noise:
+        device = generator.device
+        sheet = torch.randn(NOISE_SHEET * height * width, generator=generator, device=device)
+        rows = rows if isinstance(rows, slice) else rows.to(device)
+        return cls(sheet, batch_size, height, width, rows)
+
+    def of(self, number: int) -> Tensor:
+        """Give the noise of a batch: (own, 1, height, width), not to be changed."""
+        pixels = self.height * self.width
+        begin = number * NOISE_STEP % pixels
+        apart = (len(self.sheet) - 2 * pixels) // self.batch_size
+        parts = self.sheet[begin:].unfold(0, pixels, apart)[: self.batch_size]
+        return parts[self.rows].view(-1, 1, self.height, self.width)

@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -282,6 +283,15 @@ def training_environment(given: Mapping[str, str]) -> dict[str, str]:
     memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     groups = (waiting, memory)
     return {k: v for own in groups if not own.keys() & given.keys() for k, v in own.items()}
+
+
+def as_in_a_trial() -> None:
+    """Start this program again where its environment is not the one that trials have.
+
+    Keeps the process's number. Before the program begins its work: nothing is closed.
+    """
+    if missing := training_environment(os.environ):
+        os.execve(sys.executable, sys.orig_argv, os.environ | missing)
 
 
 @contextlib.contextmanager

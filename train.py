@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,14 +29,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from batches import (
+    EpochImages,
     Lines,
-    Own,
-    augment,
     epoch_order,
     gather,
-    random_offsets,
     strip_on,
-    to_device,
     windows,
 )
 from checkpoints import Checkpoints, save_model
@@ -50,6 +47,7 @@ from ranks import ALONE, Ranks
 WARM_UP = 0.05  # share of all steps in which the learning rate rises
 CLIP_NORM = 1.0
 EMA_SHARE = 0.05  # the moving average looks back over this share of all steps
+AVERAGE_STEPS = 4  # it moves after so many: each time takes a hundredth of a step on a CPU
 CHECK_LOSS_STEPS = 20  # the loss is read from the device this often, to end a diverged trial
 EVALUATION_BATCH = 64
 
@@ -149,34 +147,34 @@ def train_epoch(
     micro_batch: int | None = None,
 ) -> None:
     """Train the rest of an epoch: all of it, or what a stop in its middle left over."""
-    host, device, ranks = lines.strip.device, lines.device, state.ranks
-    rng = np.random.default_rng([config.seed, 1, state.epoch])
+    ranks, epoch = state.ranks, state.epoch
+    rng = np.random.default_rng([config.seed, 1, epoch])
     order = epoch_order(lines.labels.cpu().numpy(), config.sampler_alpha, rng)
-    batches = torch.tensor_split(
-        torch.from_numpy(order[: steps * config.batch_size]).to(host), steps
+    batch_size = min(config.batch_size, len(lines))
+    drawn = EpochImages.draw(
+        lines,
+        torch.from_numpy(order[: steps * batch_size]).view(steps, batch_size),
+        config.crop_width,
+        config.augment_geometry,
+        config.augment_photometry,
+        derived_seed(config.seed, 2, epoch),
+        ranks.rows(batch_size, mixes(config)),
     )
-    generator = torch.Generator(device)
-    # Where crops begin is drawn where the strip is: asking the device would be waiting for it.
-    cropping = generator if host == device else torch.Generator(host)
+    # Of dropout: its masks are a rank's own.
+    step_seeds = derived_seeds([config.seed, 4, epoch, ranks.rank], steps)
     state.model.train()
-    while state.step < (state.epoch + 1) * steps:
+    while state.step < (epoch + 1) * steps:
         check(state.step / steps)
-        seed = derived_seed(config.seed, 2, state.step)
-        # Dropout: its masks are a rank's own.
-        torch.manual_seed(seed if ranks.is_first else derived_seed(seed, ranks.rank))
-        for drawing in (generator, cropping):
-            drawing.manual_seed(seed)
-        chosen = batches[state.step - state.epoch * steps]
-        own = Own(ranks.rows(len(chosen), mixes(config)), len(chosen))
-        offsets = random_offsets(lines.widths[chosen], config.crop_width, cropping)
-        chosen, offsets = own.cut(chosen, 0), own.cut(offsets, 0)
-        images = gather(lines, chosen, offsets, config.crop_width)
-        images = augment(images, config.augment_geometry, config.augment_photometry, generator, own)
+        number = state.step - epoch * steps
+        seed_generator(lines.device, step_seeds[number])
+        images, labels = drawn.batch(number)
         set_learning_rate(state.optimizer, schedule(state.step, config.epochs * steps))
-        labels = to_device(lines.labels[chosen], device)
-        state.loss_sum += training_step(state, config, images, labels, micro_batch, own.batch)
+        state.loss_sum += training_step(state, config, images, labels, micro_batch, batch_size)
         state.step += 1
-        update_average(state.pairs, state.step, config.epochs * steps)
+        done = number + 1
+        if done % AVERAGE_STEPS == 0 or done == steps:
+            covered = (done - 1) % AVERAGE_STEPS + 1
+            update_average(state.pairs, state.step, config.epochs * steps, covered)
         if state.step % CHECK_LOSS_STEPS == 0:
             require_finite(state.loss_sum, "the training loss", state)
     require_finite(state.loss_sum, "the training loss", state)
@@ -462,13 +460,15 @@ class TensorPairs:
 
 
 @torch.no_grad()
-def update_average(pairs: TensorPairs, step: int, total_steps: int) -> None:
+def update_average(pairs: TensorPairs, step: int, total_steps: int, covered: int = 1) -> None:
     """Move the average of weights and batch-norm statistics towards the model.
 
-    The average looks back over EMA_SHARE of the training, and over less at its start.
+    The average looks back over EMA_SHARE of the training, and over less at its start. covered: the
+    steps up to this one that it has not moved for.
     """
     horizon = max(1.0, EMA_SHARE * total_steps)
-    decay = min(1 - 1 / horizon, step / (step + 9))
+    since = range(step - covered + 1, step + 1)
+    decay = math.prod(min(1 - 1 / horizon, number / (number + 9)) for number in since)
     blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     blend(pairs.average, pairs.model, step)
     if pairs.model_counts:
@@ -487,7 +487,25 @@ def steps_per_epoch(config: TrialConfig, num_lines: int) -> int:
 
 def derived_seed(*words: int) -> int:
     """Derive an independent seed of 63 bits from whole numbers."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
+    return derived_seeds(words, 1)[0]
+
+
+def derived_seeds(words: Sequence[int], number: int) -> list[int]:
+    """Derive several of them."""
+    states = np.random.SeedSequence(words).generate_state(number, np.uint64)
+    return [int(state) >> 1 for state in states]
+
+
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed the generator that a device's layers draw from.
+
+    On a CPU not by `torch.manual_seed`: before CUDA is set up it notes its caller for later, each
+    time, which takes longer than any one operation on a batch's pixels.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:

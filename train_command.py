@@ -15,6 +15,7 @@ from command_line import Parser, device_name, underscored
 from data import default_cache_dir
 from files import UserError, one_line
 from prediction import as_csv, as_json, as_table, predict
+from processes import as_in_a_trial
 from progress import lasting_output
 from retraining import TRAIN_ON, Retraining, device_like, retrain
 from signals import Interrupted, StopSignals
@@ -167,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with lasting_output():
         try:
             args = parse_args(sys.argv[1:] if argv is None else argv)
+            if argv is None and args.config is not None:
+                as_in_a_trial()  # some seconds now, a third of the training on a CPU
             with StopSignals() as stop:
                 return predict_command(args) if args.predict else retrain_command(args, stop)
         except UserError as error:

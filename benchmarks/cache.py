@@ -176,7 +176,7 @@ def opened_in_child(connection: Connection, work: Path) -> None:
     import numpy as np
     import torch
 
-    from batches import Lines, augment, epoch_order, gather, random_offsets, strip_on
+    from batches import EpochImages, Lines, epoch_order, strip_on
 
     before = {kind: common.memory_mib(kind) for kind in ("RssAnon", "RssFile")}
     times = [time.perf_counter()]
@@ -186,10 +186,8 @@ def opened_in_child(connection: Connection, work: Path) -> None:
     times.append(time.perf_counter())
     training = Lines.of(data, "train", strip_on(data, torch.device("cpu")))
     order = epoch_order(training.labels.numpy(), 0.5, np.random.default_rng(0))
-    chosen = torch.from_numpy(order[:32])
-    generator = torch.Generator()
-    offsets = random_offsets(training.widths[chosen], 256, generator)
-    augment(gather(training, chosen, offsets, 256), 1.0, 1.0, generator)
+    batches = torch.from_numpy(order[: len(order) // 32 * 32]).view(-1, 32)
+    EpochImages.draw(training, batches, 256, 1.0, 1.0, seed=0).batch(0)
     times.append(time.perf_counter())
     connection.send(
         {

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any
 from config import TrialConfig
 from data import LineSet, default_cache_dir, find_lines, load_lines
 from devices import usable_cores
-from processes import training_environment
 from synthetic import make_lines
 
 
@@ -30,12 +28,6 @@ def parser_for(documentation: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of torch")
     return parser
-
-
-def as_in_a_trial() -> None:
-    """Start this program again where its environment is not the one that trials have."""
-    if missing := training_environment(os.environ):
-        os.execve(sys.executable, sys.orig_argv, os.environ | missing)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -26,11 +26,21 @@ import torch
 from torch import Tensor
 
 import train
-from batches import Lines, augment, epoch_order, gather, random_offsets, strip_on
+from batches import (
+    EpochImages,
+    Lines,
+    change_ink,
+    cut,
+    distort,
+    epoch_order,
+    gather,
+    strip_on,
+)
 from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader, padded
 from config import TrialConfig
 from data import LineSet
+from processes import as_in_a_trial
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,7 +86,7 @@ def measure_device(
             parts.append([name, *bench.parts(args.rounds).values()])
     header = ["", "epoch", "ceiling", "ratio", "of CPU", "squeezed", "ratio", "padded", "ratio"]
     common.print_table(f"{device}: images/s", header, rows)
-    header = ["", "step", "crops", "geometry", "photometry", "average", "order"]
+    header = ["", "step", "crops", "photometry", "geometry", "average", "draws"]
     common.print_table(
         f"{device}: where the time goes, ms a batch (CPU: of all threads)", header, parts
     )
@@ -92,17 +102,12 @@ class Bench:
         self.lines = Lines.of(data, "train", strip_on(data, place), place)
         self.state = train.TrainingState.start(config, len(data.writers), place)
         self.fixed_state = train.TrainingState.start(config, len(data.writers), place)
-        self.generator = torch.Generator(place)
-        host = self.lines.strip.device  # the device's own, or the host's where that has no room
-        self.cropping = torch.Generator(host)
-        self.chosen = torch.arange(config.batch_size, device=host) % len(self.lines)
-        self.crops = self.cut()
-        self.images = augment(self.crops, 1.0, 1.0, self.generator)
+        # A batch with all that is drawn for it.
+        self.drawn = self.draw(torch.arange(config.batch_size)[None] % len(self.lines))
+        self.images, self.labels = self.drawn.batch(0)
 
-    def cut(self) -> Tensor:
-        width = self.config.crop_width
-        offsets = random_offsets(self.lines.widths[self.chosen], width, self.cropping)
-        return gather(self.lines, self.chosen, offsets, width)
+    def draw(self, order: Tensor) -> EpochImages:
+        return EpochImages.draw(self.lines, order, self.config.crop_width, 1.0, 1.0, seed=0)
 
     def epoch(self, steps: int) -> None:
         """Train the program's epoch, cut short after some steps."""
@@ -112,10 +117,9 @@ class Bench:
 
     def resident(self, steps: int) -> None:
         """Take as many steps on one batch."""
-        labels = self.lines.labels[self.chosen]
         total = torch.zeros((), device=self.device)
         for _ in range(steps):
-            total += train.training_step(self.fixed_state, self.config, self.images, labels)
+            total += train.training_step(self.fixed_state, self.config, self.images, self.labels)
         total.item()
 
     def feed(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -162,26 +166,39 @@ class Bench:
 
     def parts(self, rounds: int) -> dict[str, float]:
         """Give the milliseconds of each part of a step, each measured alone."""
-        labels = self.lines.labels[self.chosen]
-        every_label = self.lines.labels.cpu().numpy()
-        rng = np.random.default_rng(0)
-        state, config = self.state, self.config
+        state, config, lines, drawn = self.state, self.config, self.lines, self.drawn
+        every_label, rng = lines.labels.cpu().numpy(), np.random.default_rng(0)
+        steps = train.steps_per_epoch(config, len(lines))
+        place = (lines, drawn.chosen[0], drawn.offsets[0], config.crop_width)
+        crops, images = cut(*place), gather(*place)
+        ink, geometry = drawn.ink, drawn.geometry
+        assert ink is not None
+        assert geometry is not None
+
+        def photometry() -> None:
+            change_ink(crops, ink[0]).addcmul_(drawn.noise.of(0), ink[0, :, 3])
+
+        def draws() -> None:
+            order = epoch_order(every_label, config.sampler_alpha, rng)
+            self.draw(torch.from_numpy(order[: steps * config.batch_size]).view(steps, -1))
+
         sides = {
-            "step": lambda: train.training_step(self.fixed_state, config, self.images, labels),
-            "crops": self.cut,
-            "geometry": lambda: augment(self.crops, 1.0, 0.0, self.generator),
-            "photometry": lambda: augment(self.crops, 0.0, 1.0, self.generator),
+            "step": lambda: train.training_step(self.fixed_state, config, self.images, self.labels),
+            "crops": lambda: cut(*place),
+            "photometry": photometry,
+            "geometry": lambda: distort(images, geometry[0]),
             "average": lambda: train.update_average(state.pairs, 10, 1000),
-            "order": lambda: epoch_order(every_label, config.sampler_alpha, rng),
+            "draws": draws,
         }
         seconds, cpu_seconds = common.alternate(sides, 3 * rounds, self.device)
         if self.device == "cpu":  # what the machine does beside has no part in these
             seconds = cpu_seconds
         milliseconds = {name: 1000 * median(values) for name, values in seconds.items()}
-        milliseconds["order"] /= train.steps_per_epoch(config, len(self.lines))
+        milliseconds["draws"] /= steps  # those of an epoch
+        milliseconds["average"] /= train.AVERAGE_STEPS
         return milliseconds
 
 
 if __name__ == "__main__":
-    common.as_in_a_trial()
+    as_in_a_trial()
     raise SystemExit(main())

@@ -30,6 +30,7 @@ from unittest import mock
 from benchmarks import common
 from config import TrialConfig
 from data import LineSet
+from processes import as_in_a_trial
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -219,5 +220,5 @@ def ray_spans(
 
 
 if __name__ == "__main__":
-    common.as_in_a_trial()
+    as_in_a_trial()
     raise SystemExit(main())

@@ -26,6 +26,7 @@ from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader
 from config import TrialConfig
 from data import LineSet
+from processes import as_in_a_trial
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -123,5 +124,5 @@ class Bench:
 
 
 if __name__ == "__main__":
-    common.as_in_a_trial()
+    as_in_a_trial()
     raise SystemExit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batches import (
+    EpochImages,
     Lines,
+    Noise,
     affine_grid,
-    augment,
     change_ink,
+    darkest_neighbours,
     distort,
+    draw_geometry,
+    draw_ink,
     epoch_order,
     gather,
     random_offsets,
@@ -206,60 +212,61 @@ def test_crops_of_whole_lines_have_unit_deviation(data: LineSet) -> None:
 
 
 def blot(batch: int = 16, height: int = 64, width: int = 256) -> Tensor:
-    """The same ink in the middle of each image of a batch."""
-    image = torch.zeros(1, 1, height, width)
-    image[..., height // 4 : -height // 4, width // 4 : -width // 4] = 2.0
-    return image.repeat(batch, 1, 1, 1)
+    """The same ink in the middle of each crop of a batch, uint8, three deviations dark."""
+    crop = torch.zeros(1, 1, height, width, dtype=torch.uint8)
+    crop[..., height // 4 : -height // 4, width // 4 : -width // 4] = 3 * int(INK_DEVIATION)
+    return crop.repeat(batch, 1, 1, 1)
 
 
-@pytest.mark.parametrize("change", [distort, change_ink])
+def as_image(crops: Tensor) -> Tensor:
+    return crops / INK_DEVIATION
+
+
+def moved(crops: Tensor, strength: float, seed: int = 0) -> Tensor:
+    """Distort a batch of crops, as images."""
+    theta = draw_geometry(crops.shape[:1], strength, *crops.shape[2:], generator(seed))
+    return distort(as_image(crops), theta)
+
+
+def inked(crops: Tensor, strength: float, seed: int = 0) -> Tensor:
+    """Change the ink of a batch of crops."""
+    return change_ink(crops, draw_ink(crops.shape[:1], strength, generator(seed)))
+
+
+@pytest.mark.parametrize("change", [moved, inked])
 @pytest.mark.parametrize("strength", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("shape", [(1, 1, 16, 32), (5, 1, 64, 96)])
 def test_a_change_keeps_shape_and_is_finite(
-    change: object, strength: float, shape: tuple[int, ...]
+    change: Callable[..., Tensor], strength: float, shape: tuple[int, ...]
 ) -> None:
-    assert callable(change)
-    images = torch.rand(shape, generator=generator()) * 6
-    changed = change(images, strength, generator())
-    assert changed.shape == images.shape
+    crops = torch.randint(256, shape, generator=generator(), dtype=torch.uint8)
+    before = crops.clone()
+    changed = change(crops, strength)
+    assert changed.shape == crops.shape
     assert changed.dtype == torch.float32
     assert changed.isfinite().all()
-
-
-@pytest.mark.parametrize(("geometry", "photometry"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_augmentation_differs_between_images_and_follows_the_generator(
-    geometry: float, photometry: float
-) -> None:
-    images = blot(batch=6, height=32, width=64)
-    before = images.clone()
-    one, same, other = (augment(images, geometry, photometry, generator(s)) for s in (1, 1, 2))
-    assert torch.equal(images, before)
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-    differences = (one[:, None] - one[None]).abs().amax((2, 3, 4))
-    assert (differences + torch.eye(6) > 0.01).all()
+    assert torch.equal(crops, before)
 
 
 def test_strength_zero_is_identity() -> None:
-    images = torch.rand((3, 1, 16, 32), generator=generator())
-    assert torch.equal(augment(images, 0.0, 0.0, generator()), images)
-    assert torch.allclose(distort(images, 0.0, generator()), images, atol=1e-4)
-    assert torch.equal(change_ink(images, 0.0, generator()), images)
+    crops = torch.randint(256, (3, 1, 16, 32), generator=generator(), dtype=torch.uint8)
+    assert torch.allclose(moved(crops, 0.0), as_image(crops), atol=1e-4)
+    assert torch.allclose(inked(crops, 0.0), as_image(crops))
 
 
 def test_strength_scales_the_change() -> None:
-    images = blot()
-    for change in (distort, change_ink):
+    crops = blot()
+    for change in (moved, inked):
         weak, strong = (
-            (change(images, strength, generator()) - images).abs().mean() for strength in (0.2, 1.0)
+            (change(crops, strength) - as_image(crops)).abs().mean() for strength in (0.2, 1.0)
         )
         assert 0 < 2 * weak < strong
 
 
 def test_distortion_keeps_the_ink() -> None:
     """Scale and stretch of 10 % each change an area by a third at most."""
-    images = blot(batch=100)
-    ink = distort(images, 1.0, generator()).sum((1, 2, 3)) / images[0].sum()
+    crops = blot(batch=100)
+    ink = moved(crops, 1.0).sum((1, 2, 3)) / as_image(crops[0]).sum()
     assert 0.7 < ink.min() < 0.95
     assert 1.05 < ink.max() < 1.4
     assert ink.mean().item() == pytest.approx(1, abs=0.1)
@@ -272,7 +279,7 @@ def test_distortion_turns_a_stroke_by_few_pixels_at_any_width(width: int) -> Non
     rows = torch.arange(height).float()
     level = torch.zeros(50, 1, height, width)
     level[:, :, height // 2 - 2 : height // 2 + 2] = 1
-    turned = distort(level, 2.0, generator())[:, 0, :, width // 4 : -width // 4]
+    turned = moved(level, 2.0)[:, 0, :, width // 4 : -width // 4]
     centre = (turned * rows[:, None]).sum(1) / turned.sum(1)  # (batch, columns)
     rise = centre[:, -1] - centre[:, 0]
     most = np.tan(np.radians(2)) * width / 2 * 1.3
@@ -282,7 +289,7 @@ def test_distortion_turns_a_stroke_by_few_pixels_at_any_width(width: int) -> Non
     columns = torch.arange(width).float()
     upright = torch.zeros(50, 1, height, width)
     upright[..., width // 2 - 2 : width // 2 + 2] = 1
-    leaning = distort(upright, 2.0, generator())[:, 0, height // 4 : -height // 4]
+    leaning = moved(upright, 2.0)[:, 0, height // 4 : -height // 4]
     centre = (leaning * columns).sum(2) / leaning.sum(2)  # (batch, rows)
     lean = centre[:, -1] - centre[:, 0]
     most = (0.1 + np.radians(2)) * height / 2 * 1.3
@@ -290,16 +297,83 @@ def test_distortion_turns_a_stroke_by_few_pixels_at_any_width(width: int) -> Non
 
 
 def test_change_of_ink_moves_no_stroke() -> None:
-    images = blot(batch=32)
-    changed = change_ink(images, 1.0, generator())
-    inside, outside = images > 0, images == 0
-    for before, after in zip(images, changed, strict=True):
+    crops = blot(batch=32)
+    changed = inked(crops, 1.0)
+    inside, outside = crops > 0, crops == 0
+    for before, after in zip(as_image(crops), changed, strict=True):
         together = torch.stack([before.flatten(), after.flatten()])
         assert torch.corrcoef(together)[0, 1] > 0.95
-    ratio = changed[inside].reshape(32, -1).mean(1) / 2
+    ratio = changed[inside].reshape(32, -1).mean(1) / 3
     assert ratio.min() < 0.9
     assert ratio.max() > 1.1
     assert changed[outside].abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 9, 12), (1, 1, 1, 5), (1, 1, 4, 1)])
+def test_darkest_neighbours_are_those_of_a_window_of_three(shape: tuple[int, ...]) -> None:
+    crops = torch.randint(256, shape, generator=generator(), dtype=torch.uint8)
+    expected = F.max_pool2d(crops.double(), 3, 1, padding=1)
+    for stored in (crops, crops.transpose(2, 3).contiguous().transpose(2, 3)):
+        found = darkest_neighbours(stored)
+        assert found.dtype == torch.uint8
+        assert torch.equal(found.double(), expected)
+
+
+# ------------------------------------------------------------------------------- an epoch's images
+
+
+def drawn_images(
+    lines: Lines, geometry: float = 1.0, photometry: float = 1.0, seed: int = 0
+) -> EpochImages:
+    order = torch.arange(12).reshape(3, 4) % len(lines)
+    return EpochImages.draw(lines, order, CROP, geometry, photometry, seed)
+
+
+def test_images_without_augmentation_are_the_crops(lines: Lines) -> None:
+    drawn = drawn_images(lines, 0.0, 0.0)
+    for number in range(3):
+        images, _ = drawn.batch(number)
+        chosen = torch.arange(4 * number, 4 * number + 4) % len(lines)
+        assert torch.equal(images, gather(lines, chosen, drawn.offsets[number], CROP))
+
+
+def test_labels_are_those_of_the_lines() -> None:
+    strip, places = torch.zeros(100, HEIGHT, dtype=torch.uint8), torch.arange(7)
+    labels = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+    numbered = Lines(strip, places, torch.full((7,), 20), labels, places, strip.device)
+    drawn = drawn_images(numbered)
+    assert drawn.batch(1)[1].tolist() == [5, 9, 2, 3]
+
+
+@pytest.mark.parametrize(("geometry", "photometry"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_augmentation_differs_between_images_and_follows_the_seed(
+    geometry: float, photometry: float
+) -> None:
+    strip = torch.zeros(1 + 2 * CROP, HEIGHT, dtype=torch.uint8)
+    strip[CROP // 2 : CROP, 2:6] = 120
+    one = torch.ones(1, dtype=torch.int64)
+    lines = Lines(strip, one, CROP * one, one, one, strip.device)  # a line as wide as a crop
+
+    def images(seed: int) -> Tensor:
+        drawn = drawn_images(lines, geometry, photometry, seed)
+        return torch.cat([drawn.batch(number)[0] for number in range(3)])
+
+    first, same, other = (images(seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    differences = (first[:, None] - first[None]).abs().amax((2, 3, 4))
+    assert (differences + torch.eye(12) > 0.01).all()
+
+
+def test_noise_is_normal_and_differs_between_images_and_batches() -> None:
+    noise = Noise.draw(batch_size=32, height=64, width=256, generator=generator())
+    batches = torch.stack([noise.of(number) for number in range(34)])
+    assert batches.shape == (34, 32, 1, 64, 256)
+    assert batches.mean().item() == pytest.approx(0, abs=0.02)
+    assert batches.std().item() == pytest.approx(1, abs=0.02)
+    firsts = batches[..., 0, 0, :8].reshape(34 * 32, 8)
+    assert len(firsts.unique(dim=0)) == 34 * 32
+    assert abs(torch.corrcoef(batches[0].flatten(1))[0, 1].item()) < 0.05
 
 
 def test_affine_grid_is_that_of_torch() -> None:

@@ -65,8 +65,8 @@ MAY_IMPORT = {
     },
     "checkpoints": {"config", "data", "files", "model"},
     "train_command": {
-        *("checkpoints", "command_line", "data", "files", "prediction", "progress", "retraining"),
-        *("signals", "train"),
+        *("checkpoints", "command_line", "data", "files", "prediction", "processes", "progress"),
+        *("retraining", "signals", "train"),
     },
     "retraining": {
         *("checkpoints", "config", "data", "files", "provenance", "signals", "summary", "train"),

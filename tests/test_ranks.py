@@ -20,7 +20,7 @@ import processes
 import search as search_module
 import study as study_module
 import train
-from batches import Lines, Own, augment, strip_on
+from batches import EpochImages, Lines, strip_on
 from checkpoints import load_model
 from config import TrialConfig
 from data import LineSet
@@ -64,13 +64,19 @@ def test_shares_cover_a_batch() -> None:
     assert ALONE.rows(7, with_neighbour=True) == slice(None)
 
 
-def test_augmentation_of_a_share_is_that_of_the_batch() -> None:
-    images = torch.rand(7, 1, 16, 32)
-    whole = augment(images, 1.0, 1.0, torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("geometry", [0.0, 1.0])
+def test_images_of_a_share_are_those_of_the_batch(geometry: float, data: LineSet) -> None:
+    lines = Lines.of(data, "train", strip_on(data, CPU))
+    order = torch.arange(14).view(2, 7) % len(lines)
+    whole = EpochImages.draw(lines, order, 32, geometry, 1.0, seed=3)
     for rank in range(3):
         rows = Ranks(rank, 3).rows(7, with_neighbour=True)
-        own = augment(images[rows], 1.0, 1.0, torch.Generator().manual_seed(3), Own(rows, 7))
-        assert torch.equal(own, whole[rows])
+        own = EpochImages.draw(lines, order, 32, geometry, 1.0, seed=3, rows=rows)
+        for number in range(2):
+            images, labels = whole.batch(number)
+            own_images, own_labels = own.batch(number)
+            assert torch.equal(own_images, images[rows])
+            assert torch.equal(own_labels, labels[rows])
 
 
 @pytest.mark.parametrize("size", [2, 3])

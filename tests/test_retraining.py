@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import hyperparameter_search
 import retraining
 from checkpoints import load_model
 from data import SPLITS, LineSet
+from processes import training_environment
 from retraining import with_validation_lines
 from train_command import main
 
@@ -245,3 +247,32 @@ def test_configuration_that_is_none_is_refused(
     problems = capfd.readouterr().err
     assert problem in problems
     assert problems.count("\n") == 1
+
+
+def test_the_program_takes_the_environment_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a call of its function, which may be another program's, and not for a prediction."""
+
+    class Replaced(Exception):
+        pass
+
+    def execve(program: str, words: list[str], environment: dict[str, str]) -> None:
+        raise Replaced(program, words, environment)
+
+    monkeypatch.setattr(os, "execve", execve)
+    for name in training_environment({}):
+        monkeypatch.delenv(name, raising=False)
+    training = ["--config", "nowhere.json", "--data_root", "lines", "--output_dir", "again"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *training])
+    with pytest.raises(Replaced) as replaced:
+        main()
+    program, words, environment = replaced.value.args
+    assert (program, words) == (sys.executable, sys.orig_argv)
+    assert environment == os.environ | training_environment({})
+    assert main(training) == 2
+    for name, value in training_environment({}).items():
+        monkeypatch.setenv(name, value)
+    assert main() == 2, "it does so once"
+    for name in training_environment({}):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--predict", "a.png", "--model", "nowhere.pth"])
+    assert main() == 2

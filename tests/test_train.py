@@ -262,6 +262,36 @@ def test_average_is_the_moving_average_of_weights_and_statistics() -> None:
             assert value == 1
 
 
+def test_average_moves_as_far_in_one_go_as_step_by_step(config: TrialConfig) -> None:
+    model = build_model(config, 4)
+    averages = [build_model(changed(config, seed=1), 4) for _ in range(2)]
+    slow, fast = (TensorPairs.of(average, model) for average in averages)
+    for step in (6, 7, 8):
+        update_average(slow, step, total_steps=10_000)
+    update_average(fast, 8, total_steps=10_000, covered=3)
+    for one, other in zip(slow.average, fast.average, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_average_covers_each_step_once(
+    steps: int, data: LineSet, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covered: list[int] = []
+
+    def note(pairs: TensorPairs, step: int, total_steps: int, steps_covered: int) -> None:
+        covered.extend(range(step - steps_covered + 1, step + 1))
+
+    monkeypatch.setattr(train_module, "update_average", note)
+    config = changed(config, batch_size=2)
+    state = TrainingState.start(config, len(data.writers), CPU)
+    training = Lines.of(data, "train", strip_on(data, CPU))
+    for epoch in range(3):
+        train_module.train_epoch(state, config, training, steps, lambda progress: None)
+        state.epoch += 1
+        assert covered == list(range(1, (epoch + 1) * steps + 1)), "validation sees all of them"
+
+
 def test_fewer_lines_than_a_batch_make_one_step(config: TrialConfig) -> None:
     assert steps_per_epoch(config, 3) == 1
     assert steps_per_epoch(config, 17) == 2
@@ -313,14 +343,13 @@ def test_lines_too_large_for_the_device_stay_on_the_host(
         return tensor.to(device)
 
     monkeypatch.setattr(batches, "to_device", to_device)
-    monkeypatch.setattr(train_module, "to_device", to_device)
     train(config, data, tmp_path, device=str(device))
     assert "stay on the host" in capfd.readouterr().out
     crops = [tensor for tensor in sent if tensor.dtype == torch.uint8]
     assert {tensor.shape[1:] for tensor in crops} == {(config.crop_width, config.line_height)}
     labels = [tensor for tensor in sent if tensor.dtype == torch.int64]
     assert len(crops) + len(labels) == len(sent), "what is sent is small"
-    assert len(labels) == config.epochs * steps_per_epoch(config, len(data.select("train")))
+    assert len(labels) == config.epochs
 
     model, _, writers = load_model(tmp_path / "final_model.pth")
     strip = strip_on(data, device)
