@@ -345,4 +345,4 @@ class Noise:
         begin = number * NOISE_STEP % pixels
         apart = (len(self.sheet) - 2 * pixels) // self.batch_size
         parts = self.sheet[begin:].unfold(0, pixels, apart)[: self.batch_size]
-        return parts[self.rows].view(-1, 1, self.height, self.width)
+        return parts.view(self.batch_size, 1, self.height, self.width)[self.rows]
