@@ -314,7 +314,7 @@ def darkest_neighbours(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """Normal noise for the images of an epoch, each a part of one sheet.
+    """Normal noise for the images of an epoch: parts of one sheet, which overlap.
 
     To draw it for each pixel was the most expensive part of augmentation on a CPU.
     """
@@ -335,7 +335,8 @@ class Noise:
         rows: slice | Tensor = slice(None),
     ) -> Noise:
         device = generator.device
-        sheet = torch.randn(NOISE_SHEET * height * width, generator=generator, device=device)
+        size = NOISE_SHEET * height * width + 2 * batch_size  # enough also of the tiniest crops
+        sheet = torch.randn(size, generator=generator, device=device)
         rows = rows if isinstance(rows, slice) else rows.to(device)
         return cls(sheet, batch_size, height, width, rows)
 
@@ -343,6 +344,7 @@ class Noise:
         """Give the noise of a batch: (own, 1, height, width), not to be changed."""
         pixels = self.height * self.width
         begin = number * NOISE_STEP % pixels
-        apart = (len(self.sheet) - 2 * pixels) // self.batch_size
+        # Odd: parts that are whole rows apart would be one another's copies, some rows higher.
+        apart = ((len(self.sheet) - 2 * pixels) // self.batch_size - 1) | 1
         parts = self.sheet[begin:].unfold(0, pixels, apart)[: self.batch_size]
         return parts.view(self.batch_size, 1, self.height, self.width)[self.rows]

@@ -288,10 +288,14 @@ def training_environment(given: Mapping[str, str]) -> dict[str, str]:
 def as_in_a_trial() -> None:
     """Start this program again where its environment is not the one that trials have.
 
-    Keeps the process's number. Before the program begins its work: nothing is closed.
+    Keeps the process's number. Before the program begins its work: nothing is closed. Where it
+    cannot be started again it goes on as it is.
     """
-    if missing := training_environment(os.environ):
-        os.execve(sys.executable, sys.orig_argv, os.environ | missing)
+    missing = training_environment(os.environ)
+    from_a_pipe = sys.argv[0] in ("", "-")  # its text is read and gone
+    if missing and sys.executable and not from_a_pipe:
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, sys.orig_argv, os.environ | missing)
 
 
 @contextlib.contextmanager

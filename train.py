@@ -520,7 +520,7 @@ def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
 class TrainingState:
     """All that changes while a trial trains. What is not in here does not survive a break.
 
-    There is no state of random numbers: each step's are derived from the seed and the step.
+    There is no state of random numbers: they are derived from the seed, the epoch and the step.
     """
 
     model: WriterModel

@@ -365,6 +365,25 @@ def test_augmentation_differs_between_images_and_follows_the_seed(
     assert (differences + torch.eye(12) > 0.01).all()
 
 
+def test_noise_reaches_the_images_and_differs_between_batches() -> None:
+    """Of lines without ink the rest is paper, one level an image."""
+    strip, one = torch.zeros(1 + 2 * CROP, 32, dtype=torch.uint8), torch.ones(1, dtype=torch.int64)
+    lines = Lines(strip, one, CROP * one, one, one, strip.device)
+    drawn = drawn_images(lines, geometry=0.0)
+    assert drawn.ink is not None
+    paper, noise = drawn.ink[:, :, 2], drawn.ink[:, :, 3]
+    rest = torch.stack([drawn.batch(number)[0] for number in range(3)]) - paper
+    torch.testing.assert_close(rest.std((2, 3, 4)), noise.flatten(1), rtol=0.15, atol=1e-3)
+    together = torch.corrcoef(rest.flatten(2).flatten(0, 1))
+    assert (together - torch.eye(12)).abs().max() < 0.2
+
+
+def test_noise_of_many_images_of_few_pixels() -> None:
+    noise = Noise.draw(batch_size=500, height=8, width=16, generator=generator())
+    for number in (0, 1, 1000):
+        assert noise.of(number).shape == (500, 1, 8, 16)
+
+
 def test_noise_is_normal_and_differs_between_images_and_batches() -> None:
     noise = Noise.draw(batch_size=32, height=64, width=256, generator=generator())
     batches = torch.stack([noise.of(number) for number in range(34)])

@@ -23,6 +23,7 @@ from config import TrialConfig
 from data import LineSet, find_lines, load_lines
 from metrics import Metrics, compute_metrics
 from model import WriterModel, classification_loss
+from ranks import Ranks
 from train import (
     DivergedError,
     Stopped,
@@ -273,6 +274,32 @@ def test_average_moves_as_far_in_one_go_as_step_by_step(config: TrialConfig) -> 
         torch.testing.assert_close(one, other)
 
 
+def test_no_seed_is_used_twice(
+    data: LineSet, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images one an epoch, the same on all ranks; of dropout one a step and rank."""
+    images: dict[int, list[int]] = {0: [], 1: []}
+    dropout: list[int] = []
+    training = Lines.of(data, "train", strip_on(data, CPU))
+    draw = batches.EpochImages.draw
+    for rank in images:
+
+        def note(*arguments: Any, rank: int = rank) -> batches.EpochImages:
+            images[rank].append(arguments[5])
+            return draw(*arguments)
+
+        monkeypatch.setattr(batches.EpochImages, "draw", note)
+        monkeypatch.setattr(train_module, "seed_generator", lambda _, seed: dropout.append(seed))
+        state = TrainingState.start(config, len(data.writers), CPU)
+        state.ranks = Ranks(rank, 2)
+        for _ in range(2):
+            train_module.train_epoch(state, config, training, 3, lambda progress: None)
+            state.epoch += 1
+    assert images[0] == images[1]
+    assert len(set(images[0])) == 2
+    assert len(set(dropout)) == len(dropout) == 2 * 2 * 3
+
+
 @pytest.mark.parametrize("steps", [1, 4, 5])
 def test_average_covers_each_step_once(
     steps: int, data: LineSet, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
@@ -368,9 +395,10 @@ def test_lines_that_fit_go_to_the_device(data: LineSet, monkeypatch: pytest.Monk
 
 
 def test_continued_trial_equals_an_unbroken_one_for_every_break(
-    data: LineSet, config: TrialConfig, tmp_path: Path
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stop at each call of `check`, go on in a new directory: bit for bit the same trial."""
+    monkeypatch.setattr(train_module, "AVERAGE_STEPS", 2)  # also in the middle of an epoch
     calls: list[float] = []
     whole = train(config, data, tmp_path / "whole", check=calls.append)
     steps = steps_per_epoch(config, len(data.select("train")))
