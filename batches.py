@@ -163,8 +163,8 @@ class EpochImages:
     """The images of an epoch: of which lines, where they are cut, how each is distorted.
 
     All that chance decides is drawn at the epoch's start. Drawn for each batch, these few numbers
-    took half as long on a CPU as the work on pixels. Processes that share each batch draw the same
-    and keep what is theirs: what an image gets does not depend on its sharing.
+    took a quarter of the time that work on pixels takes on a CPU. Processes that share each batch
+    draw the same and keep what is theirs: what an image gets does not depend on its sharing.
     """
 
     lines: Lines
