@@ -130,9 +130,7 @@ def random_offsets(widths: Tensor, crop_width: int, generator: torch.Generator) 
     A line that is narrower than the crop stands at a random place in it.
     """
     slack = (widths - crop_width).double()
-    uniform = torch.rand(
-        widths.shape, generator=generator, dtype=torch.float64, device=widths.device
-    )
+    uniform = torch.rand(widths.shape, generator=generator, dtype=torch.float64)
     return (slack * uniform).round().long()
 
 
@@ -163,8 +161,9 @@ class EpochImages:
     """The images of an epoch: of which lines, where they are cut, how each is distorted.
 
     All that chance decides is drawn at the epoch's start. Drawn for each batch, these few numbers
-    took a quarter of the time that work on pixels takes on a CPU. Processes that share each batch
-    draw the same and keep what is theirs: what an image gets does not depend on its sharing.
+    took a quarter of the time that work on pixels takes on a CPU. They are drawn on the host, where
+    the same seed gives the same ones for every device. Processes that share each batch draw the
+    same and keep what is theirs: what an image gets does not depend on its sharing.
     """
 
     lines: Lines
@@ -192,25 +191,23 @@ class EpochImages:
         geometry, photometry: how much is distorted; 1 is the usual, 0 leaves it out. rows: which
         images of each batch are this process's.
         """
-        host, device = lines.strip.device, lines.device
-        chosen = order.to(host)
-        # Where crops begin is drawn where the strip is: asking the device would be waiting for it.
-        cropping = torch.Generator(host).manual_seed(seed)
-        offsets = random_offsets(lines.widths[chosen], crop_width, cropping)[:, rows]
-        chosen = chosen[:, rows]
-        generator = torch.Generator(device).manual_seed(seed + 1)
+        chosen, device = order.to(lines.strip.device), lines.device
         height = lines.strip.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        offsets = random_offsets(lines.widths[chosen].cpu(), crop_width, generator)
         moves = draw_geometry(order.shape, geometry, height, crop_width, generator)
         changes = draw_ink(order.shape, photometry, generator)
+        noise = Noise.draw(order.shape[1], height, crop_width, generator, rows, device)
+        chosen = chosen[:, rows]
         return cls(
             lines,
             crop_width,
             chosen,
-            offsets,
+            to_device(offsets[:, rows], chosen.device),
             to_device(lines.labels[chosen], device),
-            moves[:, rows] if geometry > 0 else None,
-            changes[:, rows] if photometry > 0 else None,
-            Noise.draw(order.shape[1], height, crop_width, generator, rows),
+            to_device(moves[:, rows], device) if geometry > 0 else None,
+            to_device(changes[:, rows], device) if photometry > 0 else None,
+            noise,
         )
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +230,7 @@ def draw_geometry(
     proportions are a writer's own. Twice as much, also of the ink's changes at that time, cost 3
     points of accuracy after 12 epochs on real lines.
     """
-    drawn = torch.rand(6, *shape, generator=generator, device=generator.device)
+    drawn = torch.rand(6, *shape, generator=generator)
     drawn = (drawn * 2 - 1) * strength
     angle = drawn[0] * math.radians(1.0)
     shear = drawn[1] * 0.05
@@ -278,7 +275,7 @@ def draw_ink(shape: Sequence[int], strength: float, generator: torch.Generator) 
     Returns (*shape, 4, 1, 1, 1): the weights of grey levels and of those of the darkest
     neighbours, what is added, and the deviation of noise. Of these, stroke width and noise count.
     """
-    drawn = torch.rand(4, *shape, 1, 1, 1, generator=generator, device=generator.device)
+    drawn = torch.rand(4, *shape, 1, 1, 1, generator=generator)
     signed = (drawn * 2 - 1) * strength
     thicker = signed[0] * 0.4  # negative: thinner, with harder edges
     contrast = torch.exp(signed[1] * 0.18) / INK_DEVIATION
@@ -333,12 +330,13 @@ class Noise:
         width: int,
         generator: torch.Generator,
         rows: slice | Tensor = slice(None),
+        device: torch.device | None = None,
     ) -> Noise:
-        device = generator.device
         size = NOISE_SHEET * height * width + 2 * batch_size  # enough also of the tiniest crops
-        sheet = torch.randn(size, generator=generator, device=device)
+        sheet = torch.randn(size, generator=generator)
+        device = device or sheet.device
         rows = rows if isinstance(rows, slice) else rows.to(device)
-        return cls(sheet, batch_size, height, width, rows)
+        return cls(to_device(sheet, device), batch_size, height, width, rows)
 
     def of(self, number: int) -> Tensor:
         """Give the noise of a batch: (own, 1, height, width), not to be changed."""

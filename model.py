@@ -274,10 +274,10 @@ def classification_loss(
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
-def mix_images(images: Tensor, share: Tensor, partner: Tensor) -> Tensor:
+def mix_images(images: Tensor, share: float, partner: Tensor) -> Tensor:
     """Mix each image with its partner. After mixup (Zhang et al. 2018).
 
-    images (batch, 1, height, width);  share (), in [0, 1];  partner (batch,), int64: a permutation
+    images (batch, 1, height, width);  share in [0, 1];  partner (batch,), int64: a permutation
     """
     return images * share + images[partner] * (1 - share)
 

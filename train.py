@@ -115,7 +115,7 @@ def train(
                 report(row["epoch"], row)
         while not is_finished(state, config, last_epoch):
             started = time.perf_counter()
-            images_before = state.step * config.batch_size
+            steps_before = state.step
             try:
                 train_epoch(state, config, training, steps, check, micro_batch)
                 metrics = validate(state, config, validation, data.writers, check)
@@ -125,7 +125,7 @@ def train(
                 checkpoints.wait()
                 raise
             seconds = time.perf_counter() - started
-            images = state.step * config.batch_size - images_before
+            images = (state.step - steps_before) * min(config.batch_size, len(training))
             end_epoch(state, config, checkpoints, metrics, steps, seconds, images)
             try:
                 report(state.epoch, state.history[-1])
@@ -197,8 +197,7 @@ def training_step(
     share, mixed_in = None, labels.roll(1)
     if mixes(config):
         rng = np.random.default_rng([config.seed, 3, state.step])
-        share = torch.tensor(rng.beta(config.mixup_alpha, config.mixup_alpha), dtype=images.dtype)
-        share = share.to(images.device)
+        share = float(rng.beta(config.mixup_alpha, config.mixup_alpha))
         partner = torch.arange(len(labels), device=labels.device).roll(1)
         images = mix_images(images, share, partner)
         if ranks.size > 1:

@@ -186,7 +186,8 @@ def opened_in_child(connection: Connection, work: Path) -> None:
     times.append(time.perf_counter())
     training = Lines.of(data, "train", strip_on(data, torch.device("cpu")))
     order = epoch_order(training.labels.numpy(), 0.5, np.random.default_rng(0))
-    batches = torch.from_numpy(order[: len(order) // 32 * 32]).view(-1, 32)
+    size = min(32, len(order))
+    batches = torch.from_numpy(order[: len(order) // size * size]).view(-1, size)
     EpochImages.draw(training, batches, 256, 1.0, 1.0, seed=0).batch(0)
     times.append(time.perf_counter())
     connection.send(

@@ -249,6 +249,7 @@ LEAVES_TMP = {
     "two signals",
     "a signal, then kill -9",
     "recovery cut off",
+    "no room for any file",  # a search whose database cannot be written kills its trials
 }
 
 

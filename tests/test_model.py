@@ -266,15 +266,15 @@ def test_loss_is_cross_entropy_with_smoothing(smoothing: float) -> None:
 def test_mixing_goes_from_the_image_to_its_partner() -> None:
     images = random_images(4)
     partner = torch.tensor([1, 2, 3, 0])
-    assert torch.equal(mix_images(images, torch.tensor(1.0), partner), images)
-    assert torch.equal(mix_images(images, torch.tensor(0.0), partner), images[partner])
-    mixed = mix_images(images, torch.tensor(0.25), partner)
+    assert torch.equal(mix_images(images, 1.0, partner), images)
+    assert torch.equal(mix_images(images, 0.0, partner), images[partner])
+    mixed = mix_images(images, 0.25, partner)
     assert torch.allclose(mixed[0], 0.25 * images[0] + 0.75 * images[1])
 
 
 def test_mixing_keeps_the_mean_of_a_batch() -> None:
     images = random_images(4)
-    mixed = mix_images(images, torch.tensor(0.3), torch.tensor([2, 3, 1, 0]))
+    mixed = mix_images(images, 0.3, torch.tensor([2, 3, 1, 0]))
     assert torch.allclose(mixed.mean(0), images.mean(0), atol=1e-6)
 
 

@@ -366,7 +366,8 @@ def test_lines_too_large_for_the_device_stay_on_the_host(
     sent: list[torch.Tensor] = []
 
     def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        sent.append(tensor)
+        if tensor.device != device:
+            sent.append(tensor)
         return tensor.to(device)
 
     monkeypatch.setattr(batches, "to_device", to_device)
@@ -375,8 +376,9 @@ def test_lines_too_large_for_the_device_stay_on_the_host(
     crops = [tensor for tensor in sent if tensor.dtype == torch.uint8]
     assert {tensor.shape[1:] for tensor in crops} == {(config.crop_width, config.line_height)}
     labels = [tensor for tensor in sent if tensor.dtype == torch.int64]
-    assert len(crops) + len(labels) == len(sent), "what is sent is small"
-    assert len(labels) == config.epochs
+    drawn = [tensor for tensor in sent if tensor.dtype == torch.float32]  # geometry, ink, noise
+    assert len(crops) + len(labels) + len(drawn) == len(sent), "what is sent is small"
+    assert (len(labels), len(drawn)) == (config.epochs, 3 * config.epochs)
 
     model, _, writers = load_model(tmp_path / "final_model.pth")
     strip = strip_on(data, device)
