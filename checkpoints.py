@@ -22,7 +22,7 @@ from data import PREPROCESSING, LineSet
 from files import UserError, one_line, write_text, write_whole
 from model import WriterModel
 
-CHECKPOINT_FORMAT = 3  # counts up when going on from older ones would give another result
+CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result
 
 
 class CheckpointMismatchError(Exception):

@@ -6,57 +6,14 @@ file imports no torch.
 
 from __future__ import annotations
 
-import math
-import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
 from files import UserError
 
 STARTS_IN_A_ROW = 2  # that fail on a device before it is set aside
 
 Slot = tuple[str, ...]  # the GPUs of one trial, one per rank; none: the CPU
-
-
-def usable_cores(root: Path = Path("/")) -> int:
-    """Count the cores that this process can keep busy: those it may run on, within its quota.
-
-    A container's quota (docker's `--cpus`, a limit in Kubernetes) hides no core: more threads than
-    it allows spend it on waiting for each other.
-    """
-    allowed = min([len(os.sched_getaffinity(0)), *map(_quota, _control_groups(root))])
-    return max(1, int(allowed))
-
-
-def _control_groups(root: Path) -> Iterator[Path]:
-    """Give the directories of this process's control groups, of both versions, and above them."""
-    mounted = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux, or hidden
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = mounted / controllers  # version 2 has no name there
-        # A container may see its own group as the top, though its path says otherwise.
-        group = top / path.lstrip("/")
-        yield from (above for above in (group, *group.parents) if above.is_relative_to(top))
-
-
-def _quota(group: Path) -> float:
-    """Give the cores that a control group's quota amounts to; infinity where there is none."""
-    try:
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu.cfs_quota_us").read_text().strip()
-            period = (group / "cpu.cfs_period_us").read_text().strip()
-        return int(quota) / int(period) if quota.isdecimal() else math.inf  # max, or -1
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
 
 
 def visible_entries(visible: str | None, count: int) -> list[str]:

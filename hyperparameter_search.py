@@ -24,8 +24,9 @@ from chosen import CONFIRM, Chosen, chosen_model, publish
 from command_line import parse_args
 from compare import compare_text
 from config import Choice, Space, Value, default_space, narrow, parse_fix
+from cores import SharedCores, asked_threads, usable_cores
 from data import default_cache_dir, describe_report, find_lines, load_lines
-from devices import divide, usable_cores
+from devices import divide
 from files import DirectoryLock, SharedLock, UserError, one_line, refuse_if_in_use, write_json
 from progress import lasting_output
 from provenance import provenance
@@ -181,6 +182,7 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
     fix, ranges = parse_fix(args.fix), read_ranges(args.space)
     for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
         narrow(default_space("cpu", pretrained), fix, ranges)
+    cores = SharedCores()
     start_fork_server()  # it imports torch while this process imports Optuna and finds the lines
 
     from evaluation import require_test_lines
@@ -222,7 +224,7 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
         "precision": precision_of(space) or decided["precision"],
         "space": space.to_dict(),
     }
-    return make_plan(args, machine, data, space, settings)
+    return make_plan(args, machine, data, space, settings, cores)
 
 
 def make_plan(
@@ -231,12 +233,13 @@ def make_plan(
     data: LineSet,
     space: Space,
     settings: dict[str, Any],
+    cores: SharedCores,
 ) -> Plan:
     """Divide the machine between the trials that run at once."""
     from search import Plan
 
     slots = divide(machine["gpus"], args.n_jobs, args.gpus_per_trial)
-    ranks = args.gpus_per_trial
+    ranks, asked = args.gpus_per_trial, asked_threads(os.environ)
     smallest = min(smallest_batch(space), data.report["lines"]["train"])
     if ranks > smallest:
         raise UserError(f"--gpus_per_trial {ranks} is more than a batch has images: {smallest}")
@@ -258,7 +261,8 @@ def make_plan(
         n_trials=args.n_trials,
         slots=slots,
         ranks=ranks,
-        threads=max(1, usable_cores() // (len(slots) * ranks)),
+        threads=asked or max(1, usable_cores() // (len(slots) * ranks)),
+        cores=None if asked or machine["gpus"] else cores,
         sampler=args.sampler,
         seed=args.seed,
         timeout=args.timeout,

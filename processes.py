@@ -2,9 +2,9 @@
 
 Children are forked from a fork server that has torch imported and no device touched, so that one
 starts in hundredths of a second and a broken one takes nothing with it. A pipe joins each to the
-search process. Up go `(kind, content)` messages: started, progress, report, done, pruned, stopped,
-failed, out_of_memory, device_failed, lost. Down go the orders CONTINUE, PRUNE and STOP. This file
-imports no torch.
+search process. Up go `(kind, content)` messages: started, progress, report, threads, done, pruned,
+stopped, failed, out_of_memory, device_failed, lost. Down go the orders CONTINUE, PRUNE and STOP.
+This file imports no torch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ FOR_THE_SEARCH = (
     *(signal.SIGINT, signal.SIGHUP, signal.SIGTERM),
     *(signal.SIGUSR1, signal.SIGUSR2),
 )
+UNDER_WAY = ("started", "progress", "report", "threads")  # messages that do not end a trial
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 Message = tuple[str, dict[str, Any]]
 
@@ -225,7 +226,7 @@ class TrialProcesses:
             return "died", {"cause": self._named(rank, exit_text(code)), "log": job.log}
         if message[0] == "started":
             self._started.add(rank)
-        elif rank == 0 and message[0] not in ("progress", "report"):
+        elif rank == 0 and message[0] not in UNDER_WAY:
             self._over = True
         return message
 
@@ -239,7 +240,7 @@ class TrialProcesses:
                 message = self._hear(other)
                 if other not in self._ranks or (message and message[0] == "lost"):
                     del silent[ready]  # type: ignore[arg-type]
-                if message and message[0] not in ("started", "progress", "report", "lost"):
+                if message and message[0] not in (*UNDER_WAY, "lost"):
                     return message  # also where rank 0 has ended well, and was missed for that
         for other in silent.values():
             child = self._ranks.pop(other)

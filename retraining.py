@@ -309,6 +309,6 @@ def closing_lines(wanted: Retraining, original: Original) -> list[str]:
         is_same = (value, epoch) == (original.value, original.best_epoch)
         lines.append(
             f"The trial had {had}: "
-            + ("the same" if is_same else "not the same, as on another machine or other versions")
+            + ("the same" if is_same else "not the same, as with other threads or versions")
         )
     return [*lines, f"Best model: {wanted.output_dir / 'best_model.pth'}"]

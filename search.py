@@ -23,6 +23,7 @@ from optuna.trial import Trial, TrialState
 
 from batch_system import END_TIME, longest_epoch
 from config import Space
+from cores import SharedCores
 from data import LineSet
 from devices import STARTS_IN_A_ROW, Devices, Slot
 from drawing import Drawing
@@ -65,7 +66,7 @@ STOP_SECONDS = 20.0  # a trial that was told to stop and has not ended by then i
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of the search is to do; nothing in here changes while it runs."""
+    """What a run of the search is to do; nothing in here but `cores` changes while it runs."""
 
     checkpoint_dir: Path
     data: LineSet
@@ -74,7 +75,7 @@ class Plan:
     n_trials: int
     slots: tuple[Slot, ...]  # the GPUs of each trial that runs at once
     ranks: int  # processes that train one trial together
-    threads: int  # of each process
+    threads: int  # of each process, at most
     sampler: str
     seed: int
     timeout: float | None
@@ -84,6 +85,7 @@ class Plan:
     kept_models: int | None  # so many trials keep their weights, the best; None: all
     provenance: dict[str, Any]  # for config.json
     on_event: tuple[str, ...] | None = None  # the command that is told of each trial's end
+    cores: SharedCores | None = None  # shared with other programs; None: `threads` stand
 
     @property
     def epochs(self) -> int:
@@ -143,6 +145,7 @@ class Search:
         self.summary = SummaryFiles(plan.checkpoint_dir)
         self.rows = self.read()
         self.to_start = max(0, plan.n_trials - self.complete())
+        self.last_threads = plan.threads
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
         self.progress = Progress(self.complete(), plan.n_trials, plan.epochs)
         self.drawing = Drawing(plan.checkpoint_dir)
@@ -243,7 +246,7 @@ class Search:
             config,
             data,
             directory,
-            plan.threads,
+            self.threads(),
             plan.slots[slot],
             continue_from,
             ranks=plan.ranks,
@@ -251,6 +254,21 @@ class Search:
         self.write_config(trial, job)
         child = TrialProcesses(job, ChildProcess)
         return RunningTrial(trial, job, child, slot, time.monotonic())
+
+    def threads(self) -> int:
+        """Choose the threads of the next trial's processes: no more than have a core each."""
+        plan = self.plan
+        if plan.cores is None:
+            return plan.threads
+        left = plan.cores.left() // (len(plan.slots) * plan.ranks)
+        threads = max(1, min(plan.threads, left))
+        if threads != self.last_threads:
+            self.progress.line(
+                f"other programs keep {plan.cores.taken:.1f} cores busy: "
+                f"{threads} thread(s) each from now on"
+            )
+        self.last_threads = threads
+        return threads
 
     def free_slot(self) -> int:
         slot = self.devices.free(self.running)
@@ -364,6 +382,11 @@ class Search:
             self.progress.advance(running.number, running.progress)
         elif kind == "report":
             self.receive_report(running, content["epoch"], content["metrics"], content["again"])
+        elif kind == "threads":
+            self.progress.line(
+                f"trial {running.number:3d} | other programs keep its threads waiting: "
+                f"{content['threads']} thread(s) from now on"
+            )
         else:
             running.child.end()
             self.receive_end(running, kind, content)

@@ -47,7 +47,7 @@ from ranks import ALONE, Ranks
 WARM_UP = 0.05  # share of all steps in which the learning rate rises
 CLIP_NORM = 1.0
 EMA_SHARE = 0.05  # the moving average looks back over this share of all steps
-AVERAGE_STEPS = 4  # it moves after so many: each move takes a hundredth of a step on a CPU
+AVERAGE_STEPS = 8  # it moves after so many: each move takes a hundredth of a step on a CPU
 CHECK_LOSS_STEPS = 20  # the loss is read from the device this often, to end a diverged trial
 EVALUATION_BATCH = 64
 
@@ -260,6 +260,7 @@ def end_epoch(
         "learning_rate": config.learning_rate * schedule(state.step - 1, config.epochs * steps),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1),
+        "threads": torch.get_num_threads(),
     }
     state.history.append(row)
     state.epoch = epoch

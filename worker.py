@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,8 @@ from batches import Lines, strip_on
 from bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
 from checkpoints import load_model
 from config import BACKBONES, BACKBONES_BY_TIER
-from devices import usable_cores, visible_entries
+from cores import WaitingThreads, asked_threads, usable_cores
+from devices import visible_entries
 from files import UserError, one_line
 from metrics import Metrics, compute_metrics
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
@@ -120,18 +121,35 @@ def _train(job: Job, line: SearchLine) -> Metrics | None:
     torch.set_num_threads(job.threads)
     device = open_device(job.gpu)
     line.send("started", gpu=job.gpu)
+    check: Callable[[float], None] = line.check
+    # Ranks wait for one another: fewer threads in one would not help.
+    if job.gpu is None and job.ranks == 1 and asked_threads(os.environ) is None:
+        check = _giving_way(job.threads, line)
     ranks = join(job.rank, job.ranks, job.port, job.listener, device)
     return train(
         job.config,
         job.data,
         job.trial_dir,
         line.report,
-        line.check,
+        check,
         device=device,
         continue_from=job.continue_from,
         micro_batch=job.micro_batch,
         ranks=ranks,
     )
+
+
+def _giving_way(threads: int, line: SearchLine) -> Callable[[float], None]:
+    """Make a check before each batch that also leaves cores to other programs that came up."""
+    waiting = WaitingThreads(threads)
+
+    def check(progress: float) -> None:
+        line.check(progress)
+        if (fewer := waiting.fewer()) is not None:
+            torch.set_num_threads(fewer)
+            line.send("threads", threads=fewer)
+
+    return check
 
 
 class DeviceError(Exception):

@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any
 
 from config import TrialConfig
+from cores import usable_cores
 from data import LineSet, default_cache_dir, find_lines, load_lines
-from devices import usable_cores
 from synthetic import make_lines
 
 

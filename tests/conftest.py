@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ REAL_LINES = Path(__file__).parents[2] / "shared" / "data" / "latin_hands"
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
+    """Also of searches' trials: results are compared, and others may keep cores busy."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -53,6 +54,22 @@ def segfault(connection: Connection, job: Any) -> None:
 def kill_itself(connection: Connection, job: Any) -> None:
     """As the system's out-of-memory killer does it."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kept_waiting(connection: Connection, job: Any) -> None:
+    """Train for real; other programs take two of four cores after the first look."""
+    import worker
+
+    class Waiting:
+        def __init__(self, threads: int) -> None:
+            self._answers = iter([None, threads - 2])
+
+        def fewer(self) -> int | None:
+            return next(self._answers, None)
+
+    os.environ.pop("OMP_NUM_THREADS", None)
+    worker.WaitingThreads = Waiting  # type: ignore[assignment,misc]
+    worker.run_trial(connection, replace(job, threads=4))
 
 
 def exit_silently(connection: Connection, job: Any) -> None:

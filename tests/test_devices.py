@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,51 +14,12 @@ from test_search import Run, run, trials_of
 
 import hyperparameter_search
 import search as search_module
-from devices import Devices, divide, usable_cores, visible_entries
+from devices import Devices, divide, visible_entries
 from files import UserError
 from study import open_study
 from worker import _visible_gpus
 
 __all__ = ["run"]  # the fixture
-
-
-@pytest.mark.parametrize(
-    ("group", "files", "cores"),
-    [
-        ("0::/", {"cpu.max": "max 100000"}, 8),
-        ("0::/", {"cpu.max": "200000 100000"}, 2),
-        ("0::/", {"cpu.max": "250000 100000"}, 2),  # a third thread would be stopped half the time
-        ("0::/", {"cpu.max": "50000 100000"}, 1),
-        ("0::/", {"cpu.max": "1600000 100000"}, 8),
-        ("0::/pod/job", {"pod/cpu.max": "300000 100000", "pod/job/cpu.max": "max 100000"}, 3),
-        ("0::/pod/job", {"pod/cpu.max": "300000 100000", "pod/job/cpu.max": "100000 50000"}, 2),
-        ("0::/seen/from/outside", {"cpu.max": "400000 100000"}, 4),
-        ("0::/", {"cpu.max": "gibberish"}, 8),
-        ("0::/", {}, 8),
-        (
-            "4:cpu,cpuacct:/docker/aa\n1:cpuset:/\n0::/",
-            {"cpu,cpuacct/cpu.cfs_quota_us": "150000", "cpu,cpuacct/cpu.cfs_period_us": "50000"},
-            3,
-        ),
-        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        (None, {}, 8),
-    ],
-)
-def test_cores_within_a_quota(
-    group: str | None,
-    files: dict[str, str],
-    cores: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    contents = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    if group is not None:
-        contents["proc/self/cgroup"] = group
-    for name, text in contents.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert usable_cores(tmp_path) == cores
 
 
 @pytest.mark.parametrize(

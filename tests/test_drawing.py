@@ -16,7 +16,7 @@ import pytest
 from searches import make_search
 
 import drawing as drawing_module
-from drawing import DRAW, MOST_CRASHES, NICENESS, SESSION_NICENESS, Drawing
+from drawing import DRAW, MOST_CRASHES, NICENESS, Drawing
 
 pytestmark = pytest.mark.pictures
 
@@ -237,7 +237,8 @@ def test_drawing_gives_way_as_a_session_until_the_trials_have_ended(
     wait_for_answer(drawing)
     assert drawing._child is not None
     autogroup = Path(f"/proc/{drawing._child.pid}/autogroup")
-    assert autogroup.read_text().split()[-1] == str(SESSION_NICENESS)
+    assert autogroup.read_text().split()[-1] == str(NICENESS)
+    assert os.sched_getscheduler(drawing._child.pid) == os.SCHED_IDLE
     seen = []
     monkeypatch.setattr(drawing, "kill", lambda: seen.append(autogroup.read_text().split()[-1]))
     drawing.finish(wakeup[0], False)

@@ -502,7 +502,7 @@ def test_signs_of_life_are_written_while_trials_run(
     monkeypatch.setattr(shared_search, "SIGN_SECONDS", 0.05)
     signs: list[str] = []
     monkeypatch.setattr(fleet_module, "_now", lambda: signs.append("") or str(len(signs)))
-    assert command(n_trials="1") == 0
+    assert command(n_trials="1", epochs="40") == 0
     (study,) = backend.get_all_studies()
     (trial,) = backend.get_all_trials(study._study_id)
     assert int(trial.user_attrs["alive"]) > 3

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "hyperparameter_search": {
         "batch_system",
-        *("chosen", "command_line", "config", "data", "devices", "evaluation", "files", "fleet"),
+        *("chosen", "command_line", "config", "cores", "data", "devices", "evaluation", "files"),
+        "fleet",
         *("processes", "progress", "provenance", "recovery", "search", "shared_search", "signals"),
         *("compare", "confirm", "confirmation", "drawing", "events", "status"),
         *("storage", "study", "summary", "synthetic"),
@@ -27,9 +28,11 @@ MAY_IMPORT = {
     "storage": {"files", "signals", "summary"},
     "batch_system": set(),
     "search": {
-        *("batch_system", "config", "data", "devices", "drawing", "estimate", "events", "files"),
+        *("batch_system", "config", "cores", "data", "devices", "drawing", "estimate", "events"),
+        "files",
         *("processes", "progress", "signals", "study", "summary"),
     },
+    "cores": set(),
     "devices": {"files"},
     "study": {"config", "files", "summary"},
     "recovery": {"files", "study", "summary"},
@@ -47,8 +50,8 @@ MAY_IMPORT = {
     "processes": {"config", "data"},
     "fork_server_preload": {"worker"},
     "worker": {
-        *("batches", "bootstrap", "checkpoints", "config", "devices", "files", "metrics", "model"),
-        *("processes", "ranks", "train"),
+        *("batches", "bootstrap", "checkpoints", "config", "cores", "devices", "files", "metrics"),
+        *("model", "processes", "ranks", "train"),
     },
     "ranks": set(),
     "bootstrap": {"metrics"},

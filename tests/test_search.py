@@ -23,6 +23,7 @@ import search as search_module
 import study as study_module
 from hyperparameter_search import main
 from study import open_study
+from summary import read_history
 
 Run = Callable[..., int]
 
@@ -324,6 +325,55 @@ def test_pruned_trials_do_not_count_as_complete(
     printed = capfd.readouterr().out
     assert "trial   1 | pruned at epoch 1" in printed
     assert "1 of 3 trials still missing" in printed
+
+
+class FakeCores:
+    """Cores of which other programs take one while the second trial starts."""
+
+    def __init__(self) -> None:
+        self.taken, self.looks = 0.0, 0
+
+    def left(self) -> int:
+        self.looks += 1
+        self.taken = 1.2 if self.looks == 2 else 0.0
+        return 4 if self.looks == 2 else 6
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, [3, 2, 3]), ("1", [1, 1, 1])])
+def test_threads_leave_the_cores_that_other_programs_use(
+    asked: str | None,
+    threads: list[int],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("hyperparameter_search.SharedCores", FakeCores)
+    monkeypatch.setattr("hyperparameter_search.usable_cores", lambda: 7)
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    assert run("--n_jobs", "2", n_trials="3") == 0
+    directories = [tmp_path / "c" / f"trial_{number:03d}" for number in range(3)]
+    recorded = [json.loads((d / "config.json").read_text())["threads"] for d in directories]
+    assert recorded == threads
+    told = [line for line in capfd.readouterr().out.splitlines() if "other programs" in line]
+    expected = [
+        "other programs keep 1.2 cores busy: 2 thread(s) each from now on",
+        "other programs keep 0.0 cores busy: 3 thread(s) each from now on",
+    ]
+    assert told == (expected if asked is None else [])
+
+
+def test_trial_beside_programs_that_came_up_goes_on_with_fewer_threads(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "kept_waiting"}))
+    assert run() == 0
+    told = [line for line in capfd.readouterr().out.splitlines() if "other programs" in line]
+    assert told == ["trial   1 | other programs keep its threads waiting: 2 thread(s) from now on"]
+    for number, threads in ((0, 1), (1, 2)):
+        rows = read_history(tmp_path / "c" / f"trial_{number:03d}")
+        assert {row["threads"] for row in rows} == {threads}
 
 
 # ------------------------------------------------------------------------------ what a kill leaves
