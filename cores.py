@@ -5,20 +5,24 @@ This file imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 SHORTEST_LOOK = 1.0  # seconds: the kernel counts in hundredths
-# What other programs may use of a core before a thread is left out for them. On 2 cores, 2 threads
-# lose to 1 from about there.
-TOLERATED = 0.15
-# Cores that a training's threads may be kept from. Alone it is a hundredth, beside another program
-# up to one, beside the search's own drawing a tenth.
-TOLERATED_WAITING = 0.3
+SHORTEST_LOOK = 1.0  # seconds: the kernel counts in hundredths
+LOOK_SECONDS = 10.0
+LATELY = 3  # looks
+# What other programs may use before a thread is left out for them: cores, and a share of all, since
+# a little runs on each of many. On 2 cores, 2 threads lose to 1 from about there.
+TOLERATED, TOLERATED_SHARE = 0.15, 0.01
+# Cores that a training's threads may be kept from. Alone 2 threads are from a hundredth, beside
+# another program from up to one, beside the search's own drawing from a tenth.
+TOLERATED_WAITING, TOLERATED_WAITING_SHARE = 0.3, 0.02
 WAITING_SECONDS = 2.0  # a look; two in a row have to agree
 
 
@@ -81,18 +85,36 @@ class SharedCores:
         self._proc = root / "proc"
         self._cores = os.sched_getaffinity(0)
         self._before = self._look()
-        self.taken = 0.0  # cores
+        self._taken: deque[float] = deque([0.0], maxlen=LATELY)  # cores, look by look
+
+    @property
+    def taken(self) -> float:
+        """The cores that other programs kept busy at the last look."""
+        return self._taken[-1]
 
     def left(self) -> int:
         """Count the cores that other programs leave, now; at least one."""
+        self._look_again(SHORTEST_LOOK)
+        return self._left(self.taken)
+
+    def left_lately(self) -> int:
+        """Count those that they left in each of the last looks. To be called every few seconds."""
+        self._look_again(LOOK_SECONDS)
+        return self._left(max(self._taken))
+
+    def _left(self, taken: float) -> int:
+        tolerated = max(TOLERATED, TOLERATED_SHARE * len(self._cores))
+        return max(1, len(self._cores) - max(0, math.ceil(taken - tolerated)))
+
+    def _look_again(self, after: float) -> None:
+        if time.monotonic() - self._before[0] < after:
+            return
         now = self._look()
         seconds, busy, own = (new - old for new, old in zip(now, self._before, strict=True))
-        if seconds >= SHORTEST_LOOK:
-            # Less than none where a child took its count with it: nothing is known.
-            if busy >= 0 and own >= 0:
-                self.taken = max(0.0, busy - own) / seconds
-            self._before = now
-        return max(1, len(self._cores) - math.ceil(self.taken - TOLERATED))
+        # Less than none where a child took its count with it: nothing is known.
+        if busy >= 0 and own >= 0:
+            self._taken.append(max(0.0, busy - own) / seconds)
+        self._before = now
 
     def _look(self) -> tuple[float, float, float]:
         """Give the time, and the seconds for which these cores and this process were busy so far.
@@ -101,7 +123,7 @@ class SharedCores:
         """
         try:
             return time.monotonic(), self._busy_seconds(), self._own_seconds()
-        except (OSError, ValueError, IndexError):
+        except (OSError, LookupError, ValueError):
             return time.monotonic(), math.nan, math.nan
 
     def _busy_seconds(self) -> float:
@@ -122,15 +144,16 @@ class SharedCores:
             if not entry.name.isdecimal():
                 continue
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has just ended; its parent has its count
+                # Bytes: a name is cut off anywhere, also within a letter.
+                fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
+            except OSError:  # it has just ended
                 continue
             children[int(fields[1])].append(int(entry.name))
             ticks[int(entry.name)] = sum(map(int, fields[11:15]))  # with its ended children's
-        own, found = 0, [os.getpid()]
+        own, found = 0, [int(os.readlink(self._proc / "self"))]  # its number in that /proc
         while found:
             pid = found.pop()
-            own += ticks.get(pid, 0)
+            own += ticks[pid]
             found += children[pid]
         return own / os.sysconf("SC_CLK_TCK")
 
@@ -157,7 +180,8 @@ class WaitingThreads:
         before, self._before = self._before, self._look()
         seconds, waited = (new - old for new, old in zip(self._before, before, strict=True))
         kept_from = waited / seconds  # cores
-        had_waited, self._have_waited = self._have_waited, kept_from > TOLERATED_WAITING
+        tolerated = max(TOLERATED_WAITING, TOLERATED_WAITING_SHARE * self.threads)
+        had_waited, self._have_waited = self._have_waited, kept_from > tolerated
         if not (had_waited and self._have_waited):
             return None
         self._have_waited = False
@@ -167,9 +191,9 @@ class WaitingThreads:
     def _look(self) -> tuple[float, float]:
         """Give the time, and the seconds for which threads could have run and had no core."""
         waited = 0
-        for task in self._tasks.iterdir():
-            try:
-                waited += int((task / "schedstat").read_text().split()[1])
-            except (OSError, ValueError, IndexError):  # it has just ended; or the kernel keeps none
-                continue
+        with contextlib.suppress(OSError):  # a system without /proc
+            for task in self._tasks.iterdir():
+                # It may have just ended, and the kernel may keep no count.
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    waited += int((task / "schedstat").read_text().split()[1])
         return time.monotonic(), waited / 1e9

@@ -141,6 +141,7 @@ def ask_machine(
     recorded: dict[str, Any] | None,
     fix: dict[str, Value],
     ranges: dict[str, Any],
+    cores: SharedCores,
 ) -> dict[str, Any]:
     """Let a child process find out devices, weights and precision. Raises UserError."""
     from processes import ChildProcess, MachineQuestion
@@ -152,7 +153,8 @@ def ask_machine(
     elif "backbone" in fix or "backbone" in ranges:
         backbones = backbones_of(narrow(default_space("cpu", False), fix, ranges))
     measure = recorded is None and "precision" not in fix
-    question = MachineQuestion(args.device, weights, backbones, measure)
+    threads = asked_threads(os.environ) or min(usable_cores(), cores.left())
+    question = MachineQuestion(args.device, weights, backbones, measure, threads)
     try:
         child = ChildProcess("worker:answer_question", question)
     except OSError as error:
@@ -196,7 +198,7 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
     wanted = None if args.use_all_writers else args.num_writers_subset
     lines = find_lines(args.data_root, wanted, args.seed)
     recorded = recorded_settings(args, storage)
-    machine = ask_machine(args, recorded, fix, ranges)
+    machine = ask_machine(args, recorded, fix, ranges, cores)
     decided = recorded or machine
     if recorded is not None and args.weights not in ("auto", recorded["weights"]):
         decided = {**recorded, "weights": args.weights}  # to be refused with the other differences
@@ -247,6 +249,12 @@ def make_plan(
     if machine["weights_why"]:
         print(
             f"warning: training from scratch, without ImageNet weights: {machine['weights_why']}",
+            file=sys.stderr,
+        )
+    if asked is not None and asked * len(slots) * ranks > usable_cores():
+        print(
+            f"warning: OMP_NUM_THREADS={asked} for each of {len(slots) * ranks} process(es) is "
+            f"more than the {usable_cores()} core(s) here, which makes all of them slow",
             file=sys.stderr,
         )
     if idle and args.n_jobs is None:
@@ -472,7 +480,7 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
     from processes import TestQuestion
 
     plan = search.plan
-    question = TestQuestion(model_file, plan.data, plan.threads, plan.slots[0][:1])
+    question = TestQuestion(model_file, plan.data, search.threads(), plan.slots[0][:1])
     return evaluate_test(plan.checkpoint_dir, chosen, question, search.stop)
 
 

@@ -3,8 +3,8 @@
 Children are forked from a fork server that has torch imported and no device touched, so that one
 starts in hundredths of a second and a broken one takes nothing with it. A pipe joins each to the
 search process. Up go `(kind, content)` messages: started, progress, report, threads, done, pruned,
-stopped, failed, out_of_memory, device_failed, lost. Down go the orders CONTINUE, PRUNE and STOP.
-This file imports no torch.
+stopped, failed, out_of_memory, device_failed, lost. Down go the orders CONTINUE, PRUNE, STOP
+and THREADS. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from config import TrialConfig
 from data import LineSet
 
 CONTINUE, PRUNE, STOP = "continue", "prune", "stop"
+THREADS = "threads "  # and how many: what a trial may use from now on
 # What terminals send to a whole group, and batch systems to every process of a job.
 FOR_THE_SEARCH = (
     *(signal.SIGINT, signal.SIGHUP, signal.SIGTERM),
@@ -51,6 +52,7 @@ class MachineQuestion:
     weights: str  # auto, imagenet or none
     backbones: tuple[str, ...] | None  # None: the tier's own
     measure: bool  # whether to find out the faster precision of each
+    threads: int  # to measure with
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from drawing import Drawing
 from estimate import Range, Timed, finished_epochs, range_text, seconds_left
 from events import Events, trial_event
 from files import UserError, one_line, write_json
-from processes import CONTINUE, PRUNE, STOP, ChildProcess, Job, TrialProcesses
+from processes import CONTINUE, PRUNE, STOP, THREADS, ChildProcess, Job, TrialProcesses
 from progress import Progress
 from signals import StopSignals
 from study import (
@@ -61,6 +61,7 @@ SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory 
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
 JOB_ENDS = f"interrupted before the end of the batch system's job ({END_TIME})"
 TERMINATED = "interrupted by SIGTERM to the trial's own process"
+CALM_SECONDS = 30.0  # after threads had to wait; twice as long each time
 STOP_SECONDS = 20.0  # a trial that was told to stop and has not ended by then is killed
 
 
@@ -110,6 +111,9 @@ class RunningTrial:
     best: float | None = None
     best_epoch: int = 0
     pruned: bool = False
+    threads: int = 1  # of each of its processes, now
+    calm: float = CALM_SECONDS  # before it has more of them again
+    may_rise: float = -math.inf  # by time.monotonic()
     stop_cause: str | None = None
     kill_at: float = math.inf
     killed: bool = False
@@ -253,22 +257,42 @@ class Search:
         )
         self.write_config(trial, job)
         child = TrialProcesses(job, ChildProcess)
-        return RunningTrial(trial, job, child, slot, time.monotonic())
+        return RunningTrial(trial, job, child, slot, time.monotonic(), threads=job.threads)
 
     def threads(self) -> int:
         """Choose the threads of the next trial's processes: no more than have a core each."""
         plan = self.plan
         if plan.cores is None:
             return plan.threads
-        left = plan.cores.left() // (len(plan.slots) * plan.ranks)
+        left = (plan.cores.left() - self.held()) // plan.ranks
         threads = max(1, min(plan.threads, left))
         if threads != self.last_threads:
             self.progress.line(
                 f"other programs keep {plan.cores.taken:.1f} cores busy: "
-                f"{threads} thread(s) each from now on"
+                f"{threads} thread(s) for each new trial"
             )
         self.last_threads = threads
         return threads
+
+    def held(self) -> int:
+        """Count the cores that running trials use."""
+        return sum(running.threads * running.job.ranks for running in self.running.values())
+
+    def give_threads_back(self) -> None:
+        """Let trials with fewer threads have more of them where other programs are gone."""
+        if self.plan.cores is None:
+            return
+        free = self.plan.cores.left_lately() - self.held()
+        for running in self.running.values():
+            more = min(self.plan.threads - running.threads, free)
+            if more > 0 and self.plan.ranks == 1 and time.monotonic() >= running.may_rise:
+                running.threads += more
+                free -= more
+                running.child.order(f"{THREADS}{running.threads}")
+                self.progress.line(
+                    f"trial {running.number:3d} | cores are free again: "
+                    f"{running.threads} thread(s) from now on"
+                )
 
     def free_slot(self) -> int:
         slot = self.devices.free(self.running)
@@ -284,6 +308,7 @@ class Search:
 
     def start_again(self, running: RunningTrial) -> None:
         """Start a trial's process anew, as its job now says."""
+        running.threads = running.job.threads
         self.write_config(running.trial, running.job)
         running.child = TrialProcesses(running.job, ChildProcess)
 
@@ -347,6 +372,7 @@ class Search:
 
     def watch_the_clock(self) -> None:
         self.events.look()
+        self.give_threads_back()
         now = time.monotonic()
         if now >= self.plan.stop_at:
             self.stop_all(JOB_ENDS)
@@ -383,9 +409,12 @@ class Search:
         elif kind == "report":
             self.receive_report(running, content["epoch"], content["metrics"], content["again"])
         elif kind == "threads":
+            running.threads = content["threads"]
+            running.may_rise = time.monotonic() + running.calm
+            running.calm *= 2
             self.progress.line(
-                f"trial {running.number:3d} | other programs keep its threads waiting: "
-                f"{content['threads']} thread(s) from now on"
+                f"trial {running.number:3d} | its threads wait for cores: "
+                f"{running.threads} thread(s) from now on"
             )
         else:
             running.child.end()

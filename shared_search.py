@@ -93,7 +93,7 @@ class SharedSearch(Search):
                 if pipe not in running.child.connections:
                     continue  # another rank has told the trial's end
                 message = running.child.receive(pipe)
-                if message is None or message[0] in ("progress", "started"):
+                if message is None or message[0] in ("progress", "started", "threads"):
                     continue
                 if message[0] == "report":
                     running.child.order(STOP)

@@ -25,7 +25,7 @@ from batches import Lines, strip_on
 from bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
 from checkpoints import load_model
 from config import BACKBONES, BACKBONES_BY_TIER
-from cores import WaitingThreads, asked_threads, usable_cores
+from cores import WaitingThreads, asked_threads
 from devices import visible_entries
 from files import UserError, one_line
 from metrics import Metrics, compute_metrics
@@ -33,6 +33,7 @@ from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
 from processes import (
     PRUNE,
     STOP,
+    THREADS,
     Job,
     MachineQuestion,
     Message,
@@ -54,12 +55,16 @@ class SearchLine:
     def __init__(self, connection: Connection, log: Path) -> None:
         self._connection, self._log = connection, log
         self._has_trained = False
+        self.threads: int | None = None  # that the search has ordered, until the next batch
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._last_progress = 0.0
         obey_in_thread(connection, self._obey)
 
     def _obey(self, order: str) -> None:
+        if order.startswith(THREADS):
+            self.threads = int(order.removeprefix(THREADS))
+            return
         if order == STOP:
             self._stop.set()
         self._answers.put(order)
@@ -140,12 +145,16 @@ def _train(job: Job, line: SearchLine) -> Metrics | None:
 
 
 def _giving_way(threads: int, line: SearchLine) -> Callable[[float], None]:
-    """Make a check before each batch that also leaves cores to other programs that came up."""
+    """Make a check before each batch that also leaves cores to programs that come up, and back."""
     waiting = WaitingThreads(threads)
 
     def check(progress: float) -> None:
         line.check(progress)
-        if (fewer := waiting.fewer()) is not None:
+        ordered, line.threads = line.threads, None
+        if ordered is not None:
+            waiting.threads = ordered
+            torch.set_num_threads(ordered)
+        elif (fewer := waiting.fewer()) is not None:
             torch.set_num_threads(fewer)
             line.send("threads", threads=fewer)
 
@@ -273,7 +282,7 @@ def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
 def answer_question(connection: Connection, question: MachineQuestion) -> None:
     """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
     obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(question.threads)
     try:
         answer: Message = ("machine", _describe_machine(question))
     except UserError as error:

@@ -92,6 +92,8 @@ class Machine:
         for core, seconds in self.busy.items():
             lines.append(f"cpu{core} {int(seconds * TICKS)} 0 0 99999 77 0 0 55 0 0")
         (proc / "stat").write_text("\n".join([*lines, "intr 1 2 3", "ctxt 5"]) + "\n")
+        if not (proc / "self").is_symlink():
+            (proc / "self").symlink_to(str(os.getpid()))
         for pid, (name, parent, own, ended) in self.processes.items():
             (proc / str(pid)).mkdir(exist_ok=True)
             before = f"{pid} ({name}) S {parent} 1 1 0 -1 4194560 1 2 3 4"
@@ -161,6 +163,46 @@ def test_what_was_taken_holds_until_the_next_long_look(machine: Machine) -> None
     assert cores.left() == 2
     machine.now += 0.5
     assert cores.left() == 3
+
+
+def test_a_name_may_be_cut_off_within_a_letter(machine: Machine) -> None:
+    (machine.root / "proc/702/stat").write_bytes(
+        b"702 (Zeilenpr\xc3\xbcfu\xc3) S 1 1 1 0 -1 4 1 2 3 4 9 9 0 0\n"
+    )
+    cores = SharedCores(machine.root)
+    machine.now += 10
+    machine.busy[0] += 10
+    (machine.root / "proc/702").rename(machine.root / "proc/802")
+    del machine.processes[702]
+    machine.write()
+    assert cores.left() == 2
+
+
+def test_cores_that_were_left_for_a_while(machine: Machine) -> None:
+    cores = SharedCores(machine.root)
+    for busy, left, left_lately in ((10, 2, 2), (0, 3, 2), (0, 3, 2), (0, 3, 3), (10, 2, 2)):
+        machine.now += 10
+        machine.busy[0] += busy
+        machine.write()
+        assert cores.left_lately() == left_lately
+        assert cores.left() == left
+
+
+def test_a_little_on_each_of_many_cores_is_no_matter(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(100)))
+    machine.busy = dict.fromkeys(range(100), 0.0)
+    machine.write()
+    cores = SharedCores(machine.root)
+    machine.now += 100
+    machine.busy = dict.fromkeys(range(100), 0.9)
+    machine.write()
+    assert cores.left() == 100
+    machine.now += 100
+    machine.busy = dict.fromkeys(range(100), 2.2)
+    machine.write()
+    assert cores.left() == 99
 
 
 def test_nothing_is_taken_where_the_count_was_lost(machine: Machine) -> None:
@@ -265,8 +307,17 @@ def test_threads_stay_where_nothing_is_told(tmp_path: Path, tasks: Tasks) -> Non
     waiting = WaitingThreads(2, tasks.directory)
     (tasks.directory / "8" / "schedstat").unlink()
     (tasks.directory / "7" / "schedstat").write_text("nothing")
+    nowhere = WaitingThreads(2, tmp_path / "none")
     for _ in range(4):
         tasks.now += 2.0
+        assert waiting.fewer() is None
+        assert nowhere.fewer() is None
+
+
+def test_many_threads_may_wait_a_little_each(tasks: Tasks) -> None:
+    waiting = WaitingThreads(60, tasks.directory)
+    for _ in range(4):
+        tasks.wait(2.0, t7=1.0, t8=1.0)
         assert waiting.fewer() is None
 
 

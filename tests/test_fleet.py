@@ -25,6 +25,7 @@ from config import default_space
 from files import DirectoryLock, SharedLock, UserError, holder_is_dead, write_json
 from fleet import Fleet
 from hyperparameter_search import main
+from processes import TrialProcesses
 from storage import (
     PatientStorage,
     StorageUnreachableError,
@@ -464,13 +465,20 @@ def test_storage_that_stays_away_leaves_saved_trials(
     command, backend = shared
     monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.3)
     receive = shared_search.SharedSearch.receive_report
+    hear = TrialProcesses.receive
+    sent_meanwhile = [("progress", {"progress": 1.1}), ("threads", {"threads": 1})]
 
     def cut(self: Any, running: Any, epoch: int, *more: Any) -> None:
         backend.away = epoch == 1
         receive(self, running, epoch, *more)
 
+    def hear_of_it(self: TrialProcesses, connection: Any) -> Any:
+        return sent_meanwhile.pop() if backend.away and sent_meanwhile else hear(self, connection)
+
     monkeypatch.setattr(shared_search.SharedSearch, "receive_report", cut)
+    monkeypatch.setattr(TrialProcesses, "receive", hear_of_it)
     assert command(n_trials="1", epochs="3") == 2
+    assert not sent_meanwhile
     problems = capfd.readouterr().err
     assert "running trials have saved their state" in problems
     assert "s3cr" not in problems

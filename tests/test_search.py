@@ -9,6 +9,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +336,11 @@ class FakeCores:
 
     def left(self) -> int:
         self.looks += 1
-        self.taken = 1.2 if self.looks == 2 else 0.0
-        return 4 if self.looks == 2 else 6
+        self.taken = 1.2 if self.looks == 3 else 0.0  # the first is before the search
+        return 5 if self.looks == 3 else 6
+
+    def left_lately(self) -> int:
+        return 0
 
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, [3, 2, 3]), ("1", [1, 1, 1])])
@@ -358,8 +362,8 @@ def test_threads_leave_the_cores_that_other_programs_use(
     assert recorded == threads
     told = [line for line in capfd.readouterr().out.splitlines() if "other programs" in line]
     expected = [
-        "other programs keep 1.2 cores busy: 2 thread(s) each from now on",
-        "other programs keep 0.0 cores busy: 3 thread(s) each from now on",
+        "other programs keep 1.2 cores busy: 2 thread(s) for each new trial",
+        "other programs keep 0.0 cores busy: 3 thread(s) for each new trial",
     ]
     assert told == (expected if asked is None else [])
 
@@ -369,11 +373,42 @@ def test_trial_beside_programs_that_came_up_goes_on_with_fewer_threads(
 ) -> None:
     monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "kept_waiting"}))
     assert run() == 0
-    told = [line for line in capfd.readouterr().out.splitlines() if "other programs" in line]
-    assert told == ["trial   1 | other programs keep its threads waiting: 2 thread(s) from now on"]
+    told = [line for line in capfd.readouterr().out.splitlines() if "thread(s) from" in line]
+    assert told == ["trial   1 | its threads wait for cores: 2 thread(s) from now on"]
     for number, threads in ((0, 1), (1, 2)):
         rows = read_history(tmp_path / "c" / f"trial_{number:03d}")
         assert {row["threads"] for row in rows} == {threads}
+
+
+class EmptiedCores(FakeCores):
+    """Cores that other programs leave to the search again."""
+
+    def left_lately(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(("calm", "threads"), [(0.0, {3}), (100.0, {2})])
+def test_trial_gets_its_threads_back(
+    calm: float,
+    threads: set[int],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "kept_waiting"}))
+    monkeypatch.setattr("hyperparameter_search.SharedCores", EmptiedCores)
+    monkeypatch.setattr("hyperparameter_search.usable_cores", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(
+        search_module, "RunningTrial", partial(search_module.RunningTrial, calm=calm)
+    )
+    assert run(n_trials="1", epochs="60") == 0
+    printed = capfd.readouterr().out
+    assert "trial   0 | its threads wait for cores: 2 thread(s) from now on" in printed
+    free = "trial   0 | cores are free again: 3 thread(s) from now on"
+    assert (free in printed) == (threads == {3})
+    assert read_history(tmp_path / "c" / "trial_000")[-1]["threads"] in threads
 
 
 # ------------------------------------------------------------------------------ what a kill leaves

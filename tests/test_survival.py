@@ -39,7 +39,7 @@ from train import TrainingState, training_step
 
 __all__ = ["run"]  # the fixture
 
-QUESTION = processes.MachineQuestion("cpu", "none", ("tiny",), False)
+QUESTION = processes.MachineQuestion("cpu", "none", ("tiny",), False, 1)
 
 
 @pytest.fixture
