@@ -235,7 +235,7 @@ def _add_training_flags(group: Any) -> None:
     group.add_argument(
         "--epochs",
         type=whole_number,
-        default=60,
+        default=100,
         metavar="N",
         help="most epochs of a trial (default: %(default)s)",
     )
