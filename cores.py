@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 SHORTEST_LOOK = 1.0  # seconds: the kernel counts in hundredths
-SHORTEST_LOOK = 1.0  # seconds: the kernel counts in hundredths
 LOOK_SECONDS = 10.0
 LATELY = 3  # looks
 # What other programs may use before a thread is left out for them: cores, and a share of all, since

@@ -75,6 +75,7 @@ class Job:
     rank: int = 0
     port: int = 0
     listener: socket.socket | None = None
+    gives_way: bool = False  # to other programs: it goes on with fewer threads where these wait
 
     @property
     def gpu(self) -> str | None:

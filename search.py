@@ -254,6 +254,8 @@ class Search:
             plan.slots[slot],
             continue_from,
             ranks=plan.ranks,
+            # Ranks wait for one another: fewer threads in one would not help.
+            gives_way=plan.cores is not None and plan.ranks == 1,
         )
         self.write_config(trial, job)
         child = TrialProcesses(job, ChildProcess)
@@ -285,7 +287,7 @@ class Search:
         free = self.plan.cores.left_lately() - self.held()
         for running in self.running.values():
             more = min(self.plan.threads - running.threads, free)
-            if more > 0 and self.plan.ranks == 1 and time.monotonic() >= running.may_rise:
+            if more > 0 and running.job.gives_way and time.monotonic() >= running.may_rise:
                 running.threads += more
                 free -= more
                 running.child.order(f"{THREADS}{running.threads}")

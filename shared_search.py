@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from estimate import finished_epochs, seconds_left
 from files import UserError, read_json
 from fleet import SIGN_SECONDS, Fleet
-from processes import STOP
+from processes import STOP, UNDER_WAY
 from recovery import rebuilt_trials, recorded_settings_of, trial_directories
 from search import STOP_SECONDS, RunningTrial, Search
 from status import RunningStatus, Status, silence
@@ -93,11 +93,11 @@ class SharedSearch(Search):
                 if pipe not in running.child.connections:
                     continue  # another rank has told the trial's end
                 message = running.child.receive(pipe)
-                if message is None or message[0] in ("progress", "started", "threads"):
+                if message is None:
                     continue
                 if message[0] == "report":
                     running.child.order(STOP)
-                else:
+                elif message[0] not in UNDER_WAY:
                     running.child.end()
                     del self.running[running.slot]
 

@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             args = parse_args(sys.argv[1:] if argv is None else argv)
             if argv is None and args.config is not None:
-                as_in_a_trial()  # takes some seconds, and a third off a training on a CPU
+                as_in_a_trial()  # some seconds; steps of large models gain up to a quarter
             with StopSignals() as stop:
                 return predict_command(args) if args.predict else retrain_command(args, stop)
         except UserError as error:

@@ -25,7 +25,7 @@ from batches import Lines, strip_on
 from bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
 from checkpoints import load_model
 from config import BACKBONES, BACKBONES_BY_TIER
-from cores import WaitingThreads, asked_threads
+from cores import WaitingThreads
 from devices import visible_entries
 from files import UserError, one_line
 from metrics import Metrics, compute_metrics
@@ -127,8 +127,7 @@ def _train(job: Job, line: SearchLine) -> Metrics | None:
     device = open_device(job.gpu)
     line.send("started", gpu=job.gpu)
     check: Callable[[float], None] = line.check
-    # Ranks wait for one another: fewer threads in one would not help.
-    if job.gpu is None and job.ranks == 1 and asked_threads(os.environ) is None:
+    if job.gives_way:
         check = _giving_way(job.threads, line)
     ranks = join(job.rank, job.ranks, job.port, job.listener, device)
     return train(

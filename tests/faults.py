@@ -67,9 +67,8 @@ def kept_waiting(connection: Connection, job: Any) -> None:
         def fewer(self) -> int | None:
             return next(self._answers, None)
 
-    os.environ.pop("OMP_NUM_THREADS", None)
     worker.WaitingThreads = Waiting  # type: ignore[assignment,misc]
-    worker.run_trial(connection, replace(job, threads=4))
+    worker.run_trial(connection, replace(job, threads=4, gives_way=True))
 
 
 def exit_silently(connection: Connection, job: Any) -> None:
