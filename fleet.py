@@ -88,17 +88,25 @@ class Fleet:
                 return None
             mine, trials = self._store(self._next(trials))
             smaller = [trial for trial in trials if trial.number < mine.number]
-            if self.room(smaller) and not _is_taken(mine, smaller):
+            # An interruption meanwhile has made room: for what it broke off, not for a new draw
+            # that was on its way, after which there is none.
+            is_new = "continues" not in mine.user_attrs
+            passes_over = is_new and self._to_continue(smaller) is not None
+            if self.room(smaller) and not _is_taken(mine, smaller) and not passes_over:
                 return Trial(self.study, mine._trial_id)  # no public way to a trial that runs
             self._withdraw(mine)
 
     def _next(self, trials: Sequence[FrozenTrial]) -> FrozenTrial:
         """Give the trial to be started: one that goes on with an interrupted one, or a new draw."""
+        return self._to_continue(trials) or self.drawer.new_draw(trials, TrialState.RUNNING)
+
+    def _to_continue(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+        """Give a trial that goes on with an interrupted one; None where none waits for it."""
         if self.continue_interrupted:
             for trial in continuations(trials, TrialState.RUNNING):
                 if self._is_within_reach(trials[trial.user_attrs["continues"]]):
                     return trial
-        return self.drawer.new_draw(trials, TrialState.RUNNING)
+        return None
 
     def _store(self, template: FrozenTrial) -> tuple[FrozenTrial, list[FrozenTrial]]:
         """Store a running trial of this search; give it as stored, and all trials."""

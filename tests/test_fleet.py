@@ -120,6 +120,26 @@ def test_same_draw_is_drawn_again_by_the_larger_number(
     assert other.user_attrs["seed"] != baseline.user_attrs["seed"]
 
 
+def test_place_of_a_trial_interrupted_meanwhile_is_its_continuation_s(
+    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two see the last place. One takes it; before the other does, the trial that ran ends."""
+    a, b, c = (member(2, continue_interrupted=True) for _ in range(3))
+    running = b.claim()
+    trial_dir(tmp_path, 0).mkdir()
+    write_json(trial_dir(tmp_path, 0) / "config.json", {})
+
+    def meanwhile() -> None:
+        assert c.claim() is not None
+        tell(b, running, TrialState.FAIL, interrupted=True)
+
+    first_lets(meanwhile, a, monkeypatch)
+    trial = a.claim()
+    assert trial is not None
+    assert trial.user_attrs["continues"] == 0
+    assert [t.user_attrs.get("surplus", False) for t in a.trials()] == [False, False, True, False]
+
+
 def test_interrupted_trial_is_continued_once(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
