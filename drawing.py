@@ -1,7 +1,7 @@
 """The drawing process: the pictures and the report of a search, made beside it.
 
 Drawing takes seconds, and the loop that owns the study must not wait for it. So one child process
-of low priority draws whenever a trial has finished. It only reads what the search has written.
+of low priority draws when trials have finished. It only reads what the search has written.
 Whatever happens to it is told in one line, and never worth a search. Both ends of its pipe are in
 here; this file imports nothing that is slow, the child does.
 """
@@ -13,8 +13,9 @@ import os
 import queue
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from summary import Row
 
 DRAW = "draw"
+HURRY = "hurry"  # rest no more
+REST = 9.0  # times the processor time of a drawing, before the next: a tenth of one core at most
 NICENESS = 19  # the least, also of its session: a trial that wants the processor goes first
 LAST_SECONDS = 120.0  # what the last drawing may take, when no trial runs any more
 MOST_CRASHES = 3  # in a row, after which the pictures are given up
@@ -51,9 +54,9 @@ class Source:
 class Drawing:
     """The search process's end of the drawing process, which is started when first needed.
 
-    At most one is there, and it draws the newest state: what was asked for while it was busy is
-    drawn once, afterwards. `notes` says, in lines, which pictures the last drawing left out and
-    why.
+    At most one is there, and it draws the newest state: what was asked for while it was busy or
+    rested is drawn once, afterwards. `notes` says, in lines, which pictures the last drawing left
+    out and why.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Drawing:
         self.notes: list[str] = []
         self._source = Source(checkpoint_dir, storage, study_name)
         self._child: ChildProcess | None = None
-        self._busy = self._again = False
+        self._waiting = 0  # orders that no drawing has answered
         self._crashes = 0
 
     @property
@@ -72,9 +75,6 @@ class Drawing:
 
     def request(self) -> None:
         """Let the present state be drawn, soon; returns at once."""
-        if self._busy:
-            self._again = True
-            return
         if self._crashes >= MOST_CRASHES:
             return
         try:
@@ -84,25 +84,27 @@ class Drawing:
             self._crashed(one_line(error))
             return
         self._child.order(DRAW)
-        self._busy, self._again = True, False
+        self._waiting += 1
 
     def receive(self) -> None:
         """Take the drawing process's word, or notice its end."""
         if self._child is None:
             return
         message = self._child.receive()
-        self._busy = False
         if message is None:
+            again, self._waiting = self._waiting > 1, 0  # one of them may have been its end
             code = self._child.end()
             self._child = None
             self._crashed(exit_text(code))
-        elif message[0] == "failed":
+            if again:
+                self.request()
+            return
+        self._waiting -= message[1]["orders"]
+        if message[0] == "failed":
             self._crashed(message[1]["cause"])
         else:
             self._crashes = 0
             self.notes = message[1]["notes"]
-        if self._again:
-            self.request()
 
     def finish(self, wakeup: socket.socket, is_stopping: bool) -> None:
         """Wait until the newest state is drawn, unless a signal comes; then end the process.
@@ -110,9 +112,10 @@ class Drawing:
         wakeup: becomes readable with a signal.   is_stopping: one has come; nothing is waited for.
         """
         if self._child is not None:
-            weigh_session(self._child.pid, os.nice(0))  # no trial is left to give way to
+            give_full_weight(self._child.pid)  # no trial is left to give way to
+            self._child.order(HURRY)
         deadline = time.monotonic() + LAST_SECONDS
-        while self._busy and not is_stopping:
+        while self._waiting and not is_stopping:
             left = deadline - time.monotonic()
             ready = connection.wait([*self.connections, wakeup], timeout=max(0.0, left))
             if not ready:
@@ -130,7 +133,7 @@ class Drawing:
         self._child.kill()
         self._child.end()
         self._child = None
-        self._busy = self._again = False
+        self._waiting = 0
         # Its own: another search may draw into the same directory.
         for unfinished in (f"summary/.*.{pid}.tmp", f"trial_*/.curves.png.{pid}.tmp"):
             for leftover in self._source.checkpoint_dir.glob(unfinished):
@@ -152,26 +155,65 @@ class Drawing:
 
 
 def draw_on_demand(pipe: Connection, source: Source) -> None:
-    """Draw at each order, until the search is gone. What a child process runs."""
+    """Draw at orders, until the search is gone. What a child process runs."""
+    give_way()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+    hurried = threading.Event()
+    obey_in_thread(pipe, lambda order: hurried.set() if order == HURRY else orders.put(order))
+
+    def answer(message: Message) -> None:
+        with contextlib.suppress(OSError):  # nobody listens: `obey_in_thread` ends this process
+            pipe.send(message)
+
+    answer_orders(orders, hurried, lambda: draw(source), answer)
+
+
+def give_way() -> None:
+    """Let this process run only where others leave time."""
     weigh_session("self", NICENESS)
     os.nice(NICENESS)
     # With all three it has a sixth of a core beside a trial on all cores, whose steps take 1.1
     # times as long meanwhile; without this one a third, and they 1.4 times as long.
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
-    obey_in_thread(pipe, orders.put)
+
+
+def give_full_weight(pid: int) -> None:
+    """Let a process that gave way run like this one, as far as that may be taken back."""
+    weigh_session(pid, os.nice(0))
+    with contextlib.suppress(OSError):  # not everybody may
+        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, pid, os.nice(0))
+
+
+def answer_orders(
+    orders: queue.SimpleQueue[str],
+    hurried: threading.Event,
+    draw_now: Callable[[], list[str]],
+    answer: Callable[[Message], None],
+) -> None:
+    """Draw and rest in turn; one drawing answers all orders that came until it began.
+
+    Ends at an order that is none to draw. hurried: whether the rests are over.
+    """
+    rested = 0.0
     while orders.get() == DRAW:
-        answer: Message
+        hurried.wait(max(0.0, rested - time.monotonic()))
+        answered = 1
+        while not orders.empty():
+            orders.get()
+            answered += 1
+        used = time.process_time()
         try:
-            answer = ("drawn", {"notes": draw(source)})
+            message = ("drawn", {"notes": draw_now(), "orders": answered})
         except BaseException as error:
-            answer = ("failed", {"cause": one_line(f"{type(error).__name__}: {error}")})
-        with contextlib.suppress(OSError):  # nobody listens: `obey_in_thread` ends this process
-            pipe.send(answer)
+            cause = one_line(f"{type(error).__name__}: {error}")
+            message = ("failed", {"cause": cause, "orders": answered})
+        rested = time.monotonic() + REST * (time.process_time() - used)
+        answer(message)
 
 
 def draw(source: Source) -> list[str]:
