@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from summary import Row
 
 DRAW = "draw"
-HURRY = "hurry"  # rest no more
+HURRY = "hurry"  # rest no more, and give way no more: no trial is left
 REST = 9.0  # times the processor time of a drawing, before the next: a tenth of one core at most
 NICENESS = 19  # the least, also of its session: a trial that wants the processor goes first
 LAST_SECONDS = 120.0  # what the last drawing may take, when no trial runs any more
@@ -112,7 +112,6 @@ class Drawing:
         wakeup: becomes readable with a signal.   is_stopping: one has come; nothing is waited for.
         """
         if self._child is not None:
-            give_full_weight(self._child.pid)  # no trial is left to give way to
             self._child.order(HURRY)
         deadline = time.monotonic() + LAST_SECONDS
         while self._waiting and not is_stopping:
@@ -156,24 +155,32 @@ class Drawing:
 
 def draw_on_demand(pipe: Connection, source: Source) -> None:
     """Draw at orders, until the search is gone. What a child process runs."""
+    usual = os.nice(0)  # the search's own
     give_way()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     hurried = threading.Event()
-    obey_in_thread(pipe, lambda order: hurried.set() if order == HURRY else orders.put(order))
+
+    def obey(order: str) -> None:
+        if order == HURRY:
+            hurried.set()
+            take_turns(usual)
+        else:
+            orders.put(order)
 
     def answer(message: Message) -> None:
         with contextlib.suppress(OSError):  # nobody listens: `obey_in_thread` ends this process
             pipe.send(message)
 
+    obey_in_thread(pipe, obey)
     answer_orders(orders, hurried, lambda: draw(source), answer)
 
 
 def give_way() -> None:
     """Let this process run only where others leave time."""
-    weigh_session("self", NICENESS)
+    weigh_session(NICENESS)
     os.nice(NICENESS)
     # With all three it has a sixth of a core beside a trial on all cores, whose steps take 1.1
     # times as long meanwhile; without this one a third, and they 1.4 times as long.
@@ -181,12 +188,12 @@ def give_way() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def give_full_weight(pid: int) -> None:
-    """Let a process that gave way run like this one, as far as that may be taken back."""
-    weigh_session(pid, os.nice(0))
-    with contextlib.suppress(OSError):  # not everybody may
-        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
-        os.setpriority(os.PRIO_PROCESS, pid, os.nice(0))
+def take_turns(niceness: int) -> None:
+    """Take back what `give_way` did to the main thread, as far as this user may."""
+    weigh_session(niceness)
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(os.getpid(), os.SCHED_OTHER, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, os.getpid(), niceness)
 
 
 def answer_orders(

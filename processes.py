@@ -344,15 +344,15 @@ def obey_in_thread(connection: Connection, act: Callable[[str], object]) -> None
     threading.Thread(target=listen, daemon=True).start()
 
 
-def weigh_session(pid: int | str, niceness: int) -> None:
-    """Make a child's session as nice to others as said; pid: the child's, or "self".
+def weigh_session(niceness: int) -> None:
+    """Make this process's session as nice to others as said.
 
     Where Linux groups processes by session it shares the processor between sessions, and a process
     that is nice goes behind others of its own session alone: measured, half of the core.
     """
     for _ in range(SESSION_TRIES):
         try:
-            Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+            Path("/proc/self/autogroup").write_text(str(niceness))
             return
         except BlockingIOError:  # whoever is not root may change one in a tenth of a second
             time.sleep(0.1)
@@ -374,7 +374,7 @@ def _work(name: str, connection: Connection, argument: Any) -> None:
     # A session of its own: a signal to one child's group reaches that child alone.
     os.setsid()
     if niceness := os.nice(0):
-        weigh_session("self", niceness)
+        weigh_session(niceness)
     module, _, function = name.partition(":")
     # Imported here, not above: the search process must not import torch.
     getattr(import_module(module), function)(connection, argument)

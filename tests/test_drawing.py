@@ -233,7 +233,7 @@ def test_half_drawn_files_are_cleared_away(children: list[FakeChild], tmp_path: 
 
 def wait_for_answer(drawing: Drawing) -> None:
     (pipe,) = drawing.connections
-    assert pipe.poll(60)
+    assert pipe.poll(240)  # of the lowest priority, on a machine that may be busy
     drawing.receive()
 
 
@@ -305,9 +305,10 @@ def test_drawing_gives_way_as_a_session_until_the_trials_have_ended(
     assert autogroup.read_text().split()[-1] == str(NICENESS)
     assert os.sched_getscheduler(drawing._child.pid) == os.SCHED_IDLE
     monkeypatch.setattr(drawing, "kill", lambda: None)
+    drawing.request()
     drawing.finish(wakeup[0], False)
     assert autogroup.read_text().split()[-1] == "0"
     if os.geteuid() == 0:  # others may not take these back
         assert os.sched_getscheduler(drawing._child.pid) == os.SCHED_OTHER
-        assert os.getpriority(os.PRIO_PROCESS, drawing._child.pid) == os.nice(0)
+        assert os.getpriority(os.PRIO_PROCESS, drawing._child.pid) == 0
     Drawing.kill(drawing)

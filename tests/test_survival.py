@@ -705,5 +705,5 @@ def test_session_is_weighed_once_the_kernel_takes_it(monkeypatch: pytest.MonkeyP
         written.append((str(path), text))
 
     monkeypatch.setattr(Path, "write_text", write_text)
-    processes.weigh_session(123, 7)
-    assert written == [("/proc/123/autogroup", "7")]
+    processes.weigh_session(7)
+    assert written == [("/proc/self/autogroup", "7")]
