@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from cores import usable_cores
 from files import UserError, one_line, sync_directory, write_whole
 
 SPLITS = ("train", "val", "test")
@@ -441,7 +442,7 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
     """A pool that does not finish its work when an error or a signal ends its use."""
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(usable_cores())
     try:
         yield pool
     finally:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from batches import Lines
 from config import TrialConfig
+from cores import usable_cores
 from data import BrokenImageError, decode_line, find_images
 from files import UserError, one_line
 from model import WriterModel
@@ -135,7 +136,7 @@ def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, NDArra
         except (OSError, BrokenImageError) as error:
             return one_line(error, 150)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
         # `decode_line` refuses what is too large.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return list(zip(images, pool.map(read, images), strict=True))

@@ -74,10 +74,10 @@ MAY_IMPORT = {
     "retraining": {
         *("checkpoints", "config", "data", "files", "provenance", "signals", "summary", "train"),
     },
-    "prediction": {"batches", "config", "data", "files", "model", "train"},
+    "prediction": {"batches", "config", "cores", "data", "files", "model", "train"},
     "metrics": set(),
     "batches": {"data"},
-    "data": {"files"},
+    "data": {"cores", "files"},
     "config": {"files"},
     "model": {"config"},
     "files": set(),
