@@ -1,0 +1,117 @@
+"""Training on a device: what is there meets nothing on the host, and numbers are as on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from far_device import FAR, FarDevice
+
+import batches
+import checkpoints
+import processes
+import train as train_module
+import worker
+from checkpoints import load_model
+from config import TrialConfig
+from data import LineSet
+from prediction import predict
+from train import Stopped, train
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Give the name of a device that stands in for a GPU."""
+    optimizer = import_module("torch.optim.optimizer")
+    monkeypatch.setattr(
+        optimizer, "_get_fused_kernels_supported_devices", lambda: [FAR.type, "cpu"]
+    )
+    monkeypatch.setattr(train_module, "autocast", lambda config, device: contextlib.nullcontext())
+    # Inference tensors cannot be of a subclass.
+    evaluate: Any = train_module.evaluate
+    monkeypatch.setattr(train_module, "evaluate", torch.no_grad()(evaluate.__wrapped__))
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+    write = checkpoints.write_tensors
+    # A subclass of tensors is nothing that a checkpoint may hold.
+    monkeypatch.setattr(
+        checkpoints, "write_tensors", lambda path, held: write(path, checkpoints._copied(held))
+    )
+    with FarDevice():
+        yield FAR.type
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["strip there", "strip on the host"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"micro_batch": 4},
+        {"mixup_alpha": 0.3, "micro_batch": 4},
+        {"loss": "cosface", "pooling": "attention", "dropout": 0.0},
+        {"backbone": "resnet_thin", "pooling": "gem", "augment_geometry": 0.0},
+        {"augment_photometry": 0.0},
+    ],
+    ids=lambda values: ", ".join(values) or "default",
+)
+def test_trial_on_a_device_is_that_on_the_cpu(
+    device: str,
+    room: bool,
+    values: dict[str, Any],
+    data: LineSet,
+    config: TrialConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = 10 * data.strip.nbytes if room else 1
+    monkeypatch.setattr(batches, "free_memory", lambda place: free if place == FAR else None)
+    micro_batch = values.get("micro_batch")
+    config = dataclasses.replace(config, **{k: v for k, v in values.items() if k != "micro_batch"})
+    there = train(config, data, tmp_path / "there", device=device, micro_batch=micro_batch)
+    here = train(config, data, tmp_path / "here", micro_batch=micro_batch)
+    assert there == here
+
+
+@pytest.mark.filterwarnings("ignore:.*is a no-op")  # what torch thinks of this stand-in
+def test_trial_goes_on_on_a_device(
+    device: str, data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    def check(progress: float) -> None:
+        if progress > 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path / "broken", check=check, device=device)
+    # What is saved is of no device: a trial may go on on another.
+    there, here = (
+        train(config, data, tmp_path / place, device=place, continue_from=tmp_path / "broken")
+        for place in (device, "cpu")
+    )
+    assert there == here == train(config, data, tmp_path / "whole")
+
+
+def test_model_is_used_on_a_device(
+    device: str,
+    data: LineSet,
+    lines_root: Path,
+    config: TrialConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(config, data, tmp_path, device=device)
+    question = processes.TestQuestion(tmp_path / "best_model.pth", data, 1, ())
+    measured = worker._measure(question)
+    predict_on: Any = predict.__wrapped__  # type: ignore[attr-defined]
+    with torch.no_grad():
+        guesses = [
+            predict_on(*load_model(tmp_path / "best_model.pth"), [lines_root / "test"], place)
+            for place in (FAR, torch.device("cpu"))
+        ]
+    assert guesses[0] == guesses[1]
+    monkeypatch.setattr(worker, "open_device", lambda gpu: device)
+    assert worker._measure(question) == measured
