@@ -283,9 +283,9 @@ def test_threads_that_wait_become_fewer(tasks: Tasks) -> None:
     assert waiting.fewer() is None, "one look is not enough"
     tasks.wait(2.0, t7=2.0, t8=1.8)
     assert waiting.fewer() == 6, "1.9 cores were missing"
-    tasks.wait(3.0, t8=1.0)
+    tasks.wait(3.0, t8=2.4)
     assert waiting.fewer() is None
-    tasks.wait(3.0, t8=1.0)
+    tasks.wait(3.0, t8=2.4)
     assert waiting.fewer() == 5
     for _ in range(10):
         tasks.wait(2.0, t8=20.0)
@@ -299,6 +299,9 @@ def test_threads_that_seldom_wait_stay(tasks: Tasks) -> None:
     waiting = WaitingThreads(2, tasks.directory)
     for number in range(10):
         tasks.wait(2.0, t7=0.3, t8=0.1 if number % 2 else 1.0)  # now and then above the threshold
+        assert waiting.fewer() is None
+    for _ in range(4):
+        tasks.wait(2.0, t7=0.4, t8=0.4)  # as beside the drawing of pictures
         assert waiting.fewer() is None
 
 
