@@ -42,6 +42,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--writers", type=int, default=8)
+    parser.add_argument("--pages", type=int, help="at most so many training pages of each writer")
     parser.add_argument("--line_height", type=int, default=24)
     parser.add_argument("--crop_width", type=int, default=96)
     parser.add_argument("--backbone", default="resnet_thin")
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     print(common.describe_machine())
     deadline = time.monotonic() + (args.seconds or float("inf"))
+    if args.pages:
+        args.data_root = with_fewer_pages(args.data_root, args.pages, args.work / "data")
     names = [f"{search}-{seed}" for seed in args.seeds for search in args.searches]
     for name in names:
         while not is_done(args, name) and (left := deadline - time.monotonic()) > 0:
@@ -66,6 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         unfinished=sum(not is_done(args, name) for name in names),
     )
     return 0
+
+
+def with_fewer_pages(data_root: Path, pages: int, into: Path) -> Path:
+    """Link a data set, but for all training pages of each writer after the first so many."""
+    for split in sorted(path.name for path in data_root.iterdir() if path.is_dir()):
+        for writer in sorted((data_root / split).iterdir()):
+            kept = sorted(writer.iterdir())[: pages if split == "train" else None]
+            (into / split / writer.name).mkdir(parents=True, exist_ok=True)
+            for page in kept:
+                link = into / split / writer.name / page.name
+                if not link.exists():
+                    link.symlink_to(page.resolve())
+    return into
 
 
 def run_search(args: argparse.Namespace, name: str, seconds: float | None) -> None:
@@ -132,6 +148,7 @@ def write_table(args: argparse.Namespace, names: Sequence[str]) -> None:
             "trials",
             "epochs",
             "writers",
+            "pages",
             "line_height",
             "crop_width",
             "backbone",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks import (
     trial_start,
     validation,
 )
+from data import find_lines
 
 LINES = ("--threads", "1", "--writers", "2", "--pages", "3")
 
@@ -82,6 +84,17 @@ def test_record_trials_goes_on_where_it_was_stopped(
     searches = json.loads((tmp_path / "table.json").read_text())["searches"]
     assert set(searches) == {"random-none-0", "tpe-none-0", "tpe-median-0"}
     assert all(len(trial["values"]) == 2 for trials in searches.values() for trial in trials)
+
+
+def test_record_trials_may_train_on_fewer_pages(lines_root: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # also when it goes on
+        fewer = record_trials.with_fewer_pages(lines_root, 1, tmp_path / "data")
+    kept, everything = (
+        Counter((line.split, line.writer) for line in find_lines(root))
+        for root in (fewer, lines_root)
+    )
+    halved = {key: n // 2 if key[0] == "train" else n for key, n in everything.items()}
+    assert kept == halved
 
 
 def test_study_scale(result: Any) -> None:

@@ -18,6 +18,7 @@ import checkpoints
 import processes
 import train as train_module
 import worker
+from batches import EpochImages, Lines
 from checkpoints import load_model
 from config import TrialConfig
 from data import LineSet
@@ -115,3 +116,18 @@ def test_model_is_used_on_a_device(
     assert guesses[0] == guesses[1]
     monkeypatch.setattr(worker, "open_device", lambda gpu: device)
     assert worker._measure(question) == measured
+
+
+@pytest.mark.parametrize("strip_device", [FAR, torch.device("cpu")], ids=str)
+@pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([7, 0, 1])], ids=["plain", "mixup"])
+def test_rank_makes_its_images_on_a_device(
+    device: str, strip_device: torch.device, rows: slice | torch.Tensor, data: LineSet
+) -> None:
+    made = []
+    for strip_place, place in ((strip_device, FAR), (torch.device("cpu"), torch.device("cpu"))):
+        lines = Lines.of(data, "train", torch.from_numpy(data.strip).to(strip_place), place)
+        drawn = EpochImages.draw(lines, torch.arange(16).view(2, 8), 32, 1.0, 1.0, 0, rows)
+        made.append(drawn.batch(1))
+        assert {tensor.device for tensor in made[-1]} == {place}
+    for there, here in zip(*made, strict=True):
+        assert torch.equal(there.cpu(), here)
