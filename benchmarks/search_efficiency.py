@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, kind in KINDS.items():
         runs = np.array([simulate(kind, surrogate, seed, budgets) for seed in range(args.seeds)])
         error = runs[:, -1].std(ddof=1) / math.sqrt(args.seeds)
-        rows.append([name, *(100 * runs.mean(0)).tolist(), 100 * float(error)])
+        means = [f"{100 * mean:.2f}" for mean in runs.mean(0)]
+        rows.append([name, *means, f"{100 * error:.2f}"])
         result[name] = float(runs[:, -1].mean())
     header = ["", *(f"{budget} epochs" for budget in budgets), "s.e. of the last"]
     common.print_table(f"surrogate, {args.seeds} seeds: value of the best found, %", header, rows)
