@@ -36,6 +36,7 @@ REST = 9.0  # times the processor time of a drawing, before the next: a tenth of
 NICENESS = 19  # the least, also of its session: a trial that wants the processor goes first
 LAST_SECONDS = 120.0  # what the last drawing may take, when no trial runs any more
 MOST_CRASHES = 3  # in a row, after which the pictures are given up
+MOST_WAITING = 2  # orders: one may be drawn already, by the next one what is new since then
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Drawing:
         self._source = Source(checkpoint_dir, storage, study_name)
         self._child: ChildProcess | None = None
         self._waiting = 0  # orders that no drawing has answered
+        self._again = False  # another is to be sent, once one is answered
+        self._hurried = False
         self._crashes = 0
 
     @property
@@ -75,6 +78,9 @@ class Drawing:
 
     def request(self) -> None:
         """Let the present state be drawn, soon; returns at once."""
+        if self._waiting == MOST_WAITING:  # more of them would fill the pipe to one that hangs
+            self._again = True
+            return
         if self._crashes >= MOST_CRASHES:
             return
         try:
@@ -84,7 +90,9 @@ class Drawing:
             self._crashed(one_line(error))
             return
         self._child.order(DRAW)
-        self._waiting += 1
+        if self._hurried:
+            self._child.order(HURRY)
+        self._waiting, self._again = self._waiting + 1, False
 
     def receive(self) -> None:
         """Take the drawing process's word, or notice its end."""
@@ -92,7 +100,7 @@ class Drawing:
             return
         message = self._child.receive()
         if message is None:
-            again, self._waiting = self._waiting > 1, 0  # one of them may have been its end
+            again, self._waiting = self._waiting > 0, 0
             code = self._child.end()
             self._child = None
             self._crashed(exit_text(code))
@@ -105,6 +113,8 @@ class Drawing:
         else:
             self._crashes = 0
             self.notes = message[1]["notes"]
+        if self._again:
+            self.request()
 
     def finish(self, wakeup: socket.socket, is_stopping: bool) -> None:
         """Wait until the newest state is drawn, unless a signal comes; then end the process.
@@ -113,6 +123,7 @@ class Drawing:
         """
         if self._child is not None:
             self._child.order(HURRY)
+        self._hurried = True
         deadline = time.monotonic() + LAST_SECONDS
         while self._waiting and not is_stopping:
             left = deadline - time.monotonic()
@@ -132,7 +143,7 @@ class Drawing:
         self._child.kill()
         self._child.end()
         self._child = None
-        self._waiting = 0
+        self._waiting, self._again = 0, False
         # Its own: another search may draw into the same directory.
         for unfinished in (f"summary/.*.{pid}.tmp", f"trial_*/.curves.png.{pid}.tmp"):
             for leftover in self._source.checkpoint_dir.glob(unfinished):
@@ -165,8 +176,8 @@ def draw_on_demand(pipe: Connection, source: Source) -> None:
 
     def obey(order: str) -> None:
         if order == HURRY:
-            hurried.set()
             take_turns(usual)
+            hurried.set()
         else:
             orders.put(order)
 
@@ -202,12 +213,13 @@ def answer_orders(
     draw_now: Callable[[], list[str]],
     answer: Callable[[Message], None],
 ) -> None:
-    """Draw and rest in turn; one drawing answers all orders that came until it began.
+    """Draw and rest in turn, for ever; one drawing answers all orders that came until it began.
 
-    Ends at an order that is none to draw. hurried: whether the rests are over.
+    hurried: whether the rests are over.
     """
     rested = 0.0
-    while orders.get() == DRAW:
+    while True:
+        orders.get()
         hurried.wait(max(0.0, rested - time.monotonic()))
         answered = 1
         while not orders.empty():

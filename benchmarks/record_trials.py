@@ -18,11 +18,13 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from data import LineFile, find_lines
 from files import write_text
 from summary import DATABASE, read_history, read_rows, trial_dir
 
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(common.describe_machine())
     deadline = time.monotonic() + (args.seconds or float("inf"))
     if args.pages:
-        args.data_root = with_fewer_pages(args.data_root, args.pages, args.work / "data")
+        fewer = args.work / f"data_{args.pages}"
+        args.data_root = with_fewer_pages(args.data_root, args.pages, fewer)
     names = [f"{search}-{seed}" for seed in args.seeds for search in args.searches]
     for name in names:
         while not is_done(args, name) and (left := deadline - time.monotonic()) > 0:
@@ -72,16 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_fewer_pages(data_root: Path, pages: int, into: Path) -> Path:
-    """Link a data set, but for all training pages of each writer after the first so many."""
-    for split in sorted(path.name for path in data_root.iterdir() if path.is_dir()):
-        for writer in sorted((data_root / split).iterdir()):
-            kept = sorted(writer.iterdir())[: pages if split == "train" else None]
-            (into / split / writer.name).mkdir(parents=True, exist_ok=True)
-            for page in kept:
-                link = into / split / writer.name / page.name
-                if not link.exists():
-                    link.symlink_to(page.resolve())
+    """Link a data set's images; of each writer's training pages only the first so many."""
+    lines = find_lines(data_root)
+    kept: dict[str, list[str]] = defaultdict(list)
+    for writer, page in sorted({(line.writer, line.page) for line in lines if is_training(line)}):
+        if len(kept[writer]) < pages:
+            kept[writer].append(page)
+    for line in lines:
+        if is_training(line) and line.page not in kept[line.writer]:
+            continue
+        link = into / line.split / line.writer / line.page / Path(line.path).name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to((data_root / line.path).resolve())
     return into
+
+
+def is_training(line: LineFile) -> bool:
+    return line.split == "train"
 
 
 def run_search(args: argparse.Namespace, name: str, seconds: float | None) -> None:

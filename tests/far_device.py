@@ -6,6 +6,7 @@ such hardware, but they have numbers: each holds one of the CPU, on which all op
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 FAR = torch.device("meta")
+done: Counter[str] = Counter()  # operations on the device's tensors, by name
 BETWEEN = ("aten::_to_copy", "aten::copy_")  # take tensors of any device
 BY_INDEX = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
@@ -64,6 +66,9 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         on_device = isinstance(args[0], FarTensor)
         if not on_device and any(isinstance(t, FarTensor) for t in tree_iter(args[1:])):
             raise RuntimeError(f"{name}: a tensor of the CPU with one of the device")
+        for values in args[2:3]:
+            if on_device and not isinstance(values, FarTensor) and values.dim():
+                raise RuntimeError(f"{name}: values of the CPU into a tensor of the device")
     else:
         tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         on_device = any(isinstance(t, FarTensor) for t in tensors)
@@ -77,6 +82,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if (device := kwargs.get("device")) is not None:
         on_device = torch.device(device) == FAR
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    done[name] += on_device
     result = func(*tree_map(near_of, args), **tree_map(near_of, kwargs))
     if func._schema.is_mutable:
         changed = kwargs.get("out", args[0] if args else None)

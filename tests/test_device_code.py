@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import far_device
 import pytest
 import torch
 from far_device import FAR, FarDevice
@@ -73,7 +74,10 @@ def test_trial_on_a_device_is_that_on_the_cpu(
     monkeypatch.setattr(batches, "free_memory", lambda place: free if place == FAR else None)
     micro_batch = values.get("micro_batch")
     config = dataclasses.replace(config, **{k: v for k, v in values.items() if k != "micro_batch"})
+    far_device.done.clear()
     there = train(config, data, tmp_path / "there", device=device, micro_batch=micro_batch)
+    assert far_device.done["aten::convolution"] > 0
+    assert (far_device.done["aten::index_select"] > 0) == room, "crops are cut where the strip is"
     here = train(config, data, tmp_path / "here", micro_batch=micro_batch)
     assert there == here
 
