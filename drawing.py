@@ -100,19 +100,18 @@ class Drawing:
             return
         message = self._child.receive()
         if message is None:
-            again, self._waiting = self._waiting > 0, 0
+            self._again, self._waiting = self._waiting > 0, 0  # its successor draws what it left
             code = self._child.end()
             self._child = None
             self._crashed(exit_text(code))
-            if again:
-                self.request()
-            return
-        self._waiting -= message[1]["orders"]
-        if message[0] == "failed":
-            self._crashed(message[1]["cause"])
         else:
-            self._crashes = 0
-            self.notes = message[1]["notes"]
+            kind, content = message
+            self._waiting -= content["orders"]
+            if kind == "failed":
+                self._crashed(content["cause"])
+            else:
+                self._crashes = 0
+                self.notes = content["notes"]
         if self._again:
             self.request()
 

@@ -18,13 +18,14 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from data import LineFile, find_lines
+from data import find_lines
 from files import write_text
 from summary import DATABASE, read_history, read_rows, trial_dir
 
@@ -77,22 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def with_fewer_pages(data_root: Path, pages: int, into: Path) -> Path:
     """Link a data set's images; of each writer's training pages only the first so many."""
     lines = find_lines(data_root)
-    kept: dict[str, list[str]] = defaultdict(list)
-    for writer, page in sorted({(line.writer, line.page) for line in lines if is_training(line)}):
-        if len(kept[writer]) < pages:
-            kept[writer].append(page)
+    training = sorted({(line.writer, line.page) for line in lines if line.split == "train"})
+    by_writer = groupby(training, itemgetter(0))
+    kept = {page for _, own_pages in by_writer for page in islice(own_pages, pages)}
     for line in lines:
-        if is_training(line) and line.page not in kept[line.writer]:
+        if line.split == "train" and (line.writer, line.page) not in kept:
             continue
         link = into / line.split / line.writer / line.page / Path(line.path).name
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to((data_root / line.path).resolve())
     return into
-
-
-def is_training(line: LineFile) -> bool:
-    return line.split == "train"
 
 
 def run_search(args: argparse.Namespace, name: str, seconds: float | None) -> None:
