@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data import INK_DEVIATION, LineSet
 
+IMAGES_A_MAP = 8  # images of a batch, one after the other, that are distorted alike
 NOISE_SHEET = 4  # images: noise is drawn for so many in an epoch, and each takes a part of it
 NOISE_STEP = 10_007  # pixels that a batch's parts are shifted against those of the batch before
 STRIP_SHARE = 0.4  # of a device's free memory; what is larger stays on the host
@@ -134,29 +135,42 @@ def random_offsets(widths: Tensor, crop_width: int, generator: torch.Generator) 
     return (slack * uniform).round().long()
 
 
-def cut(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Tensor:
+def places(lines: Lines, chosen: Tensor, offsets: Tensor) -> Tensor:
+    """Tell where crops are in the strip, for `cut`: (..., 1, 3), int64, on its device.
+
+    chosen, offsets (...,), int64, on the strip's device. The three are columns of the strip: the
+    crop's first, its line's first, and the one after its line's last.
+    """
+    starts = lines.starts[chosen]
+    ends = starts + lines.widths[chosen]
+    return torch.stack([starts + offsets, starts, ends], -1).unsqueeze(-2)
+
+
+def cut(lines: Lines, place: Tensor, crop_width: int) -> Tensor:
     """Cut crops out of the strip: (batch, 1, line_height, crop_width), uint8, stored by columns.
 
-    chosen, offsets (batch,), int64, on the strip's device; the crops are on `lines.device`. Columns
-    outside of the line are empty background.
+    place (batch, 1, 3), from `places`; the crops are on `lines.device`. Columns outside of the line
+    are empty background.
     """
-    column = offsets[:, None] + torch.arange(crop_width, device=offsets.device)
-    inside = (column >= 0) & (column < lines.widths[chosen, None])
-    source = torch.where(inside, lines.starts[chosen, None] + column, 0)
+    first, begin, end = place.unbind(-1)
+    column = first + torch.arange(crop_width, device=place.device)
+    inside = (column >= begin).logical_and_(column < end)
+    column.mul_(inside)  # to row 0, which is background
     # `index_select` copies whole columns: an eighth of the time that indexing takes on a CPU.
-    crops = lines.strip.index_select(0, source.flatten()).view(*source.shape, -1)
+    crops = lines.strip.index_select(0, column.flatten()).view(*column.shape, -1)
     return to_device(crops, lines.device).transpose(1, 2).unsqueeze(1)
 
 
-def gather(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int) -> Tensor:
+def gather(lines: Lines, place: Tensor, crop_width: int) -> Tensor:
     """Cut crops like `cut`, as images for a model: float32, unit deviation."""
-    return as_images(cut(lines, chosen, offsets, crop_width))
+    return as_images(cut(lines, place, crop_width))
 
 
 def as_images(crops: Tensor) -> Tensor:
     """Make images for a model of crops, uint8: float32, unit deviation, nothing else changed."""
-    # Not by `/`, which turns numbers of one byte into others more slowly.
-    return crops.to(torch.float32).div_(INK_DEVIATION)
+    # By rows, as a model takes them, while they have one byte. Not by `/`, which turns such numbers
+    # into others more slowly.
+    return crops.contiguous().to(torch.float32).div_(INK_DEVIATION)
 
 
 # ------------------------------------------------------------------------------- an epoch's images
@@ -174,11 +188,11 @@ class EpochImages:
 
     lines: Lines
     crop_width: int
-    chosen: Tensor  # (batches, own), int64, on the strip's device, as the offsets
-    offsets: Tensor
-    labels: Tensor  # (batches, own), int64, on the device of the batches, as what follows
-    geometry: Tensor | None  # (batches, own, 2, 3), see `draw_geometry`
-    ink: Tensor | None  # (batches, own, 4, 1, 1, 1), see `draw_ink`
+    # One for each batch: taking each out of one tensor would be an operation more.
+    place: tuple[Tensor, ...]  # (own, 1, 3), int64, on the strip's device, see `places`
+    labels: tuple[Tensor, ...]  # (own,), int64, on the device of the batches, as what follows
+    geometry: tuple[Tensor, ...] | None  # (own or groups, 2, 3), see `distort`
+    ink: tuple[Tensor, ...] | None  # (own, 4, 1, 1, 1), see `draw_ink`
     noise: Noise
 
     @classmethod
@@ -198,33 +212,45 @@ class EpochImages:
         images of each batch are this process's.
         """
         chosen, device = order.to(lines.strip.device), lines.device
-        height = lines.strip.shape[1]
+        (batches, batch), height = order.shape, lines.strip.shape[1]
         generator = torch.Generator().manual_seed(seed)
         offsets = random_offsets(lines.widths[chosen].cpu(), crop_width, generator)
-        moves = draw_geometry(order.shape, geometry, height, crop_width, generator)
+        maps = -(-batch // IMAGES_A_MAP)
+        moves = draw_geometry((batches, maps), geometry, height, crop_width, generator)
         changes = draw_ink(order.shape, photometry, generator)
-        noise = Noise.draw(order.shape[1], height, crop_width, generator, rows, device)
+        noise = Noise.draw(batch, height, crop_width, generator, rows, device)
         chosen = chosen[:, rows]
         return cls(
             lines,
             crop_width,
-            chosen,
-            to_device(offsets[:, rows], chosen.device),
-            to_device(lines.labels[chosen], device),
-            to_device(moves[:, rows], device) if geometry > 0 else None,
-            to_device(changes[:, rows], device) if photometry > 0 else None,
+            places(lines, chosen, to_device(offsets[:, rows], chosen.device)).unbind(),
+            to_device(lines.labels[chosen], device).unbind(),
+            to_device(moves[:, maps_of(batch, rows)], device).unbind() if geometry > 0 else None,
+            to_device(changes[:, rows], device).unbind() if photometry > 0 else None,
             noise,
         )
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """Make a batch: images (own, 1, height, width), float32, and labels (own,), int64."""
-        crops = cut(self.lines, self.chosen[number], self.offsets[number], self.crop_width)
-        images = as_images(crops) if self.ink is None else change_ink(crops, self.ink[number])
+        crops = cut(self.lines, self.place[number], self.crop_width)
+        ink = self.ink[number] if self.ink is not None else None
+        images = as_images(crops) if ink is None else change_ink(crops, ink)
         if self.geometry is not None:
             images = distort(images, self.geometry[number])
-        if self.ink is not None:
-            images.addcmul_(self.noise.of(number), self.ink[number, :, 3])
+        if ink is not None:
+            images.addcmul_(self.noise.of(number), ink[:, 3])
         return images, self.labels[number]
+
+
+def maps_of(batch: int, rows: slice | Tensor = slice(None)) -> Tensor:
+    """Tell by which maps the images of a batch are distorted, or those in some rows.
+
+    Returns (own,), int64; where they are whole groups of IMAGES_A_MAP, one number a group.
+    """
+    maps = torch.arange(batch)[rows] // IMAGES_A_MAP
+    of_groups = maps[::IMAGES_A_MAP]
+    in_groups = torch.equal(of_groups.repeat_interleave(IMAGES_A_MAP), maps)
+    return of_groups if in_groups else maps
 
 
 def draw_geometry(
@@ -254,9 +280,13 @@ def draw_geometry(
 
 
 def distort(images: Tensor, theta: Tensor) -> Tensor:
-    """Move the pixels of (batch, 1, height, width) by affine maps, (batch, 2, 3)."""
+    """Move the pixels of (batch, 1, height, width) by affine maps, (maps, 2, 3).
+
+    A map is for one image, or for as many, one after the other, as each of the other maps.
+    """
     grid = affine_grid(theta, *images.shape[2:])
-    return F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False)
+    groups = images.view(len(theta), -1, *images.shape[2:])
+    return F.grid_sample(groups, grid, "bilinear", "zeros", align_corners=False).view(images.shape)
 
 
 def affine_grid(theta: Tensor, height: int, width: int) -> Tensor:
@@ -350,5 +380,5 @@ class Noise:
         begin = number * NOISE_STEP % pixels
         # Odd: parts that are whole rows apart would be one another's copies, some rows higher.
         apart = ((len(self.sheet) - 2 * pixels) // self.batch_size - 1) | 1
-        parts = self.sheet[begin:].unfold(0, pixels, apart)[: self.batch_size]
-        return parts.view(self.batch_size, 1, self.height, self.width)[self.rows]
+        shape = (self.batch_size, 1, self.height, self.width)
+        return self.sheet.as_strided(shape, (apart, pixels, self.width, 1), begin)[self.rows]

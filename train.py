@@ -33,6 +33,7 @@ from batches import (
     Lines,
     epoch_order,
     gather,
+    places,
     strip_on,
     windows,
 )
@@ -376,13 +377,14 @@ def line_logits(
     """
     device = lines.device
     line, offsets = windows(lines.widths, config.crop_width)
+    place = places(lines, line, offsets)
     by_window = torch.zeros(len(line), num_writers, device=device)
     model.eval()
     parts = torch.split(torch.arange(len(line), device=line.device), EVALUATION_BATCH)
     for turn in range(0, len(parts), ranks.size):
         check()
         for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
-            images = gather(lines, line[part], offsets[part], config.crop_width)
+            images = gather(lines, place[part], config.crop_width)
             with autocast(config, device):
                 logits = model(images.contiguous(memory_format=torch.channels_last))
             by_window[part.to(device)] = logits.float()

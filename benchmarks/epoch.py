@@ -33,7 +33,6 @@ from batches import (
     cut,
     distort,
     epoch_order,
-    gather,
     strip_on,
 )
 from benchmarks import common
@@ -169,14 +168,15 @@ class Bench:
         state, config, lines, drawn = self.state, self.config, self.lines, self.drawn
         every_label, rng = lines.labels.cpu().numpy(), np.random.default_rng(0)
         steps = train.steps_per_epoch(config, len(lines))
-        place = (lines, drawn.chosen[0], drawn.offsets[0], config.crop_width)
-        crops, images = cut(*place), gather(*place)
+        place = (lines, drawn.place[0], config.crop_width)
         ink, geometry = drawn.ink, drawn.geometry
         assert ink is not None
         assert geometry is not None
+        crops = cut(*place)
+        images = change_ink(crops, ink[0])
 
         def photometry() -> None:
-            change_ink(crops, ink[0]).addcmul_(drawn.noise.of(0), ink[0, :, 3])
+            change_ink(crops, ink[0]).addcmul_(drawn.noise.of(0), ink[0][:, 3])
 
         def draws() -> None:
             order = epoch_order(every_label, config.sampler_alpha, rng)

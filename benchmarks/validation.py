@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 import train
-from batches import Lines, gather, strip_on, windows
+from batches import Lines, gather, places, strip_on, windows
 from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader
 from config import TrialConfig
@@ -72,14 +72,15 @@ class Bench:
 
     def __init__(self, config: TrialConfig, data: LineSet, root: Path, device: str) -> None:
         self.config, self.data, self.root, self.device = config, data, root, device
-        place = torch.device(device)
-        self.lines = Lines.of(data, "val", strip_on(data, place), place)
-        self.model = train.TrainingState.start(config, len(data.writers), place).average
+        on = torch.device(device)
+        self.lines = Lines.of(data, "val", strip_on(data, on), on)
+        self.model = train.TrainingState.start(config, len(data.writers), on).average
         line, offsets = windows(self.lines.widths, config.crop_width)
+        place = places(self.lines, line, offsets)
         self.windows = len(line)
         parts = torch.split(torch.arange(self.windows, device=line.device), train.EVALUATION_BATCH)
         self.resident = [
-            gather(self.lines, line[part], offsets[part], config.crop_width).contiguous(
+            gather(self.lines, place[part], config.crop_width).contiguous(
                 memory_format=torch.channels_last
             )
             for part in parts

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batches import (
+    IMAGES_A_MAP,
     EpochImages,
     Lines,
     Noise,
@@ -23,6 +24,8 @@ from batches import (
     draw_ink,
     epoch_order,
     gather,
+    maps_of,
+    places,
     random_offsets,
     strip_on,
     windows,
@@ -141,10 +144,14 @@ def lines() -> Lines:
     return Lines(strip, starts, widths, zeros, zeros, strip.device)
 
 
+def gathered(lines: Lines, chosen: Tensor, offsets: Tensor, crop_width: int = CROP) -> Tensor:
+    return gather(lines, places(lines, chosen, offsets), crop_width)
+
+
 @pytest.mark.parametrize("offset", [0, 3, -4, -31, -32, -40, 100, 180, 199, 200, 1000])
 def test_a_crop_is_a_slice_of_its_line_and_zero_outside(lines: Lines, offset: int) -> None:
     chosen = torch.arange(len(lines)).flip(0)
-    crops = gather(lines, chosen, torch.full((len(lines),), offset), CROP)
+    crops = gathered(lines, chosen, torch.full((len(lines),), offset))
     assert crops.shape == (len(lines), 1, HEIGHT, CROP)
     assert crops.dtype == torch.float32
     for crop, number in zip(crops, chosen.tolist(), strict=True):
@@ -157,7 +164,7 @@ def test_a_crop_is_a_slice_of_its_line_and_zero_outside(lines: Lines, offset: in
 
 
 def test_a_batch_may_hold_a_line_twice(lines: Lines) -> None:
-    crops = gather(lines, torch.tensor([1, 1, 1]), torch.tensor([0, 7, 0]), CROP)
+    crops = gathered(lines, torch.tensor([1, 1, 1]), torch.tensor([0, 7, 0]))
     assert torch.equal(crops[0], crops[2])
     assert torch.equal(crops[0][..., 7:], crops[1][..., :-7])
 
@@ -175,7 +182,7 @@ def test_random_crops_stay_inside_and_reach_both_ends() -> None:
 def test_a_narrow_line_stands_wholly_in_its_crop(lines: Lines) -> None:
     chosen = torch.tensor([0, 2, 6]).repeat(50)
     offsets = random_offsets(lines.widths[chosen], CROP, generator())
-    inked = (gather(lines, chosen, offsets, CROP) > 0).all(2).sum((1, 2))
+    inked = (gathered(lines, chosen, offsets) > 0).all(2).sum((1, 2))
     assert torch.equal(inked, lines.widths[chosen])
 
 
@@ -194,7 +201,7 @@ def test_lines_of_a_split_are_those_of_the_set(data: LineSet) -> None:
         assert len(own) == len(chosen) > 0
         assert own.labels.tolist() == data.labels[chosen].tolist()
         assert sorted(set(own.pages.tolist())) == list(range(len(set(data.pages[chosen]))))
-        crops = gather(own, torch.arange(len(own)), torch.zeros(len(own), dtype=torch.int64), 16)
+        crops = gathered(own, torch.arange(len(own)), torch.zeros(len(own), dtype=torch.int64), 16)
         for crop, index in zip(crops, chosen, strict=True):
             start = data.starts[index]
             columns = torch.from_numpy(np.array(data.strip[start : start + 16]))
@@ -204,7 +211,8 @@ def test_lines_of_a_split_are_those_of_the_set(data: LineSet) -> None:
 def test_crops_of_whole_lines_have_unit_deviation(data: LineSet) -> None:
     lines = Lines.of(data, "train", strip_on(data, torch.device("cpu")))
     for number in range(len(lines)):
-        whole = gather(lines, torch.tensor([number]), torch.tensor([0]), int(lines.widths[number]))
+        width = int(lines.widths[number])
+        whole = gathered(lines, torch.tensor([number]), torch.tensor([0]), width)
         assert whole.std().item() == pytest.approx(1, abs=0.1)
 
 
@@ -334,35 +342,73 @@ def test_images_without_augmentation_are_the_crops(lines: Lines) -> None:
     for number in range(3):
         images, _ = drawn.batch(number)
         chosen = torch.arange(4 * number, 4 * number + 4) % len(lines)
-        assert torch.equal(images, gather(lines, chosen, drawn.offsets[number], CROP))
+        assert torch.equal(images, gather(lines, drawn.place[number], CROP))
+        first, start, end = drawn.place[number].squeeze(1).unbind(1)
+        assert torch.equal(start, lines.starts[chosen])
+        assert torch.equal(end, start + lines.widths[chosen])
+        assert (first != start).any()
 
 
 def test_labels_are_those_of_the_lines() -> None:
-    strip, places = torch.zeros(100, HEIGHT, dtype=torch.uint8), torch.arange(7)
+    strip, numbers = torch.zeros(100, HEIGHT, dtype=torch.uint8), torch.arange(7)
     labels = torch.tensor([3, 1, 4, 1, 5, 9, 2])
-    numbered = Lines(strip, places, torch.full((7,), 20), labels, places, strip.device)
+    numbered = Lines(strip, numbers, torch.full((7,), 20), labels, numbers, strip.device)
     drawn = drawn_images(numbered)
     assert drawn.batch(1)[1].tolist() == [5, 9, 2, 3]
 
 
-@pytest.mark.parametrize(("geometry", "photometry"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_augmentation_differs_between_images_and_follows_the_seed(
-    geometry: float, photometry: float
-) -> None:
+def blotted_line() -> Lines:
+    """One line as wide as a crop, with a blot in it."""
     strip = torch.zeros(1 + 2 * CROP, HEIGHT, dtype=torch.uint8)
     strip[CROP // 2 : CROP, 2:6] = 120
     one = torch.ones(1, dtype=torch.int64)
-    lines = Lines(strip, one, CROP * one, one, one, strip.device)  # a line as wide as a crop
+    return Lines(strip, one, CROP * one, one, one, strip.device)
 
+
+def differences(images: Tensor) -> Tensor:
+    """Give the largest difference of each image to each."""
+    return (images[:, None] - images[None]).abs().amax((2, 3, 4))
+
+
+@pytest.mark.parametrize("geometry", [0.0, 1.0])
+def test_augmentation_differs_between_images_and_follows_the_seed(geometry: float) -> None:
     def images(seed: int) -> Tensor:
-        drawn = drawn_images(lines, geometry, photometry, seed)
+        drawn = drawn_images(blotted_line(), geometry, 1.0, seed)
         return torch.cat([drawn.batch(number)[0] for number in range(3)])
 
     first, same, other = (images(seed) for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
-    differences = (first[:, None] - first[None]).abs().amax((2, 3, 4))
-    assert (differences + torch.eye(12) > 0.01).all()
+    assert (differences(first) + torch.eye(12) > 0.01).all()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 18])
+def test_groups_of_images_share_a_map(batch: int) -> None:
+    order = torch.zeros(2, batch, dtype=torch.int64)
+    drawn = EpochImages.draw(blotted_line(), order, CROP, 1.0, 0.0, seed=1)
+    images = torch.cat([drawn.batch(number)[0] for number in range(2)])
+    groups = torch.cat([torch.arange(batch) // IMAGES_A_MAP + 100 * n for n in range(2)])
+    apart = groups[:, None] != groups[None]
+    assert torch.equal(differences(images) > 0.01, apart)
+    assert differences(images)[~apart].max() == 0
+
+
+def test_which_map_is_an_images() -> None:
+    assert maps_of(16).tolist() == [0, 1]  # whole groups
+    assert maps_of(18).tolist() == [*[0] * 8, *[1] * 8, 2, 2]
+    assert maps_of(3).tolist() == [0, 0, 0]
+    assert maps_of(32, torch.arange(16, 32)).tolist() == [2, 3]
+    assert maps_of(32, torch.arange(15, 32)).tolist() == [1, *[2] * 8, *[3] * 8]
+    assert maps_of(16, torch.arange(-1, 3) % 16).tolist() == [1, 0, 0, 0]
+    assert maps_of(16, torch.arange(4, 12)).tolist() == [0] * 4 + [1] * 4
+
+
+def test_images_with_a_common_map_move_as_with_one_each() -> None:
+    images = torch.rand(12, 1, 40, 16, generator=generator()).transpose(2, 3)  # stored by columns
+    theta = draw_geometry((3,), 1.0, 16, 40, generator())
+    together = distort(images, theta)
+    assert torch.equal(together, distort(images, theta.repeat_interleave(4, 0)))
+    assert not torch.equal(together[0], images[0])
 
 
 def test_noise_reaches_the_images_and_differs_between_batches() -> None:
@@ -371,7 +417,7 @@ def test_noise_reaches_the_images_and_differs_between_batches() -> None:
     lines = Lines(strip, one, CROP * one, one, one, strip.device)
     drawn = drawn_images(lines, geometry=0.0)
     assert drawn.ink is not None
-    paper, noise = drawn.ink[:, :, 2], drawn.ink[:, :, 3]
+    paper, noise = torch.stack(drawn.ink)[:, :, 2:].unbind(2)
     rest = torch.stack([drawn.batch(number)[0] for number in range(3)]) - paper
     torch.testing.assert_close(rest.std((2, 3, 4)), noise.flatten(1), rtol=0.15, atol=1e-3)
     together = torch.corrcoef(rest.flatten(2).flatten(0, 1))

@@ -65,12 +65,15 @@ def test_shares_cover_a_batch() -> None:
 
 
 @pytest.mark.parametrize("geometry", [0.0, 1.0])
-def test_images_of_a_share_are_those_of_the_batch(geometry: float, data: LineSet) -> None:
+@pytest.mark.parametrize(("batch", "with_neighbour"), [(7, True), (24, False), (24, True)])
+def test_images_of_a_share_are_those_of_the_batch(
+    geometry: float, batch: int, with_neighbour: bool, data: LineSet
+) -> None:
     lines = Lines.of(data, "train", strip_on(data, CPU))
-    order = torch.arange(14).view(2, 7) % len(lines)
+    order = torch.arange(2 * batch).view(2, batch) % len(lines)
     whole = EpochImages.draw(lines, order, 32, geometry, 1.0, seed=3)
     for rank in range(3):
-        rows = Ranks(rank, 3).rows(7, with_neighbour=True)
+        rows = Ranks(rank, 3).rows(batch, with_neighbour)
         own = EpochImages.draw(lines, order, 32, geometry, 1.0, seed=3, rows=rows)
         for number in range(2):
             images, labels = whole.batch(number)
