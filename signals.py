@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+AGAIN_SECONDS = 1.0  # one press of Ctrl-C may arrive twice: from the terminal, and from a wrapper
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -32,11 +34,13 @@ class StopSignals:
     """Turns signals into the end of the search.
 
     Outside of `deferred`, where there is nothing to save, a signal raises Interrupted. Inside it is
-    only remembered in `name`, and `wakeup` becomes readable. A second one ends the process at once.
+    only remembered in `name`, and `wakeup` becomes readable. Of further ones only Ctrl-C, a
+    person's, ends the process at once: batch systems and closing terminals send several.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._since = 0.0
         self._deferring = False
         self.wakeup, self._wake = socket.socketpair()
 
@@ -44,8 +48,10 @@ class StopSignals:
         self.wakeup.setblocking(False)
         self._wake.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        # Also where a script started this in the background, with SIGINT ignored.
-        self._old = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        # SIGINT also where a script started this in the background, and so had it ignored; but
+        # SIGHUP is ignored at the wish of whoever typed nohup.
+        caught = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._old = {number: signal.signal(number, self._remember) for number in caught}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -57,9 +63,11 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.name = signal.Signals(number).name
+            if number == signal.SIGINT and time.monotonic() - self._since > AGAIN_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.name, self._since = signal.Signals(number).name, time.monotonic()
         if not self._deferring:
             raise Interrupted(self.name)
 

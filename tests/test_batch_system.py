@@ -84,8 +84,15 @@ def test_running_trial_saves_before_the_job_s_end(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_example_script_under_a_stand_in_for_slurm(lines_root: Path, tmp_path: Path) -> None:
-    """Preempted with a grace time, then killed without one, then left alone, until it is done."""
+@pytest.mark.parametrize("preemption", [signal.SIGUSR1, signal.SIGTERM], ids=str)
+def test_example_script_under_a_stand_in_for_slurm(
+    preemption: signal.Signals, lines_root: Path, tmp_path: Path
+) -> None:
+    """Preempted with a grace time, then killed without one, then left alone, until it is done.
+
+    Preemption may signal the script alone, or all of the job at once: then the script passes on
+    what the search has already.
+    """
     requeued, output = tmp_path / "requeued", tmp_path / "output"
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"
@@ -124,13 +131,13 @@ def test_example_script_under_a_stand_in_for_slurm(lines_root: Path, tmp_path: P
                 time.sleep(0.01)
             if disturb == signal.SIGUSR1:
                 batch.send_signal(disturb)  # B: the batch script alone
-            elif disturb == signal.SIGKILL:
+            elif disturb is not None:
                 os.killpg(batch.pid, disturb)
             return batch.wait()
 
-    assert job(signal.SIGUSR1) == 0, output.read_text()
+    assert job(preemption) == 0, output.read_text()
     assert requeued.read_text() == "requeue 4711\n", "the script asked for it"
-    assert "stopped by SIGUSR1: everything is saved" in output.read_text()
+    assert f"stopped by {preemption.name}: everything is saved" in output.read_text()
     assert job(signal.SIGKILL) == -9
     assert job(None) == 0, output.read_text()
     assert requeued.read_text() == "requeue 4711\n", "once done it is not queued again"

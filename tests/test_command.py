@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from files import is_locked
+from signals import StopSignals
 
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
 pytestmark = pytest.mark.slow
@@ -212,21 +213,50 @@ def test_signal_saves_and_ends(
     assert gone_within(below, 5)
 
 
-def test_second_signal_ends_at_once(start: Callable[..., Command]) -> None:
+def test_second_interrupt_ends_at_once(start: Callable[..., Command]) -> None:
     command = start()
     command.wait_for("trial   0 | epoch  2/9999")
     below = command.descendants()
-    # Stopped children cannot answer: without the second signal this would take long.
+    # Stopped children cannot answer: without the second Ctrl-C this would take long.
     for pid in below:
         os.kill(pid, signal.SIGSTOP)
-    os.kill(command.process.pid, signal.SIGTERM)
-    time.sleep(0.3)
-    os.kill(command.process.pid, signal.SIGTERM)
+    os.kill(command.process.pid, signal.SIGINT)
+    time.sleep(1.3)
+    os.kill(command.process.pid, signal.SIGINT)
     code = command.process.wait(10)
     for pid in below:  # also lets go of the pipe that they hold
         os.kill(pid, signal.SIGCONT)
-    assert code == -signal.SIGTERM
+    assert code == -signal.SIGINT
     assert gone_within(below, 5)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGTERM, signal.SIGTERM),  # from a batch system, and from its script
+        (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM),  # a terminal that closes
+        (signal.SIGUSR1, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),  # one Ctrl-C, passed on by a wrapper as well
+    ],
+)
+def test_further_signals_break_no_saving_off(numbers: tuple[signal.Signals, ...]) -> None:
+    with StopSignals() as stop, stop.deferred():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        assert stop.name == numbers[0].name
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert stop.name is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_path: Path) -> None:
