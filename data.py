@@ -39,6 +39,8 @@ MISNAMED_SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+# What a search or training writes: pictures below such a directory are no lines of anybody's.
+WRITTEN = {"optuna_study.db", "search.lock", "history.jsonl"}
 INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
 MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
@@ -111,10 +113,12 @@ def find_lines(data_root: Path, num_writers: int | None = None, seed: int = 0) -
     Reads directories only. The order does not depend on the file system's. Without split
     directories the lines are split by `seed`. Raises UserError when no search is possible.
     """
-    if not data_root.is_dir():
-        problem = "is not a directory" if data_root.exists() else "does not exist"
-        raise UserError(f"--data_root {data_root} {problem}; give the directory of the line images")
     try:
+        if not data_root.is_dir():
+            problem = "is not a directory" if data_root.exists() else "does not exist"
+            raise UserError(
+                f"--data_root {data_root} {problem}; give the directory of the line images"
+            )
         lines = _scan(data_root)
     except OSError as error:
         raise UserError(f"--data_root {data_root} cannot be read: {one_line(error)}") from None
@@ -177,6 +181,8 @@ def _walk(
     if identity in above:
         return
     entries = sorted(os.scandir(directory), key=lambda entry: os.fsencode(entry.name))
+    if any(entry.name in WRITTEN for entry in entries):
+        return
     images = [entry for entry in entries if _is_image(entry)]
     if images:
         yield directory, images
@@ -353,15 +359,20 @@ def load_lines(
     Raises UserError when too many images are broken, or the cache cannot be written.
     """
     entry = cache_dir / _cache_key(data_root, lines, line_height)
-    if not (entry / "index.npz").exists():
-        try:
+    try:
+        if not _is_whole(entry):
             _decode_into(entry, data_root, lines, line_height)
-        except OSError as error:
-            raise UserError(
-                f"the decoded lines cannot be written to {cache_dir}: {one_line(error)}; "
-                "make room there or give another --cache_dir"
-            ) from None
-    return open_lines(entry, lines)
+        return open_lines(entry, lines)
+    except OSError as error:
+        raise UserError(
+            f"the decoded lines cannot be kept in {cache_dir}: {one_line(error)}; "
+            "make room there or give another --cache_dir"
+        ) from None
+
+
+def _is_whole(entry: Path) -> bool:
+    """Tell whether a cache entry has all its files; a disk's purge may take them one by one."""
+    return all((entry / name).exists() for name in ("strip.u8", "broken.json", "index.npz"))
 
 
 def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
@@ -375,8 +386,9 @@ def _decode_into(entry: Path, data_root: Path, lines: list[LineFile], line_heigh
     """Fill a temporary directory beside `entry`, then put it in place."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     with _one_builder(entry):
-        if (entry / "index.npz").exists():  # another process built it while this one waited
+        if _is_whole(entry):  # another process built it while this one waited
             return
+        rmtree(entry, ignore_errors=True)  # what a purge left
         temporary = entry.with_name(f".{entry.name}.tmp")
         rmtree(temporary, ignore_errors=True)  # of a builder that died
         temporary.mkdir()

@@ -157,6 +157,17 @@ def test_hidden_files_and_directories_are_skipped(tmp_path: Path) -> None:
     assert find_lines(tmp_path) == before
 
 
+@pytest.mark.parametrize("written", ["optuna_study.db", "search.lock", "history.jsonl"])
+def test_pictures_of_a_search_among_the_lines_are_nobody_s(tmp_path: Path, written: str) -> None:
+    pages = [f"{writer}/page_{n}/line_001.png" for writer in ("anna", "bert") for n in range(4)]
+    write_lines(tmp_path, pages)
+    before = find_lines(tmp_path)
+    write_lines(tmp_path, ["runs/a/summary/history.png", "runs/a/trial_000/curves.png"])
+    assert {line.writer for line in find_lines(tmp_path)} == {"anna", "bert", "runs"}
+    write_file(tmp_path / "runs" / "a" / written, b"")
+    assert find_lines(tmp_path) == before
+
+
 def test_images_beside_page_directories_are_a_page_of_their_own(tmp_path: Path) -> None:
     write_lines(tmp_path, [*two_writers(), "train/anna/line_001.png"])
     assert {line.page for line in find_lines(tmp_path) if line.writer == "anna"} == {
@@ -775,6 +786,18 @@ def test_what_a_dead_builder_left_does_not_matter(root: Path, tmp_path: Path) ->
     data = load(root, tmp_path / "cache")
     assert entries(tmp_path / "cache") == [name]
     assert len(data.strip) == 1 + data.widths.sum()
+
+
+@pytest.mark.parametrize("gone", ["index.npz", "strip.u8", "broken.json"])
+def test_what_a_purge_left_is_decoded_anew(root: Path, tmp_path: Path, gone: str) -> None:
+    first = load(root, tmp_path / "cache")
+    strip = np.array(first.strip)
+    (name,) = entries(tmp_path / "cache")
+    (tmp_path / "cache" / name / gone).unlink()
+    again = load(root, tmp_path / "cache")
+    assert np.array_equal(again.strip, strip)
+    assert again.fingerprint == first.fingerprint
+    assert entries(tmp_path / "cache") == [name]
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(root: Path, tmp_path: Path) -> None:
