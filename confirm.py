@@ -56,17 +56,28 @@ class Repeater:
         # Seed by seed: a confirmation that is cut short has seen all candidates.
         rounds = range(len(candidates[0].seeds))
         self.wanted = [(c.seeds[i], c.row.number) for i in rounds for c in candidates]
+        self.seeds = {seed for seed, _ in self.wanted}
         self._tried: set[int] = set()  # in this run: what fails is not tried again at once
 
     def missing(self, rows: Sequence[Row]) -> int:
         """Count what no trial has completed."""
-        return len({seed for seed, _ in self.wanted} - seeds_of(rows, "COMPLETE"))
+        return len(self.seeds - seeds_of(rows, "COMPLETE"))
 
     def ask(self, study: optuna.Study) -> Trial | None:
         """Start the next trial: one that waits, or the next that no trial has completed.
 
         None when this run has tried all.
         """
+        while (trial := self._next(study)) is not None:
+            if trial.user_attrs["seed"] in self.seeds:
+                self._tried.add(trial.user_attrs["seed"])
+                return trial
+            # It waited to go on, and the search has been extended since.
+            trial.set_user_attr("failure", "its configuration is not among the best any more")
+            study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    def _next(self, study: optuna.Study) -> Trial | None:
         trials = study.get_trials(deepcopy=False)
         if not any(trial.state == TrialState.WAITING for trial in trials):
             under_way = (TrialState.COMPLETE, TrialState.RUNNING)
@@ -84,9 +95,7 @@ class Repeater:
                     user_attrs={"draw": number, "seed": seed},
                 )
             )
-        trial = study.ask()
-        self._tried.add(trial.user_attrs["seed"])
-        return trial
+        return study.ask()
 
 
 def seeds_of(rows: Sequence[Row], *states: str) -> set[int]:
@@ -94,7 +103,9 @@ def seeds_of(rows: Sequence[Row], *states: str) -> set[int]:
     return {
         row.attributes["seed"]
         for row in rows
-        if row.state in states and not (row.state == "FAIL" and row.attributes.get("interrupted"))
+        if row.state in states
+        and "seed" in row.attributes  # a database that was recovered has placeholders in its gaps
+        and not (row.state == "FAIL" and row.attributes.get("interrupted"))
     }
 
 
@@ -143,9 +154,9 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     study = open_study(directory)
     record_settings(study, plan.settings)
     study.pruner = NopPruner()  # a mean over the runs that looked good would be no mean
-    settled = settle_unfinished(study, directory) + continue_interrupted(study)
     candidates = candidates_of(finished.rows, top, seeds, plan.seed)
     repeater = Repeater(finished.study, candidates)
+    settled = settle_unfinished(study, directory) + continue_interrupted(study, repeater.seeds)
     rows = read_rows(directory / DATABASE)
     missing = repeater.missing(rows)
     n_trials = sum(row.state == "COMPLETE" for row in rows) + missing

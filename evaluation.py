@@ -40,7 +40,7 @@ def evaluate_test(
     before = read_dict(path)
     identity = {
         "trial": chosen.trial,
-        "directory": str(chosen.directory.relative_to(checkpoint_dir)),
+        "directory": _seen_from(checkpoint_dir, chosen.directory),
         "config_hash": read_dict(chosen.directory / "config.json").get("config_hash"),
         "data_fingerprint": question.data.fingerprint,
     }
@@ -66,6 +66,12 @@ def evaluate_test(
     }
     write_json(path, found)
     return describe(found)
+
+
+def _seen_from(checkpoint_dir: Path, directory: Path) -> str:
+    """Name a directory as seen from another, where a shared search may not have its best trial."""
+    inside, own = directory.absolute(), checkpoint_dir.absolute()
+    return str(inside.relative_to(own) if inside.is_relative_to(own) else inside)
 
 
 def _ask(question: TestQuestion, stop: StopSignals) -> tuple[str, dict[str, Any]]:

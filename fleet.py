@@ -206,7 +206,7 @@ def _is_live(trial: FrozenTrial) -> bool:
 def _is_taken(mine: FrozenTrial, smaller: Sequence[FrozenTrial]) -> bool:
     """Tell whether another search has started the same before."""
     continued = mine.user_attrs.get("continues")
-    others = [trial for trial in smaller if not is_surplus(trial)]
+    others = [t for t in smaller if not is_surplus(t) and t.state != TrialState.WAITING]
     if continued is not None:
         return any(trial.user_attrs.get("continues") == continued for trial in others)
     # An interrupted trial's parameters are drawn again only where a finite space has no others.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +43,8 @@ UNWRITABLE = {
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY),
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY),
 }
-MAX_CONTINUATIONS = 3  # in a row: what kills a trial so often is the trial itself
+# In a row without one epoch more: what ends a trial so often is the trial itself.
+MAX_CONTINUATIONS = 3
 
 
 class SpaceExhaustedError(Exception):
@@ -435,13 +436,15 @@ def settle(
     return f"trial {trial.number} was cut off at epoch {min(epochs + 1, most)}: recorded as failed"
 
 
-def continue_interrupted(study: optuna.Study) -> list[str]:
+def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:
     """Let a waiting trial follow each interrupted one, with its hyperparameters and seed.
 
-    Returns a line for each trial that is to be continued.
+    seeds: those of the trials to go on with; None: of all. Returns a line for each such trial.
     """
     lines = []
     for trial in continuations(study.get_trials(deepcopy=False)):
+        if seeds is not None and trial.user_attrs["seed"] not in seeds:
+            continue
         study.add_trial(trial)
         number = trial.user_attrs["continues"]
         lines.append(f"trial {number} was interrupted: a new trial goes on with it")
@@ -453,16 +456,24 @@ def continuations(
 ) -> Iterator[FrozenTrial]:
     """Give a trial to follow each interrupted one, with its hyperparameters and seed.
 
-    Once for each interruption, and at most MAX_CONTINUATIONS times in a row. A trial that failed by
-    itself is not followed.
+    Once for each interruption, but not after MAX_CONTINUATIONS in a row that brought no epoch more.
+    A trial that failed by itself is not followed.
     """
-    followed = {t.user_attrs.get("continues") for t in trials if not t.user_attrs.get("surplus")}
+    by_number = {trial.number: trial for trial in trials}
+    # A fleet starts no waiting trial: one may have come with a study that was copied.
+    void = {TrialState.WAITING} - {state}
+    followed = {
+        t.user_attrs.get("continues")
+        for t in trials
+        if t.state not in void and not t.user_attrs.get("surplus")
+    }
     for trial in trials:
         attributes = trial.user_attrs
         if trial.state != TrialState.FAIL or not attributes.get("interrupted"):
             continue
-        times = attributes.get("continued", 0) + 1
-        if trial.number in followed or times > MAX_CONTINUATIONS or "seed" not in attributes:
+        if trial.number in followed or "seed" not in attributes:
+            continue
+        if _in_vain(by_number, trial) >= MAX_CONTINUATIONS:
             continue
         yield create_trial(
             state=state,
@@ -472,9 +483,20 @@ def continuations(
                 "draw": attributes["draw"],
                 "seed": attributes["seed"],
                 "continues": trial.number,
-                "continued": times,
+                "continued": attributes.get("continued", 0) + 1,
             },
         )
+
+
+def _in_vain(trials: Mapping[int, FrozenTrial], trial: FrozenTrial) -> int:
+    """Count the continuations in a row, up to this trial, that brought no epoch more."""
+    chain: list[int] = []  # epochs that were done, of the last first
+    link: FrozenTrial | None = trial
+    while link is not None:
+        chain.append(link.user_attrs.get("epochs", 0))
+        link = trials.get(link.user_attrs.get("continues", -1))
+    best_before = [max(chain[n + 1 :], default=-1) for n in range(len(chain))]
+    return next(n for n, done in enumerate(chain) if done > best_before[n])
 
 
 def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Trial) -> Path | None:

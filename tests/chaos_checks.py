@@ -176,17 +176,26 @@ def check_histories(directory: Path, trials: Sequence[Seen], epochs: int) -> lis
 
 
 def check_continuations(trials: Sequence[Seen], at_end: bool) -> list[str]:
-    """Each interrupted trial is followed once, unless it was the third continuation in a row."""
+    """Each interrupted trial is followed once, but not after three in a row without a new epoch."""
     wrong = []
     follows = Counter(trial.attributes.get("continues") for trial in trials)
     for trial in trials:
         if trial.state != "FAIL" or "seed" not in trial.attributes:
             continue
-        was_last = trial.attributes.get("continued", 0) >= MOST_CONTINUATIONS
+        done = [max(seen.steps, default=0) for seen in chain_of(trials, trial)]
+        lately = done[-MOST_CONTINUATIONS:]
+        was_last = len(done) > MOST_CONTINUATIONS and max(lately) <= max(done[:-MOST_CONTINUATIONS])
         is_due = bool(trial.attributes.get("interrupted")) and not was_last
         if follows[trial.number] > is_due or (at_end and follows[trial.number] != is_due):
             wrong.append(f"{follows[trial.number]} trials continue trial {trial.number}: {trial}")
     return wrong
+
+
+def chain_of(trials: Sequence[Seen], trial: Seen) -> list[Seen]:
+    """Give the trials that go on with one another, up to this one, the first one first."""
+    before = trial.attributes.get("continues")
+    earlier = [seen for seen in trials if before is not None and seen.number == before]
+    return [*(chain_of(trials, earlier[0]) if earlier else []), trial]
 
 
 def check_settled(before: Sequence[Seen], trials: Sequence[Seen]) -> list[str]:

@@ -10,18 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from faults import RealChild, faulty
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from test_search import Run, run, snapshot, trials_of
 from test_train import assert_same_weights
 
 import search as search_module
 from checkpoints import load_model
 from chosen import chosen_model, read_confirmation
-from confirm import Repetition, candidates_of
+from confirm import Repeater, Repetition, candidates_of, seeds_of
 from confirmation import Candidate, describe, remove_other_weights, summarise
-from study import open_study
+from study import continue_interrupted, open_study
 from summary import Row, read_rows
 
 __all__ = ["run"]  # the fixture
@@ -313,6 +314,37 @@ def test_candidates_keep_their_seeds_when_more_are_asked_for() -> None:
     assert [c.seeds[:2] for c in more[:2]] == [c.seeds for c in two]
     assert len({seed for c in more for seed in c.seeds}) == 9
     assert two != candidates_of(rows, 2, 2, seed=1)
+
+
+def test_run_that_is_not_wanted_any_more_takes_no_place() -> None:
+    """One of trial 0 waits to be gone on with when the search has found better ones."""
+    search = optuna.create_study(direction="maximize")
+    for value in (0.5, 0.6, 0.9):
+        search.add_trial(create_trial(value=value, params={}, distributions={}))
+    rows = [row(number, value) for number, value in enumerate((0.5, 0.6, 0.9))]
+    study = optuna.create_study(direction="maximize")
+    for candidate in candidates_of(rows[:2], 2, 1, seed=0):
+        (seed,) = candidate.seeds
+        study.add_trial(
+            create_trial(
+                state=TrialState.FAIL,
+                user_attrs={"draw": candidate.row.number, "seed": seed, "interrupted": True},
+            )
+        )
+    assert [t.user_attrs["draw"] for t in study.trials] == [1, 0]
+    repeater = Repeater(search, candidates_of(rows, 2, 1, seed=0))
+    lines = continue_interrupted(study, repeater.seeds)
+    assert lines == ["trial 0 was interrupted: a new trial goes on with it"]
+    continue_interrupted(study)  # as an earlier run did, when all were wanted
+    drawn = [repeater.ask(study) for _ in range(repeater.missing([]))]
+    assert [t and t.user_attrs["draw"] for t in drawn] == [1, 2]
+    assert repeater.ask(study) is None
+    assert [t.state for t in study.trials].count(TrialState.RUNNING) == 2
+
+
+def test_placeholder_of_a_recovered_database_has_no_seed() -> None:
+    rows = [row(0, 0.5, seed=7), row(1, None, state="FAIL")]
+    assert seeds_of(rows, "COMPLETE", "FAIL") == {7}
 
 
 def test_confirmation_of_fewer_trials_is_out_of_date(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from storage import (
     secrets_of,
     shown_url,
 )
-from study import Drawer, params_key
+from study import Drawer, continue_interrupted, params_key
 from summary import STUDY_NAME, trial_dir
 
 __all__ = ["run"]  # the fixture
@@ -158,6 +158,19 @@ def test_interrupted_trial_is_continued_once(
     ]
     assert continues == [None, None, None, 0, None]
     assert a.trials()[3].params == a.trials()[0].params
+
+
+def test_waiting_trial_of_a_copied_study_holds_nothing_up(member: Member, tmp_path: Path) -> None:
+    """A local search made it to go on with an interrupted one; a fleet makes its own."""
+    a = member(2, continue_interrupted=True)
+    tell(a, a.claim(), TrialState.FAIL, interrupted=True)
+    trial_dir(tmp_path, 0).mkdir()
+    write_json(trial_dir(tmp_path, 0) / "config.json", {})
+    assert continue_interrupted(a.study)
+    mine = a.claim()
+    assert mine is not None
+    assert (mine.number, mine.user_attrs["continues"]) == (2, 0)
+    assert not any(trial.user_attrs.get("surplus") for trial in a.trials())
 
 
 def test_one_run_starts_what_was_missing_whoever_starts_it(member: Member) -> None:
@@ -451,6 +464,10 @@ def test_search_on_a_shared_storage(
     assert "s3cr" not in first + second + status
     assert command(epochs="3") == 2
     assert "epochs: 2 in the study, 3 now" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)  # trials know their directory from the root on
+    assert command("--evaluate_test", n_trials="3", checkpoint_dir="c") == 0
+    found = json.loads((tmp_path / "c" / "summary" / "test_metrics.json").read_text())
+    assert found["directory"] == f"trial_{found['trial']:03d}"
 
 
 def test_lost_study_is_rebuilt_in_the_storage(

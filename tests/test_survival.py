@@ -33,7 +33,7 @@ import search as search_module
 import study as study_module
 from config import TrialConfig
 from hyperparameter_search import main
-from study import open_study
+from study import continue_interrupted, open_study
 from summary import Row, read_history, remove_weights
 from train import TrainingState, training_step
 
@@ -109,6 +109,30 @@ def test_trial_is_continued_three_times_at_most(
     assert params[0] == params[1] == params[2] == params[3] != params[4]
     continues = [t.user_attrs.get("continues") for t in open_study(tmp_path / "c").get_trials()]
     assert continues == [None, 0, 1, 2, None]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "breaks"),
+    [
+        ([20, 40, 60, 80, 90, 91], 6),  # a long trial of short jobs: each brought it on
+        ([0, 0, 0, 0, 0], 4),
+        ([5, 0, 5, 6, 0, 6, 6, 6], 7),  # one that ended before it told what was done brought none
+    ],
+)
+def test_trial_is_continued_while_each_break_has_an_epoch_more(
+    epochs: list[int], breaks: int
+) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({}, user_attrs={"draw": 0, "seed": 1})
+    for number, done in enumerate(epochs):
+        if not any(trial.state == TrialState.WAITING for trial in study.trials):
+            break
+        trial = study.ask()
+        for name, value in {"interrupted": True, "epochs": done}.items():
+            trial.set_user_attr(name, value)
+        study.tell(trial, state=TrialState.FAIL)
+        assert len(continue_interrupted(study)) == (number + 1 < breaks or breaks == len(epochs))
+    assert len([t for t in study.trials if t.state == TrialState.FAIL]) == breaks
 
 
 def test_trial_that_failed_by_itself_is_not_continued(
