@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,7 +10,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,27 @@ from typing import Any, BinaryIO
 
 class UserError(Exception):
     """A mistake that the user can mend, in one line: what is wrong, the value, what to do."""
+
+
+# What a path, a disk or its permissions are at fault for, and no program.
+OF_THE_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
+}
+
+
+@contextmanager
+def place_errors_told() -> Iterator[None]:
+    """Turn errors of a path, a disk or its permissions into the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        if "AF_UNIX path too long" in str(error):  # it has no number, and names no path
+            raise UserError("the path in TMPDIR is too long: set TMPDIR to a shorter one") from None
+        if error.errno not in OF_THE_PLACE:
+            raise
+        raise UserError(f"{one_line(error)}; mend it, and the same command goes on") from None
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -7,7 +7,6 @@ command_line.py, the search itself in search.py, one trial in train.py.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shlex
@@ -27,7 +26,16 @@ from config import Choice, Space, Value, default_space, narrow, parse_fix
 from cores import SharedCores, asked_threads, usable_cores
 from data import default_cache_dir, describe_report, find_lines, load_lines
 from devices import divide
-from files import DirectoryLock, SharedLock, UserError, one_line, refuse_if_in_use, write_json
+from files import (
+    OF_THE_PLACE,
+    DirectoryLock,
+    SharedLock,
+    UserError,
+    one_line,
+    place_errors_told,
+    refuse_if_in_use,
+    write_json,
+)
 from progress import lasting_output
 from provenance import provenance
 from signals import Interrupted, StopSignals
@@ -54,11 +62,6 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_NOTHING_COMPLETE, EXIT_USAGE, EXIT_FAILURES = 0, 1, 2, 3
 RULE = "=" * 70
 # Of a file that the system, not a bug, keeps from being written.
-UNWRITABLE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-}
-
 # ------------------------------------------------------------------------------------- preparation
 
 
@@ -455,8 +458,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         raise Interrupted(search.stop.name, began=True)
     if last.gave_up:
         print(
-            f"error: stopped after {len(last.failures)} failed trials in a row; common cause: "
-            f"{one_line(last.common_cause())}; mend it, and the same command goes on",
+            f"error: stopped after {last.gave_up}; mend it, and the same command goes on",
             file=sys.stderr,
         )
         return EXIT_FAILURES
@@ -510,7 +512,7 @@ def told_when_unwritable(place: Path | str) -> Iterator[None]:
     try:
         yield
     except (StorageInternalError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+        if isinstance(error, OSError) and error.errno not in OF_THE_PLACE:
             raise
         raise UserError(
             f"{place} cannot be written: {one_line(error.__cause__ or error)}; what was "
@@ -609,12 +611,11 @@ def _main(argv: Sequence[str]) -> int:
     try:
         args = parse_args(argv)
         requeue, storage = args.requeue_exit_code, args.storage
-        if args.compare:
-            print(compare_text(args.compare))
-            return EXIT_OK
-        if args.status:
-            return show_status(args)
-        return run_search(args)
+        with place_errors_told():
+            if args.compare:
+                print(compare_text(args.compare))
+                return EXIT_OK
+            return show_status(args) if args.status else run_search(args)
     except UserError as error:
         print(f"error: {one_line(hidden(str(error), storage), 1000)}", file=sys.stderr)
         return EXIT_USAGE

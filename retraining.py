@@ -231,13 +231,19 @@ def describe(
     }
 
 
+OF_A_TRAINING = (
+    *("metrics.json", "history.jsonl", "best_model.pth", "final_model.pth"),
+    *("optuna_study.db", "summary"),
+)
+
+
 def refuse_foreign(output_dir: Path, record: dict[str, Any]) -> bool:
     """Raise UserError when the directory holds something else; tell whether all is done there."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file, not a directory")
     known = output_dir / "config.json"
     if not known.exists():
-        for name in ("metrics.json", "optuna_study.db", "summary"):
+        for name in OF_A_TRAINING:
             if (output_dir / name).exists():
                 raise UserError(
                     f"--output_dir {output_dir} holds {name}: give a directory of its own"

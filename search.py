@@ -39,6 +39,7 @@ from study import (
     checkpoint_to_continue,
     config_of,
     distributions_of,
+    finished_value,
     warm_up_epochs,
     write_error_log,
     write_record,
@@ -133,7 +134,7 @@ class Search:
     running: dict[int, RunningTrial] = field(default_factory=dict)  # by slot
     displaced: list[RunningTrial] = field(default_factory=list)  # their GPU failed: to be restarted
     failures: list[str] = field(default_factory=list)  # causes of the failures in a row
-    gave_up: bool = False
+    gave_up: str = ""  # why; for good, whatever the trials do that still run
     exhausted: bool = False
     rows: list[Row] = field(default_factory=list)  # of the database, as of the last change
     without_weights: set[int] = field(default_factory=set)  # trials whose weights were deleted
@@ -568,6 +569,10 @@ class Search:
             self.failures.clear()
             self.leave(running, f"pruned at epoch {running.epoch}")
             return
+        value = finished_value(running.job.trial_dir)
+        if value is not None:  # it was done: only its word was lost
+            self.end_complete(running, {"macro_top1": value})
+            return
         epoch = int(running.progress) + 1  # the one under way
         if running.stop_cause is not None:
             # Once a stop was asked for, whatever ends the trial is part of the stop.
@@ -609,15 +614,20 @@ class Search:
             )
         )
         self.finish(trial, TrialState.FAIL, epoch)
+        self.remove_weights()
         if not interrupted:
             self.failures.append(re.sub(r" (at|in) epoch \d+", "", cause))  # to be counted
-            self.gave_up = len(self.failures) >= self.plan.max_consecutive_failed_trials
+            if len(self.failures) >= self.plan.max_consecutive_failed_trials:
+                cause = one_line(Counter(self.failures).most_common(1)[0][0])
+                number = len(self.failures)
+                self.gave_up = f"{number} failed trials in a row; common cause: {cause}"
         self.progress.end(
             trial.number, f"failed: {one_line(cause)} | {duration(seconds)}", self.complete()
         )
 
     def leave(self, running: RunningTrial, facts: str) -> None:
         del self.running[running.slot]
+        self.remove_weights()
         seconds = time.monotonic() - running.started
         self.progress.end(running.number, f"{facts} | {duration(seconds)}", self.complete())
 
@@ -633,12 +643,14 @@ class Search:
         self.attempt(lambda: write_record(directory, told))
         self.attempt(lambda: self.summary.write(self.rows))
         self.redraw()
-        if self.plan.kept_models is not None:
-            running = {other.number for other in self.running.values()} - {trial.number}
-            remove_weights(
-                directory, self.rows, self.plan.kept_models, running, self.without_weights
-            )
         self.events.send(trial_event(directory, trial.number, self.rows, self.plan.n_trials))
+
+    def remove_weights(self) -> None:
+        """Delete weights that nobody needs; of a trial whose process still writes them, later."""
+        if self.plan.kept_models is not None:
+            running = {other.number for other in self.running.values()}
+            directory, kept = self.plan.checkpoint_dir, self.plan.kept_models
+            remove_weights(directory, self.rows, kept, running, self.without_weights)
 
     def redraw(self) -> None:
         """Let the drawing process draw the present state."""
@@ -654,10 +666,6 @@ class Search:
 
     def complete(self) -> int:
         return sum(row.state == "COMPLETE" for row in self.rows)
-
-    def common_cause(self) -> str:
-        """Give the commonest cause of the failures in a row."""
-        return Counter(self.failures).most_common(1)[0][0]
 
 
 def smaller_batch(job: Job) -> int | None:

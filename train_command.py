@@ -13,7 +13,7 @@ import torch
 from checkpoints import load_model
 from command_line import Parser, device_name, underscored
 from data import default_cache_dir
-from files import UserError, one_line
+from files import UserError, one_line, place_errors_told
 from prediction import as_csv, as_json, as_table, predict
 from processes import as_in_a_trial
 from progress import lasting_output
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parse_args(sys.argv[1:] if argv is None else argv)
             if argv is None and args.config is not None:
                 as_in_a_trial()  # some seconds; steps of large models gain up to a quarter
-            with StopSignals() as stop:
+            with place_errors_told(), StopSignals() as stop:
                 return predict_command(args) if args.predict else retrain_command(args, stop)
         except UserError as error:
             print(f"error: {one_line(error, 1000)}", file=sys.stderr)

@@ -75,6 +75,20 @@ def exit_silently(connection: Connection, job: Any) -> None:
     os._exit(7)
 
 
+def die_when_done(connection: Connection, job: Any) -> None:
+    """Train for real and write all results, then be killed before a word of it."""
+    import worker
+
+    real_train = worker.train
+
+    def train(*arguments: Any, **named: Any) -> None:
+        real_train(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    worker.train = train  # type: ignore[assignment]
+    worker.run_trial(connection, job)
+
+
 def hang(connection: Connection, job: Any) -> None:
     """Ignores every order."""
     time.sleep(600)

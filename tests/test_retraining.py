@@ -203,6 +203,9 @@ def test_directory_of_something_else_is_refused(
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "latest_checkpoint.pth").write_bytes(b"half")
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(other / "best_model.pth", model)
     file = tmp_path / "file"
     file.touch()
     capfd.readouterr()
@@ -212,6 +215,7 @@ def test_directory_of_something_else_is_refused(
         (other, "holds another training: config_hash is"),
         (foreign, "belongs to another config_hash"),
         (damaged, "cannot be read"),
+        (model, "holds best_model.pth"),
         (file, "is a file"),
     ]:
         before = contents(directory) if directory.is_dir() else {}

@@ -268,6 +268,18 @@ def test_bad_trial_fails_and_the_search_goes_on(
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
+def test_trial_that_was_done_when_it_died_is_complete(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "die_when_done"}))
+    assert run(n_trials="1") == 0
+    directory = tmp_path / "c"
+    metrics = json.loads((directory / "trial_000" / "metrics.json").read_text())
+    assert trials_of(directory) == [(0, "COMPLETE", metrics["value"])]
+    assert not (directory / "trial_000" / "error.log").exists()
+    assert (directory / "summary" / "best_model.pth").exists()
+
+
 def test_hanging_trial_is_ended(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "hang"}))
     monkeypatch.setattr(search_module, "STOP_SECONDS", 0.2)
@@ -285,6 +297,20 @@ def test_too_many_failures_in_a_row_stop_the_search(
     assert run("--max_consecutive_failed_trials", "3", n_trials="9") == 3
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", *["FAIL"] * 3]
     assert "common cause: RuntimeError: the cat" in capfd.readouterr().err
+
+
+def test_giving_up_is_for_good_while_others_end_well(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A trial that began before the failures completes after them."""
+    broken = dict.fromkeys(range(1, 9), "raise_error")
+    monkeypatch.setattr(search_module, "ChildProcess", faulty(broken))
+    flags = ("--n_jobs", "2", "--max_consecutive_failed_trials", "2")
+    assert run(*flags, n_trials="9", epochs="150", patience="150") == 3
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", "FAIL", "FAIL"]
+    problems = capfd.readouterr().err
+    assert "stopped after 2 failed trials in a row; common cause: RuntimeError: the cat" in problems
+    assert "Traceback" not in problems
 
 
 def test_nothing_complete_is_exit_1(
@@ -326,6 +352,29 @@ def test_pruned_trials_do_not_count_as_complete(
     printed = capfd.readouterr().out
     assert "trial   1 | pruned at epoch 1" in printed
     assert "1 of 3 trials still missing" in printed
+
+
+def test_weights_of_a_pruned_trial_go_when_its_process_has(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be writing a checkpoint while it is told."""
+
+    class PruneFirst(optuna.pruners.BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            return trial.number == 0
+
+    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneFirst())
+    left = search_module.Search.leave
+    seen = []
+
+    def leave(search: search_module.Search, running: Any, facts: str) -> None:
+        (running.job.trial_dir / "best_model.pth").touch()  # the last that its process wrote
+        left(search, running, facts)
+        seen.append(sorted(path.name for path in running.job.trial_dir.glob("*.pth")))
+
+    monkeypatch.setattr(search_module.Search, "leave", leave)
+    assert run("--keep_checkpoints", "1", n_trials="2") == 0
+    assert seen == [[], ["best_model.pth", "final_model.pth"]]
 
 
 class FakeCores:
@@ -493,6 +542,9 @@ def test_second_search_in_one_directory_is_refused(
         (["--device", "tpu"], {}, "'tpu' is not auto, cpu, cuda or cuda:N"),
         (["--timeout", "-3"], {}, "not a number of seconds"),
         ([], {"data_root": "/nowhere"}, "/nowhere does not exist"),
+        ([], {"data_root": "x" * 300}, "File name too long"),
+        ([], {"checkpoint_dir": "x" * 300}, "File name too long"),
+        (["--cache_dir", "x" * 300], {}, "give another --cache_dir"),
         (["--no_such_flag"], {}, "unrecognized arguments"),
     ],
 )
