@@ -42,7 +42,7 @@ from config import TrialConfig
 from data import LineSet
 from files import write_json
 from metrics import Metrics, compute_metrics
-from model import WriterModel, classification_loss, mix_images
+from model import WriterModel, classification_loss, for_inference, mix_images
 from ranks import ALONE, Ranks
 
 WARM_UP = 0.05  # share of all steps in which the learning rate rises
@@ -379,7 +379,7 @@ def line_logits(
     line, offsets = windows(lines.widths, config.crop_width)
     place = places(lines, line, offsets)
     by_window = torch.zeros(len(line), num_writers, device=device)
-    model.eval()
+    model = for_inference(model)
     parts = torch.split(torch.arange(len(line), device=line.device), EVALUATION_BATCH)
     for turn in range(0, len(parts), ranks.size):
         check()

@@ -348,7 +348,10 @@ def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
     if not why:
         return "imagenet", ""
     if question.weights == "imagenet":
-        raise UserError(f"--weights imagenet: {why}; use --weights none, or other backbones")
+        raise UserError(
+            f"--weights imagenet: {why}; mend that, or begin a "
+            "search with --weights none or other backbones"
+        )
     return "none", why
 
 

@@ -26,6 +26,7 @@ from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader
 from config import TrialConfig
 from data import LineSet
+from model import for_inference
 from processes import as_in_a_trial
 
 
@@ -75,6 +76,7 @@ class Bench:
         on = torch.device(device)
         self.lines = Lines.of(data, "val", strip_on(data, on), on)
         self.model = train.TrainingState.start(config, len(data.writers), on).average
+        self.forward_model = for_inference(self.model)
         line, offsets = windows(self.lines.widths, config.crop_width)
         place = places(self.lines, line, offsets)
         self.windows = len(line)
@@ -91,10 +93,9 @@ class Bench:
 
     @torch.inference_mode()
     def forward(self) -> None:
-        self.model.eval()
         for images in self.resident:
             with train.autocast(self.config, torch.device(self.device)):
-                self.model(images)
+                self.forward_model(images)
 
     def rates(self, args: argparse.Namespace) -> dict[str, float]:
         """Give rates and ratios of the sides."""
@@ -109,7 +110,9 @@ class Bench:
         def squeezed() -> None:
             for images, _ in batches:
                 with train.autocast(config, torch.device(self.device)):
-                    self.model(images.to(self.device).contiguous(memory_format=torch.channels_last))
+                    self.forward_model(
+                        images.to(self.device).contiguous(memory_format=torch.channels_last)
+                    )
 
         sides = {"pass": self.evaluate, "forward": self.forward, "squeezed": squeezed}
         seconds, cpu_seconds = common.alternate(sides, args.rounds, self.device)

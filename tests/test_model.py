@@ -28,6 +28,7 @@ from model import (
     WriterModel,
     classification_loss,
     ensure_imagenet_weights,
+    for_inference,
     margin_logits,
     mix_images,
 )
@@ -68,6 +69,26 @@ def test_each_backbone_tells_writers_of_grey_images(backbone: str) -> None:
         module.train(isinstance(module, nn.BatchNorm2d))
     one, two = model(images)
     assert not torch.allclose(one, two, atol=1e-3), "it does not see its images"
+
+
+@pytest.mark.parametrize("backbone", BUILDERS)
+@torch.no_grad()
+def test_model_for_inference_answers_alike_with_fewer_norms(backbone: str) -> None:
+    torch.manual_seed(0)
+    model = WriterModel(backbone, WRITERS).to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                assert tensor is not None
+                tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quicker = for_inference(model)
+    images = random_images(2)
+    torch.testing.assert_close(quicker(images), model.eval()(images), rtol=1e-3, atol=1e-4)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in quicker.modules())
+    assert norms == (backbone == "resnet_thin"), "but for the one behind a maximum"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), "the model itself is as it was"
 
 
 def test_unknown_names_are_key_errors() -> None:
