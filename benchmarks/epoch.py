@@ -29,6 +29,7 @@ import train
 from batches import (
     EpochImages,
     Lines,
+    as_images,
     change_ink,
     cut,
     distort,
@@ -85,7 +86,7 @@ def measure_device(
             parts.append([name, *bench.parts(args.rounds).values()])
     header = ["", "epoch", "ceiling", "ratio", "of CPU", "squeezed", "ratio", "padded", "ratio"]
     common.print_table(f"{device}: images/s", header, rows)
-    header = ["", "step", "crops", "photometry", "geometry", "average", "draws"]
+    header = ["", "step", "crops", "photometry", "geometry", "noise", "average", "draws"]
     common.print_table(
         f"{device}: where the time goes, ms a batch (CPU: of all threads)", header, parts
     )
@@ -173,10 +174,10 @@ class Bench:
         assert ink is not None
         assert geometry is not None
         crops = cut(*place)
-        images = change_ink(crops, ink[0])
+        images = as_images(crops)
 
         def photometry() -> None:
-            change_ink(crops, ink[0]).addcmul_(drawn.noise.of(0), ink[0][:, 3])
+            change_ink(crops, ink[0])
 
         def draws() -> None:
             order = epoch_order(every_label, config.sampler_alpha, rng)
@@ -187,6 +188,7 @@ class Bench:
             "crops": lambda: cut(*place),
             "photometry": photometry,
             "geometry": lambda: distort(images, geometry[0]),
+            "noise": lambda: images.addcmul_(drawn.noise.of(0), ink[0][:, 3]),
             "average": lambda: train.update_average(state.pairs, 10, 1000),
             "draws": draws,
         }
@@ -195,6 +197,8 @@ class Bench:
             seconds = cpu_seconds
         milliseconds = {name: 1000 * median(values) for name, values in seconds.items()}
         milliseconds["draws"] /= steps  # those of an epoch
+        for part in ("photometry", "geometry"):
+            milliseconds[part] /= 2  # batches take turns at these
         milliseconds["average"] /= train.AVERAGE_STEPS
         return milliseconds
 

@@ -12,19 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batches import (
-    IMAGES_A_MAP,
     EpochImages,
     Lines,
     Noise,
     affine_grid,
     change_ink,
+    cut,
     darkest_neighbours,
     distort,
     draw_geometry,
     draw_ink,
     epoch_order,
     gather,
-    maps_of,
     places,
     random_offsets,
     strip_on,
@@ -382,33 +381,23 @@ def test_augmentation_differs_between_images_and_follows_the_seed(geometry: floa
     assert (differences(first) + torch.eye(12) > 0.01).all()
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16, 18])
-def test_groups_of_images_share_a_map(batch: int) -> None:
-    order = torch.zeros(2, batch, dtype=torch.int64)
-    drawn = EpochImages.draw(blotted_line(), order, CROP, 1.0, 0.0, seed=1)
-    images = torch.cat([drawn.batch(number)[0] for number in range(2)])
-    groups = torch.cat([torch.arange(batch) // IMAGES_A_MAP + 100 * n for n in range(2)])
-    apart = groups[:, None] != groups[None]
-    assert torch.equal(differences(images) > 0.01, apart)
-    assert differences(images)[~apart].max() == 0
-
-
-def test_which_map_is_an_images() -> None:
-    assert maps_of(16).tolist() == [0, 1]  # whole groups
-    assert maps_of(18).tolist() == [*[0] * 8, *[1] * 8, 2, 2]
-    assert maps_of(3).tolist() == [0, 0, 0]
-    assert maps_of(32, torch.arange(16, 32)).tolist() == [2, 3]
-    assert maps_of(32, torch.arange(15, 32)).tolist() == [1, *[2] * 8, *[3] * 8]
-    assert maps_of(16, torch.arange(-1, 3) % 16).tolist() == [1, 0, 0, 0]
-    assert maps_of(16, torch.arange(4, 12)).tolist() == [0] * 4 + [1] * 4
-
-
-def test_images_with_a_common_map_move_as_with_one_each() -> None:
-    images = torch.rand(12, 1, 40, 16, generator=generator()).transpose(2, 3)  # stored by columns
-    theta = draw_geometry((3,), 1.0, 16, 40, generator())
-    together = distort(images, theta)
-    assert torch.equal(together, distort(images, theta.repeat_interleave(4, 0)))
-    assert not torch.equal(together[0], images[0])
+@pytest.mark.parametrize(("geometry", "photometry"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_batches_take_turns_at_geometry_and_ink(
+    geometry: float, photometry: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noise, "of", lambda noise, number: torch.zeros(4, 1, HEIGHT, CROP))
+    lines = blotted_line()
+    drawn = drawn_images(lines, geometry, photometry)
+    for number in range(3):
+        images, _ = drawn.batch(number)
+        crops = cut(lines, drawn.place[number], CROP)
+        if number % 2 == 1 and drawn.ink is not None:
+            expected = change_ink(crops, drawn.ink[number])
+        elif number % 2 == 0 and drawn.geometry is not None:
+            expected = distort(gather(lines, drawn.place[number], CROP), drawn.geometry[number])
+        else:
+            expected = gather(lines, drawn.place[number], CROP)
+        assert torch.equal(images, expected)
 
 
 def test_noise_reaches_the_images_and_differs_between_batches() -> None:
@@ -418,6 +407,7 @@ def test_noise_reaches_the_images_and_differs_between_batches() -> None:
     drawn = drawn_images(lines, geometry=0.0)
     assert drawn.ink is not None
     paper, noise = torch.stack(drawn.ink)[:, :, 2:].unbind(2)
+    paper[::2] = 0  # in turns with geometry
     rest = torch.stack([drawn.batch(number)[0] for number in range(3)]) - paper
     torch.testing.assert_close(rest.std((2, 3, 4)), noise.flatten(1), rtol=0.15, atol=1e-3)
     together = torch.corrcoef(rest.flatten(2).flatten(0, 1))
