@@ -73,6 +73,7 @@ class Repeater:
                 self._tried.add(trial.user_attrs["seed"])
                 return trial
             # It waited to go on, and the search has been extended since.
+            trial.set_user_attr("interrupted", True)  # should it be wanted again
             trial.set_user_attr("failure", "its configuration is not among the best any more")
             study.tell(trial, state=TrialState.FAIL)
         return None

@@ -13,9 +13,10 @@ import io
 import json
 import math
 import os
+import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,8 +40,8 @@ MISNAMED_SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
-# What a search or training writes: pictures below such a directory are no lines of anybody's.
-WRITTEN = {"optuna_study.db", "search.lock", "history.jsonl"}
+# Where a search's database or lock lies, it writes pictures into these directories.
+OF_A_SEARCH, WRITTEN = {"optuna_study.db", "search.lock"}, r"summary|confirm|trial_\d+"
 INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
 MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
@@ -141,7 +142,8 @@ def _scan(data_root: Path) -> list[LineFile]:
     for split in SPLITS if has_splits else ("",):
         top = data_root / split
         if top.is_dir():
-            for writer in sorted(entry.name for entry in os.scandir(top) if _is_visible_dir(entry)):
+            writers = _directories_of_lines(list(os.scandir(top)))
+            for writer in sorted(entry.name for entry in writers):
                 lines += list(_scan_writer(data_root, split, writer))
     return lines
 
@@ -181,14 +183,21 @@ def _walk(
     if identity in above:
         return
     entries = sorted(os.scandir(directory), key=lambda entry: os.fsencode(entry.name))
-    if any(entry.name in WRITTEN for entry in entries):
-        return
     images = [entry for entry in entries if _is_image(entry)]
-    if images:
+    if images and not any(entry.name == "history.jsonl" for entry in entries):  # a trial's pictures
         yield directory, images
-    for entry in entries:
-        if _is_visible_dir(entry):
-            yield from _walk(Path(entry.path), above | {identity})
+    for entry in _directories_of_lines(entries):
+        yield from _walk(Path(entry.path), above | {identity})
+
+
+def _directories_of_lines(entries: Sequence[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
+    """Leave out what is hidden, and what a search wrote whose checkpoint directory this is."""
+    of_a_search = any(entry.name in OF_A_SEARCH for entry in entries)
+    return [
+        entry
+        for entry in entries
+        if _is_visible_dir(entry) and not (of_a_search and re.fullmatch(WRITTEN, entry.name))
+    ]
 
 
 def find_images(directory: Path) -> list[Path]:
@@ -362,12 +371,12 @@ def load_lines(
     try:
         if not _is_whole(entry):
             _decode_into(entry, data_root, lines, line_height)
-        return open_lines(entry, lines)
     except OSError as error:
         raise UserError(
-            f"the decoded lines cannot be kept in {cache_dir}: {one_line(error)}; "
+            f"the decoded lines cannot be written to {cache_dir}: {one_line(error)}; "
             "make room there or give another --cache_dir"
         ) from None
+    return open_lines(entry, lines)
 
 
 def _is_whole(entry: Path) -> bool:
@@ -388,12 +397,12 @@ def _decode_into(entry: Path, data_root: Path, lines: list[LineFile], line_heigh
     with _one_builder(entry):
         if _is_whole(entry):  # another process built it while this one waited
             return
-        rmtree(entry, ignore_errors=True)  # what a purge left
         temporary = entry.with_name(f".{entry.name}.tmp")
         rmtree(temporary, ignore_errors=True)  # of a builder that died
         temporary.mkdir()
         try:
             _write_entry(temporary, data_root, lines, line_height)
+            rmtree(entry, ignore_errors=True)  # what a purge left; who reads it has it open
             os.replace(temporary, entry)
             sync_directory(entry.parent)
         finally:

@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_NOTHING_COMPLETE, EXIT_USAGE, EXIT_FAILURES = 0, 1, 2, 3
 RULE = "=" * 70
-# Of a file that the system, not a bug, keeps from being written.
 # ------------------------------------------------------------------------------------- preparation
 
 

@@ -63,11 +63,13 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:
-            if number == signal.SIGINT and time.monotonic() - self._since > AGAIN_SECONDS:
+            if time.monotonic() < self._since + AGAIN_SECONDS:
+                return
+            if number == signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            return
-        self.name, self._since = signal.Signals(number).name, time.monotonic()
+        else:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
         if not self._deferring:
             raise Interrupted(self.name)
 

@@ -89,6 +89,24 @@ def die_when_done(connection: Connection, job: Any) -> None:
     worker.run_trial(connection, job)
 
 
+def outlast_failures(connection: Connection, job: Any) -> None:
+    """Train for real, but not before trial 2 has failed."""
+    import worker
+
+    log = job.trial_dir.parent / "trial_002" / "error.log"
+    real_check = worker.SearchLine.check
+
+    def check(line: Any, progress: float) -> None:
+        for _ in range(6000):
+            if log.exists():
+                break
+            time.sleep(0.01)
+        real_check(line, progress)
+
+    worker.SearchLine.check = check  # type: ignore[method-assign]
+    worker.run_trial(connection, job)
+
+
 def hang(connection: Connection, job: Any) -> None:
     """Ignores every order."""
     time.sleep(600)

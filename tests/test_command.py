@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+import signals
 from files import is_locked
-from signals import StopSignals
+from signals import Interrupted, StopSignals
 
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
 pytestmark = pytest.mark.slow
@@ -245,6 +246,23 @@ def test_further_signals_break_no_saving_off(numbers: tuple[signal.Signals, ...]
             os.kill(os.getpid(), number)
             time.sleep(0.01)
         assert stop.name == numbers[0].name
+
+
+def test_interruption_that_something_swallowed_is_raised_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def be_told() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.2)
+    with StopSignals() as stop:
+        with pytest.raises(Interrupted):
+            be_told()
+        be_told()  # at once: the same wish
+        with pytest.raises(Interrupted):
+            be_told()
+        assert stop.name == "SIGTERM"
 
 
 def test_nohup_is_respected() -> None:

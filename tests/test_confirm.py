@@ -340,6 +340,11 @@ def test_run_that_is_not_wanted_any_more_takes_no_place() -> None:
     assert [t and t.user_attrs["draw"] for t in drawn] == [1, 2]
     assert repeater.ask(study) is None
     assert [t.state for t in study.trials].count(TrialState.RUNNING) == 2
+    # Wanted again, it goes on.
+    again = Repeater(search, candidates_of(rows, 3, 1, seed=0))
+    assert continue_interrupted(study, again.seeds) == [
+        "trial 3 was interrupted: a new trial goes on with it"
+    ]
 
 
 def test_placeholder_of_a_recovered_database_has_no_seed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -157,15 +158,21 @@ def test_hidden_files_and_directories_are_skipped(tmp_path: Path) -> None:
     assert find_lines(tmp_path) == before
 
 
-@pytest.mark.parametrize("written", ["optuna_study.db", "search.lock", "history.jsonl"])
-def test_pictures_of_a_search_among_the_lines_are_nobody_s(tmp_path: Path, written: str) -> None:
+@pytest.mark.parametrize("place", ["", "runs/a", "anna"])
+@pytest.mark.parametrize("mark", ["optuna_study.db", "search.lock"])
+def test_pictures_of_a_search_among_the_lines_are_nobody_s(
+    tmp_path: Path, place: str, mark: str
+) -> None:
     pages = [f"{writer}/page_{n}/line_001.png" for writer in ("anna", "bert") for n in range(4)]
     write_lines(tmp_path, pages)
     before = find_lines(tmp_path)
-    write_lines(tmp_path, ["runs/a/summary/history.png", "runs/a/trial_000/curves.png"])
-    assert {line.writer for line in find_lines(tmp_path)} == {"anna", "bert", "runs"}
-    write_file(tmp_path / "runs" / "a" / written, b"")
+    written = ("summary/history.png", "trial_000/curves.png", "confirm/trial_001/curves.png")
+    write_lines(tmp_path, [os.path.join(place, name) for name in written])
+    assert find_lines(tmp_path) != before
+    write_file(tmp_path / place / mark, b"")
     assert find_lines(tmp_path) == before
+    (tmp_path / place / mark).rename(tmp_path / place / "trial_000" / "history.jsonl")
+    assert not any("trial_000" in line.path for line in find_lines(tmp_path))
 
 
 def test_images_beside_page_directories_are_a_page_of_their_own(tmp_path: Path) -> None:
@@ -789,11 +796,22 @@ def test_what_a_dead_builder_left_does_not_matter(root: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("gone", ["index.npz", "strip.u8", "broken.json"])
-def test_what_a_purge_left_is_decoded_anew(root: Path, tmp_path: Path, gone: str) -> None:
+def test_what_a_purge_left_is_decoded_anew(
+    root: Path, tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load(root, tmp_path / "cache")
     strip = np.array(first.strip)
     (name,) = entries(tmp_path / "cache")
     (tmp_path / "cache" / name / gone).unlink()
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(data_module, "_write_entry", fail)
+        refused(lambda: load(root, tmp_path / "cache"))
+    left = {"index.npz", "strip.u8", "broken.json"} - {gone}
+    assert {file.name for file in (tmp_path / "cache" / name).iterdir()} == left, "trials read it"
     again = load(root, tmp_path / "cache")
     assert np.array_equal(again.strip, strip)
     assert again.fingerprint == first.fingerprint

@@ -303,10 +303,10 @@ def test_giving_up_is_for_good_while_others_end_well(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A trial that began before the failures completes after them."""
-    broken = dict.fromkeys(range(1, 9), "raise_error")
-    monkeypatch.setattr(search_module, "ChildProcess", faulty(broken))
+    faults = {0: "outlast_failures", **dict.fromkeys(range(1, 9), "raise_error")}
+    monkeypatch.setattr(search_module, "ChildProcess", faulty(faults))
     flags = ("--n_jobs", "2", "--max_consecutive_failed_trials", "2")
-    assert run(*flags, n_trials="9", epochs="150", patience="150") == 3
+    assert run(*flags, n_trials="9") == 3
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", "FAIL", "FAIL"]
     problems = capfd.readouterr().err
     assert "stopped after 2 failed trials in a row; common cause: RuntimeError: the cat" in problems
