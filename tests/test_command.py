@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 
-import signals
 from files import is_locked
-from signals import Interrupted, StopSignals
 
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
 pytestmark = pytest.mark.slow
@@ -229,52 +227,6 @@ def test_second_interrupt_ends_at_once(start: Callable[..., Command]) -> None:
         os.kill(pid, signal.SIGCONT)
     assert code == -signal.SIGINT
     assert gone_within(below, 5)
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        (signal.SIGTERM, signal.SIGTERM),  # from a batch system, and from its script
-        (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM),  # a terminal that closes
-        (signal.SIGUSR1, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGINT),  # one Ctrl-C, passed on by a wrapper as well
-    ],
-)
-def test_further_signals_break_no_saving_off(numbers: tuple[signal.Signals, ...]) -> None:
-    with StopSignals() as stop, stop.deferred():
-        for number in numbers:
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
-        assert stop.name == numbers[0].name
-
-
-def test_interruption_that_something_swallowed_is_raised_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def be_told() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.3)
-
-    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.2)
-    with StopSignals() as stop:
-        with pytest.raises(Interrupted):
-            be_told()
-        be_told()  # at once: the same wish
-        with pytest.raises(Interrupted):
-            be_told()
-        assert stop.name == "SIGTERM"
-
-
-def test_nohup_is_respected() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0.01)
-            assert stop.name is None
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_path: Path) -> None:
