@@ -649,15 +649,15 @@ class Search:
         """Delete weights that nobody needs; of a trial whose process still writes them, later."""
         if self.plan.kept_models is not None:
             running = {other.number for other in self.running.values()}
-            directory, kept = self.plan.checkpoint_dir, self.plan.kept_models
-            remove_weights(directory, self.rows, kept, running, self.without_weights)
+            found = (self.plan.checkpoint_dir, self.rows, self.plan.kept_models, running)
+            self.attempt(lambda: remove_weights(*found, self.without_weights))
 
     def redraw(self) -> None:
         """Let the drawing process draw the present state."""
         self.drawing.request()
 
     def attempt(self, write: Callable[[], Result]) -> Result | None:
-        """Write a file that is not worth the search: say so where it cannot be written."""
+        """Write or delete a file that is not worth the search: say so where it cannot be done."""
         try:
             return write()
         except OSError as error:
