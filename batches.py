@@ -161,15 +161,14 @@ def cut(lines: Lines, place: Tensor, crop_width: int) -> Tensor:
 
 
 def gather(lines: Lines, place: Tensor, crop_width: int) -> Tensor:
-    """Cut crops like `cut`, as images for a model: float32, unit deviation."""
-    return as_images(cut(lines, place, crop_width))
+    """Cut crops like `cut`, as images for a model: float32, unit deviation, stored by rows."""
+    return as_images(cut(lines, place, crop_width).contiguous())
 
 
 def as_images(crops: Tensor) -> Tensor:
     """Make images for a model of crops, uint8: float32, unit deviation, nothing else changed."""
-    # By rows, as a model takes them, while they have one byte. Not by `/`, which turns such numbers
-    # into others more slowly.
-    return crops.contiguous().to(torch.float32).div_(INK_DEVIATION)
+    # Not by `/`, which turns numbers of one byte into others more slowly.
+    return crops.to(torch.float32).div_(INK_DEVIATION)
 
 
 # ------------------------------------------------------------------------------- an epoch's images
@@ -234,14 +233,13 @@ class EpochImages:
         Batches take turns: every other one is distorted, the ink of those between is changed. With
         both done to each, real lines were learnt no better, and work on pixels took twice as long.
         """
-        is_distorted = number % 2 == 0
         crops = cut(self.lines, self.place[number], self.crop_width)
-        if self.ink is None or is_distorted:
-            images = as_images(crops)
+        if self.geometry is not None and number % 2 == 0:
+            images = distort(as_images(crops), self.geometry[number])
         else:
-            images = change_ink(crops, self.ink[number])
-        if self.geometry is not None and is_distorted:
-            images = distort(images, self.geometry[number])
+            crops = crops.contiguous()  # by rows, as a model takes them, while they have one byte
+            ink = self.ink[number] if self.ink is not None and number % 2 == 1 else None
+            images = as_images(crops) if ink is None else change_ink(crops, ink)
         if self.ink is not None:
             images.addcmul_(self.noise.of(number), self.ink[number][:, 3])
         return images, self.labels[number]
