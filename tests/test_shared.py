@@ -162,6 +162,7 @@ class Command:
         words += ["--storage", url, "--data_root", str(lines), "--checkpoint_dir", str(directory)]
         words += ["--n_trials", str(N_TRIALS), "--epochs", "2", "--use_all_writers"]
         words += ["--weights", "none", "--device", "cpu", "--continue_interrupted"]
+        words += ["--pruner", "none"]  # which trials it ends depends on who is quicker
         self.log = log
         with open(log, "w") as output:
             self.process = subprocess.Popen(
