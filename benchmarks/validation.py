@@ -3,12 +3,14 @@
     python -m benchmarks.validation [--data_root DIR] [--backbones resnet_thin resnet18]
 
 Measures windows/s of the program's pass (train.evaluate: windows, crops, forward, logits by line,
-metrics) and of the forward pass alone on the same windows, cut beforehand, in alternation; then
-lines/s of both and of the obvious way, which decodes each image and squeezes it to one window.
+metrics) and of the model's forward pass alone on the same windows, cut beforehand, in alternation,
+also with its batch norms folded into the convolutions, as the pass does it; then lines/s of the
+pass and of the obvious way, which decodes each image and squeezes it to one window.
 
 JSON: ratio: pass / forward alone on the CPU, first backbone; cpu_ratio: the same of CPU time, which
-holds on a busy machine too. squeezed_ratio: lines/s of the obvious
-way / lines/s of the pass; it looks at one window a line, the pass at several.
+holds on a busy machine too; folded_ratio, folded_cpu_ratio: against the folded model's forward.
+squeezed_ratio: lines/s of the obvious way / lines/s of the pass; it looks at one window a line, the
+pass at several.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader
 from config import TrialConfig
 from data import LineSet
-from model import for_inference
+from model import WriterModel, for_inference
 from processes import as_in_a_trial
 
 
@@ -59,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "forward",
                 "ratio",
                 "of CPU",
+                "folded",
+                "ratio",
+                "of CPU",
                 "pass lines/s",
                 "squeezed lines/s",
                 "ratio",
@@ -76,7 +81,7 @@ class Bench:
         on = torch.device(device)
         self.lines = Lines.of(data, "val", strip_on(data, on), on)
         self.model = train.TrainingState.start(config, len(data.writers), on).average
-        self.forward_model = for_inference(self.model)
+        self.folded = for_inference(self.model)
         line, offsets = windows(self.lines.widths, config.crop_width)
         place = places(self.lines, line, offsets)
         self.windows = len(line)
@@ -92,10 +97,11 @@ class Bench:
         train.evaluate(self.model, self.config, self.lines, self.data.writers)
 
     @torch.inference_mode()
-    def forward(self) -> None:
+    def forward(self, model: WriterModel) -> None:
+        model.eval()
         for images in self.resident:
             with train.autocast(self.config, torch.device(self.device)):
-                self.forward_model(images)
+                model(images)
 
     def rates(self, args: argparse.Namespace) -> dict[str, float]:
         """Give rates and ratios of the sides."""
@@ -110,17 +116,25 @@ class Bench:
         def squeezed() -> None:
             for images, _ in batches:
                 with train.autocast(config, torch.device(self.device)):
-                    self.forward_model(
+                    self.folded(
                         images.to(self.device).contiguous(memory_format=torch.channels_last)
                     )
 
-        sides = {"pass": self.evaluate, "forward": self.forward, "squeezed": squeezed}
+        sides = {
+            "pass": self.evaluate,
+            "forward": lambda: self.forward(self.model),
+            "folded": lambda: self.forward(self.folded),
+            "squeezed": squeezed,
+        }
         seconds, cpu_seconds = common.alternate(sides, args.rounds, self.device)
         return {
             "pass": self.windows / median(seconds["pass"]),
             "forward": self.windows / median(seconds["forward"]),
             "ratio": common.ratio(seconds["forward"], seconds["pass"]),
             "cpu_ratio": common.ratio(cpu_seconds["forward"], cpu_seconds["pass"]),
+            "folded": self.windows / median(seconds["folded"]),
+            "folded_ratio": common.ratio(seconds["folded"], seconds["pass"]),
+            "folded_cpu_ratio": common.ratio(cpu_seconds["folded"], cpu_seconds["pass"]),
             "pass lines/s": len(self.lines) / median(seconds["pass"]),
             "squeezed lines/s": len(self.lines) / median(seconds["squeezed"]),
             "squeezed_ratio": common.ratio(seconds["pass"], seconds["squeezed"]),
