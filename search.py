@@ -618,9 +618,11 @@ class Search:
         if not interrupted:
             self.failures.append(re.sub(r" (at|in) epoch \d+", "", cause))  # to be counted
             if len(self.failures) >= self.plan.max_consecutive_failed_trials:
-                cause = one_line(Counter(self.failures).most_common(1)[0][0])
+                ((commonest, _),) = Counter(self.failures).most_common(1)
                 number = len(self.failures)
-                self.gave_up = f"{number} failed trials in a row; common cause: {cause}"
+                self.gave_up = (
+                    f"{number} failed trials in a row; common cause: {one_line(commonest)}"
+                )
         self.progress.end(
             trial.number, f"failed: {one_line(cause)} | {duration(seconds)}", self.complete()
         )

@@ -292,11 +292,13 @@ def test_hanging_trial_is_ended(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
 def test_too_many_failures_in_a_row_stop_the_search(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    broken = dict.fromkeys(range(1, 9), "raise_error")
+    broken = {**dict.fromkeys(range(1, 9), "raise_error"), 3: "segfault"}
     monkeypatch.setattr(search_module, "ChildProcess", faulty(broken))
     assert run("--max_consecutive_failed_trials", "3", n_trials="9") == 3
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", *["FAIL"] * 3]
-    assert "common cause: RuntimeError: the cat" in capfd.readouterr().err
+    printed, problems = capfd.readouterr()
+    assert "common cause: RuntimeError: the cat" in problems
+    assert "trial   3 | failed: killed by SIGSEGV" in printed, "its own cause"
 
 
 def test_giving_up_is_for_good_while_others_end_well(
