@@ -176,8 +176,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     search = Repetition(study, own, finished.stop, repeater=repeater)
     search.events = finished.events
     search.run()
-    ended = seeds_of(search.rows, "COMPLETE", "FAIL")
-    runs_left = sum(seed not in ended for seed, _ in repeater.wanted)
+    runs_left = len(repeater.seeds - seeds_of(search.rows, "COMPLETE", "FAIL"))
     return Confirmation(search, candidates, runs_left)
 
 

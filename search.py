@@ -649,10 +649,13 @@ class Search:
 
     def remove_weights(self) -> None:
         """Delete weights that nobody needs; of a trial whose process still writes them, later."""
-        if self.plan.kept_models is not None:
-            running = {other.number for other in self.running.values()}
-            found = (self.plan.checkpoint_dir, self.rows, self.plan.kept_models, running)
-            self.attempt(lambda: remove_weights(*found, self.without_weights))
+        directory, kept = self.plan.checkpoint_dir, self.plan.kept_models
+        if kept is None:
+            return
+        running = {other.number for other in self.running.values()}
+        self.attempt(
+            lambda: remove_weights(directory, self.rows, kept, running, self.without_weights)
+        )
 
     def redraw(self) -> None:
         """Let the drawing process draw the present state."""

@@ -459,13 +459,12 @@ def continuations(
     Once for each interruption, but not after MAX_CONTINUATIONS in a row that brought no epoch more.
     A trial that failed by itself is not followed.
     """
-    by_number = {trial.number: trial for trial in trials}
-    # A fleet starts no waiting trial: one may have come with a study that was copied.
-    void = {TrialState.WAITING} - {state}
+    # A fleet, whose trials run at once, starts no waiting one: it came with a copied study.
+    waits = state == TrialState.WAITING
     followed = {
         t.user_attrs.get("continues")
         for t in trials
-        if t.state not in void and not t.user_attrs.get("surplus")
+        if (waits or t.state != TrialState.WAITING) and not t.user_attrs.get("surplus")
     }
     for trial in trials:
         attributes = trial.user_attrs
@@ -473,7 +472,7 @@ def continuations(
             continue
         if trial.number in followed or "seed" not in attributes:
             continue
-        if _in_vain(by_number, trial) >= MAX_CONTINUATIONS:
+        if _in_vain(trials, trial) >= MAX_CONTINUATIONS:
             continue
         yield create_trial(
             state=state,
@@ -488,28 +487,31 @@ def continuations(
         )
 
 
-def _in_vain(trials: Mapping[int, FrozenTrial], trial: FrozenTrial) -> int:
+def _in_vain(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
     """Count the continuations in a row, up to this trial, that brought no epoch more."""
-    chain: list[int] = []  # epochs that were done, of the last first
-    link: FrozenTrial | None = trial
-    while link is not None:
-        chain.append(link.user_attrs.get("epochs", 0))
-        link = trials.get(link.user_attrs.get("continues", -1))
-    best_before = [max(chain[n + 1 :], default=-1) for n in range(len(chain))]
-    return next(n for n, done in enumerate(chain) if done > best_before[n])
+    chain = [trial, *_continued_by(trials, trial)]
+    done = [link.user_attrs.get("epochs", 0) for link in reversed(chain)]
+    return len(done) - 1 - done.index(max(done))
+
+
+def _continued_by(
+    trials: Sequence[FrozenTrial], trial: FrozenTrial | Trial
+) -> Iterator[FrozenTrial]:
+    """Give the trials that a trial goes on with, the last of them first."""
+    number = trial.user_attrs.get("continues")
+    while number is not None:
+        yield trials[number]
+        number = trials[number].user_attrs.get("continues")
 
 
 def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Trial) -> Path | None:
     """Give the directory of the newest checkpoint among the trials that this one continues."""
-    number = trial.user_attrs.get("continues")
-    if number is None:
-        return None
-    trials = study.get_trials(deepcopy=False)
-    while number is not None:
-        directory = trial_dir(home_of(trials[number].user_attrs, checkpoint_dir), number)
+    if "continues" not in trial.user_attrs:
+        return None  # most are new draws: no need to read all trials
+    for earlier in _continued_by(study.get_trials(deepcopy=False), trial):
+        directory = trial_dir(home_of(earlier.user_attrs, checkpoint_dir), earlier.number)
         if (directory / "latest_checkpoint.pth").exists():
             return directory
-        number = trials[number].user_attrs.get("continues")
     return None
 
 

@@ -386,7 +386,7 @@ def line_logits(
         for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
             images = gather(lines, place[part], config.crop_width)
             with autocast(config, device):
-                logits = model(images.contiguous(memory_format=torch.channels_last))
+                logits = model(images)
             by_window[part.to(device)] = logits.float()
     ranks.add_up(by_window)
     line = line.to(device)

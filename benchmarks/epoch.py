@@ -169,15 +169,11 @@ class Bench:
         state, config, lines, drawn = self.state, self.config, self.lines, self.drawn
         every_label, rng = lines.labels.cpu().numpy(), np.random.default_rng(0)
         steps = train.steps_per_epoch(config, len(lines))
-        place = (lines, drawn.place[0], config.crop_width)
         ink, geometry = drawn.ink, drawn.geometry
         assert ink is not None
         assert geometry is not None
-        crops = cut(*place)
+        crops = cut(lines, drawn.place[0], config.crop_width)
         images = as_images(crops)
-
-        def photometry() -> None:
-            change_ink(crops, ink[0])
 
         def draws() -> None:
             order = epoch_order(every_label, config.sampler_alpha, rng)
@@ -185,8 +181,8 @@ class Bench:
 
         sides = {
             "step": lambda: train.training_step(self.fixed_state, config, self.images, self.labels),
-            "crops": lambda: cut(*place),
-            "photometry": photometry,
+            "crops": lambda: cut(lines, drawn.place[0], config.crop_width),
+            "photometry": lambda: change_ink(crops, ink[0]),
             "geometry": lambda: distort(images, geometry[0]),
             "noise": lambda: images.addcmul_(drawn.noise.of(0), ink[0][:, 3]),
             "average": lambda: train.update_average(state.pairs, 10, 1000),

@@ -86,12 +86,7 @@ class Bench:
         place = places(self.lines, line, offsets)
         self.windows = len(line)
         parts = torch.split(torch.arange(self.windows, device=line.device), train.EVALUATION_BATCH)
-        self.resident = [
-            gather(self.lines, place[part], config.crop_width).contiguous(
-                memory_format=torch.channels_last
-            )
-            for part in parts
-        ]
+        self.resident = [gather(self.lines, place[part], config.crop_width) for part in parts]
 
     def evaluate(self) -> None:
         train.evaluate(self.model, self.config, self.lines, self.data.writers)

@@ -9,11 +9,10 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import torch
 from faults import RealChild, faulty, norms_over_groups
-from test_search import Run, run, trials_of
+from test_search import PruneTrial, Run, run, trials_of
 from torch import Tensor, nn
 
 import processes
@@ -202,11 +201,7 @@ def test_interrupted_ranks_continue_as_if_never_broken(
 def test_pruning_ends_all_ranks(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    class PruneFirst(optuna.pruners.BasePruner):
-        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-            return trial.number == 0
-
-    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneFirst())
+    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(0))
     assert run("--gpus_per_trial", "2") == 0
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["PRUNED", "COMPLETE"]
     assert "Traceback" not in (tmp_path / "c" / "trial_000" / "train.rank1.log").read_text()

@@ -56,6 +56,16 @@ def run(lines_root: Path, tmp_path: Path) -> Run:
     return command
 
 
+class PruneTrial(optuna.pruners.BasePruner):
+    """Prunes one trial, at its first epoch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        return trial.number == self.number
+
+
 def trials_of(directory: Path) -> list[tuple[int, str, float | None]]:
     """Read the trials by the query that the README gives."""
     connection = sqlite3.connect(directory / "optuna_study.db")
@@ -341,11 +351,7 @@ def test_signal_saves_the_trial_and_ends_the_search(
 def test_pruned_trials_do_not_count_as_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    class PruneSecond(optuna.pruners.BasePruner):
-        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-            return trial.number == 1
-
-    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneSecond())
+    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(1))
     assert run(n_trials="3") == 0
     directory = tmp_path / "c"
     assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "PRUNED", "COMPLETE"]
@@ -360,12 +366,7 @@ def test_weights_of_a_pruned_trial_go_when_its_process_has(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be writing a checkpoint while it is told."""
-
-    class PruneFirst(optuna.pruners.BasePruner):
-        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-            return trial.number == 0
-
-    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneFirst())
+    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(0))
     left = search_module.Search.leave
     seen = []
 

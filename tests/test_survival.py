@@ -23,7 +23,7 @@ import torch
 from faults import RealChild, faulty
 from optuna.trial import TrialState
 from test_crashes import Crash, crash_before
-from test_search import Run, arguments, params_of, run, snapshot, trials_of
+from test_search import PruneTrial, Run, arguments, params_of, run, snapshot, trials_of
 from torch import nn
 
 import files
@@ -318,12 +318,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory, lines_root: Path, cache_d
     directory = tmp_path_factory.mktemp("searched") / "c"
     argv = arguments(lines_root, directory, "--cache_dir", str(cache_dir), n_trials="5")
 
-    class PruneThird(optuna.pruners.BasePruner):
-        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-            return trial.number == 2
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_module, "make_pruner", lambda name, epochs: PruneThird())
+        patch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(2))
         patch.setattr(search_module, "ChildProcess", faulty({1: "raise_error", 4: "signal_search"}))
         assert main(argv) == 143
     assert [s for _, s, _ in trials_of(directory)] == [
