@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from cores import usable_cores
-from files import UserError, one_line, sync_directory, write_whole
+from writer_search.common.cores import usable_cores
+from writer_search.common.files import UserError, one_line, sync_directory, write_whole
 
 SPLITS = ("train", "val", "test")
 MISNAMED_SPLITS = {

@@ -18,15 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batch_system import stop_time
-from chosen import CONFIRM, Chosen, chosen_model, publish
-from command_line import parse_args
-from compare import compare_text
-from config import Choice, Space, Value, default_space, narrow, parse_fix
-from cores import SharedCores, asked_threads, usable_cores
 from data import default_cache_dir, describe_report, find_lines, load_lines
-from devices import divide
-from files import (
+from writer_search.common.cores import SharedCores, asked_threads, usable_cores
+from writer_search.common.files import (
     OF_THE_PLACE,
     DirectoryLock,
     SharedLock,
@@ -36,11 +30,16 @@ from files import (
     refuse_if_in_use,
     write_json,
 )
-from progress import lasting_output
-from provenance import provenance
-from signals import Interrupted, StopSignals
-from status import read_status, show
-from summary import (
+from writer_search.common.provenance import provenance
+from writer_search.common.signals import Interrupted, StopSignals
+from writer_search.config import Choice, Space, Value, default_space, narrow, parse_fix
+from writer_search.flags import parse_args
+from writer_search.processes.deadlines import stop_time
+from writer_search.processes.devices import divide
+from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
+from writer_search.results.compare import compare_text
+from writer_search.results.progress import lasting_output
+from writer_search.results.rows import (
     DATABASE,
     Row,
     closing_lines,
@@ -49,12 +48,13 @@ from summary import (
     read_study,
     write_summary,
 )
+from writer_search.results.status import read_status, show
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from data import LineSet
-    from search import Plan, Search
+    from writer_search.study.search import Plan, Search
 
 # Optuna and all that needs it are imported where they are used: --status answers without them, and
 # a mistake in the command is told at once.
@@ -81,7 +81,7 @@ def recorded_settings(
 ) -> dict[str, Any] | None:
     """Read the settings of the study that is to be gone on with; None for a new one."""
     if storage is not None:
-        from storage import settings_of
+        from writer_search.study.shared.storage import settings_of
 
         return settings_of(storage, args.study_name)
     database = args.checkpoint_dir / DATABASE
@@ -146,7 +146,7 @@ def ask_machine(
     cores: SharedCores,
 ) -> dict[str, Any]:
     """Let a child process find out devices, weights and precision. Raises UserError."""
-    from processes import ChildProcess, MachineQuestion
+    from writer_search.processes.parent import ChildProcess, MachineQuestion
 
     backbones: tuple[str, ...] | None = None
     weights = args.weights
@@ -158,7 +158,7 @@ def ask_machine(
     threads = asked_threads(os.environ) or min(usable_cores(), cores.left())
     question = MachineQuestion(args.device, weights, backbones, measure, threads)
     try:
-        child = ChildProcess("worker:answer_question", question)
+        child = ChildProcess("writer_search.processes.child:answer_question", question)
     except OSError as error:
         raise UserError(f"torch cannot be used here: {one_line(error)}") from None
     try:
@@ -181,7 +181,7 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
 
     Raises UserError.
     """
-    from processes import start_fork_server
+    from writer_search.processes.parent import start_fork_server
 
     fix, ranges = parse_fix(args.fix), read_ranges(args.space)
     for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
@@ -189,12 +189,12 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
     cores = SharedCores()
     start_fork_server()  # it imports torch while this process imports Optuna and finds the lines
 
-    from evaluation import require_test_lines
-    from study import make_sampler
+    from writer_search.processes.test_split import require_test_lines
+    from writer_search.study.store import make_sampler
 
     make_sampler(args.sampler, 0)  # it may need what is not installed
     if args.demo:
-        from synthetic import make_lines
+        from writer_search.demo import make_lines
 
         make_lines(args.data_root)
     wanted = None if args.use_all_writers else args.num_writers_subset
@@ -240,7 +240,7 @@ def make_plan(
     cores: SharedCores,
 ) -> Plan:
     """Divide the machine between the trials that run at once."""
-    from search import Plan
+    from writer_search.study.search import Plan
 
     slots = divide(machine["gpus"], args.n_jobs, args.gpus_per_trial)
     ranks, asked = args.gpus_per_trial, asked_threads(os.environ)
@@ -290,8 +290,8 @@ def make_plan(
 
 def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Search:
     """Open or create the study, settle what a dead search left, print the banner."""
-    from search import Search
-    from study import (
+    from writer_search.study.search import Search
+    from writer_search.study.store import (
         continue_interrupted,
         make_pruner,
         open_study,
@@ -322,11 +322,11 @@ def open_shared_search(
     is_new: bool,
 ) -> Search:
     """Take part in a study in a shared storage; print the banner."""
-    from drawing import Drawing
-    from fleet import Fleet
-    from shared_search import SharedSearch, bury_dead, open_shared
-    from storage import shown_url
-    from study import Drawer, make_pruner
+    from writer_search.processes.pictures import Drawing
+    from writer_search.study.shared.fleet import Fleet
+    from writer_search.study.shared.search import SharedSearch, bury_dead, open_shared
+    from writer_search.study.shared.storage import shown_url
+    from writer_search.study.store import Drawer, make_pruner
 
     pruner = make_pruner(args.pruner, args.epochs)
     study = open_shared(storage, args.study_name, args.checkpoint_dir, plan.settings, pruner)
@@ -416,8 +416,8 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
 
     Gives the search that ran last, whether its result stands, and lines for people.
     """
-    from confirm import confirm
-    from confirmation import describe, remove_other_weights, summarise
+    from writer_search.results.confirmed import describe, remove_other_weights, summarise
+    from writer_search.study.confirm import confirm
 
     if search.stop.name is not None or search.gave_up:
         return search, False, []
@@ -477,8 +477,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
 
 def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:
     """Measure the chosen model on the test lines, unless it has been; lines for people."""
-    from evaluation import evaluate_test
-    from processes import TestQuestion
+    from writer_search.processes.parent import TestQuestion
+    from writer_search.processes.test_split import evaluate_test
 
     plan = search.plan
     question = TestQuestion(model_file, plan.data, search.threads(), plan.slots[0][:1])
@@ -487,7 +487,7 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
 
 def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None:
     """Rebuild the study from the trial directories. Raises UserError."""
-    from recovery import recover, trial_directories
+    from writer_search.study.recovery import recover, trial_directories
 
     if not args.checkpoint_dir.is_dir():
         raise UserError(f"--recover: {args.checkpoint_dir} does not exist")
@@ -497,7 +497,7 @@ def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None
             if trial_directories(args.checkpoint_dir / CONFIRM):
                 lines += [f"{CONFIRM}: {line}" for line in recover(args.checkpoint_dir / CONFIRM)]
         else:
-            from shared_search import recover_shared
+            from writer_search.study.shared.search import recover_shared
 
             lines = recover_shared(storage, args.study_name, args.storage, args.checkpoint_dir)
         print("\n".join(lines), flush=True)
@@ -529,7 +529,7 @@ def make_checkpoint_dir(directory: Path) -> None:
 def run_search(args: argparse.Namespace) -> int:
     """Prepare, search, conclude."""
     with StopSignals() as stop:
-        from recovery import refuse_damage
+        from writer_search.study.recovery import refuse_damage
 
         check_checkpoint_dir(args.checkpoint_dir)
         if args.storage is not None:
@@ -550,7 +550,7 @@ def run_search(args: argparse.Namespace) -> int:
 
 def run_and_tell(args: argparse.Namespace, search: Search) -> int:
     """Search and conclude; whatever the end, tell --on_event of it."""
-    from events import search_event
+    from writer_search.results.events import search_event
 
     code = EXIT_USAGE  # what an error is that is none of the program's
     try:
@@ -567,8 +567,8 @@ def run_and_tell(args: argparse.Namespace, search: Search) -> int:
 
 def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
     """Prepare, search beside others in one storage, conclude."""
-    from shared_search import refuse_strangers
-    from storage import opened_storage, shown_url
+    from writer_search.study.shared.search import refuse_strangers
+    from writer_search.study.shared.storage import opened_storage, shown_url
 
     with opened_storage(args.storage, stop) as storage:
         if args.recover:
@@ -586,7 +586,7 @@ def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
 
 def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan, bool]:
     """Prepare, and create the study where it is not there; also tell whether this search did."""
-    from storage import create_shared_study, find_study, settings_of
+    from writer_search.study.shared.storage import create_shared_study, find_study, settings_of
 
     plan = prepare(args, storage)
     if find_study(storage, args.study_name) is None and create_shared_study(
@@ -639,8 +639,8 @@ def show_status(args: argparse.Namespace) -> int:
     if args.storage is None:
         show(lambda: read_status(args.checkpoint_dir), args.json, args.watch, sys.stdout)
         return EXIT_OK
-    from shared_search import shared_status
-    from storage import find_study, opened_storage, shown_url
+    from writer_search.study.shared.search import shared_status
+    from writer_search.study.shared.storage import find_study, opened_storage, shown_url
 
     where = f"{shown_url(args.storage)}, study {args.study_name}"
     with opened_storage(args.storage) as storage:
@@ -660,7 +660,7 @@ def hidden(text: str, storage: str | None) -> str:
     """Give a text without the password of the storage's URL."""
     if storage is None:
         return text
-    from storage import hide_password
+    from writer_search.study.shared.storage import hide_password
 
     return hide_password(text, storage)
 

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from config import TrialConfig
+from writer_search.config import TrialConfig
 
 CONNECT_SECONDS = 8.0  # a machine without network is noticed within this time
 

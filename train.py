@@ -28,7 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from batches import (
+from data import LineSet
+from model import WriterModel, classification_loss, for_inference, mix_images
+from writer_search.common.files import write_json
+from writer_search.config import TrialConfig
+from writer_search.training.batches import (
     EpochImages,
     Lines,
     epoch_order,
@@ -37,13 +41,9 @@ from batches import (
     strip_on,
     windows,
 )
-from checkpoints import Checkpoints, save_model
-from config import TrialConfig
-from data import LineSet
-from files import write_json
-from metrics import Metrics, compute_metrics
-from model import WriterModel, classification_loss, for_inference, mix_images
-from ranks import ALONE, Ranks
+from writer_search.training.checkpoints import Checkpoints, save_model
+from writer_search.training.metrics import Metrics, compute_metrics
+from writer_search.training.ranks import ALONE, Ranks
 
 WARM_UP = 0.05  # share of all steps in which the learning rate rises
 CLIP_NORM = 1.0
@@ -581,6 +581,6 @@ class TrainingState:
 if __name__ == "__main__":
     import sys
 
-    from train_command import main
+    from writer_search.train_command import main
 
     sys.exit(main())

@@ -33,7 +33,7 @@ from benchmarks import common
 from benchmarks.trial_start import noted_messages, silent
 from data import decode_line, find_lines, load_lines
 from hyperparameter_search import main as search_main
-from synthetic import make_lines
+from writer_search.demo import make_lines
 
 LINE_HEIGHT = 64
 LINES_PER_PAGE = 40
@@ -176,7 +176,7 @@ def opened_in_child(connection: Connection, work: Path) -> None:
     import numpy as np
     import torch
 
-    from batches import EpochImages, Lines, epoch_order, strip_on
+    from writer_search.training.batches import EpochImages, Lines, epoch_order, strip_on
 
     before = {kind: common.memory_mib(kind) for kind in ("RssAnon", "RssFile")}
     times = [time.perf_counter()]

@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from config import TrialConfig
-from cores import usable_cores
 from data import LineSet, default_cache_dir, find_lines, load_lines
-from synthetic import make_lines
+from writer_search.common.cores import usable_cores
+from writer_search.config import TrialConfig
+from writer_search.demo import make_lines
 
 
 def parser_for(documentation: str | None) -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def decoded(data_root: Path, cache_dir: Path, line_height: int) -> LineSet:
 
 def trial_config(device: str, backbone: str, **values: Any) -> TrialConfig:
     """Give the default trial of a device's tier, in the precision that trials have there."""
-    from worker import _faster_precision
+    from writer_search.processes.child import _faster_precision
 
     tier = "gpu" if device == "cuda" else "cpu"
     if tier == "gpu":

@@ -26,7 +26,12 @@ import torch
 from torch import Tensor
 
 import train
-from batches import (
+from benchmarks import common
+from benchmarks.obvious import LineImages, Squeezed, loader, padded
+from data import LineSet
+from writer_search.config import TrialConfig
+from writer_search.processes.parent import as_in_a_trial
+from writer_search.training.batches import (
     EpochImages,
     Lines,
     as_images,
@@ -36,11 +41,6 @@ from batches import (
     epoch_order,
     strip_on,
 )
-from benchmarks import common
-from benchmarks.obvious import LineImages, Squeezed, loader, padded
-from config import TrialConfig
-from data import LineSet
-from processes import as_in_a_trial
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

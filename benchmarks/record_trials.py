@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks import common
 from data import find_lines
-from files import write_text
-from summary import DATABASE, read_history, read_rows, trial_dir
+from writer_search.common.files import write_text
+from writer_search.results.rows import DATABASE, read_history, read_rows, trial_dir
 
 TABLE = Path(__file__).parent / "recorded_trials.json"
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"

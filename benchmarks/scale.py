@@ -31,12 +31,17 @@ import numpy as np
 import optuna
 from optuna.pruners import MedianPruner
 
-from config import default_space
-from fleet import Fleet
-from storage import PatientStorage, create_shared_study, is_surplus, opened_storage
-from study import Drawer, params_key
-from summary import STUDY_NAME
 from tests.servers import PostgreSQL, grpc_proxy
+from writer_search.config import default_space
+from writer_search.results.rows import STUDY_NAME
+from writer_search.study.shared.fleet import Fleet
+from writer_search.study.shared.storage import (
+    PatientStorage,
+    create_shared_study,
+    is_surplus,
+    opened_storage,
+)
+from writer_search.study.store import Drawer, params_key
 
 PROCESSES = 4
 

@@ -30,8 +30,8 @@ from optuna.trial import Trial, TrialState
 
 from benchmarks import common
 from benchmarks.record_trials import TABLE
-from config import Choice, Range, Space, default_space, narrow, suggest
-from study import Drawer, make_pruner
+from writer_search.config import Choice, Range, Space, default_space, narrow, suggest
+from writer_search.study.store import Drawer, make_pruner
 
 Floats = NDArray[np.float64]
 RIDGE = 1.0

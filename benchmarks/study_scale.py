@@ -38,16 +38,16 @@ import optuna
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState
 
-import search
 from benchmarks import common
 from benchmarks.trial_start import silent
-from config import Space, default_space, suggest
 from data import LineSet
-from search import Plan, Search
-from signals import StopSignals
-from status import read_status, status_text
-from study import make_pruner, make_sampler, open_study, settle_unfinished
-from summary import DATABASE, read_rows, write_summary
+from writer_search.common.signals import StopSignals
+from writer_search.config import Space, default_space, suggest
+from writer_search.results.rows import DATABASE, read_rows, write_summary
+from writer_search.results.status import read_status, status_text
+from writer_search.study import search
+from writer_search.study.search import Plan, Search
+from writer_search.study.store import make_pruner, make_sampler, open_study, settle_unfinished
 
 EPOCHS = 20
 MEMORY_REPORTS = 5  # of a trial whose memory counts; 20 take four times as long

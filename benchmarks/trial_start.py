@@ -28,9 +28,9 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import common
-from config import TrialConfig
 from data import LineSet
-from processes import as_in_a_trial
+from writer_search.config import TrialConfig
+from writer_search.processes.parent import as_in_a_trial
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -108,7 +108,7 @@ def search_spans(
 @contextlib.contextmanager
 def noted_messages(events: list[tuple[str, float]]) -> Iterator[None]:
     """Note the messages of all trials: the first progress, sent before the first batch; the end."""
-    from processes import ChildProcess, Message
+    from writer_search.processes.parent import ChildProcess, Message
 
     receive = ChildProcess.receive
 

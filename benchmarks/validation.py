@@ -23,13 +23,13 @@ from statistics import median
 import torch
 
 import train
-from batches import Lines, gather, places, strip_on, windows
 from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader
-from config import TrialConfig
 from data import LineSet
 from model import WriterModel, for_inference
-from processes import as_in_a_trial
+from writer_search.config import TrialConfig
+from writer_search.processes.parent import as_in_a_trial
+from writer_search.training.batches import Lines, gather, places, strip_on, windows
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -55,7 +55,7 @@ from chaos_checks import (  # noqa: E402
 from test_command import Command, is_alive  # noqa: E402
 
 from data import LineSet, find_lines, load_lines  # noqa: E402
-from synthetic import make_lines  # noqa: E402
+from writer_search.demo import make_lines  # noqa: E402
 
 LINE_HEIGHT = 16
 HANGING_SECONDS = 150.0  # no round lasts so long

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from config import TrialConfig
 from data import LineSet
 from train import train
+from writer_search.config import TrialConfig
 
 DATABASE = "optuna_study.db"
 BOUND = ("config.json", "history.jsonl", "metrics.json", "final_model.pth", "best_model.pth")

@@ -17,13 +17,13 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from config import default_space
-from files import SharedLock, write_json
-from fleet import Fleet
-from shared_search import bury_dead
-from storage import create_shared_study, find_study, opened_storage
-from study import Drawer
-from summary import STUDY_NAME, trial_dir
+from writer_search.common.files import SharedLock, write_json
+from writer_search.config import default_space
+from writer_search.results.rows import STUDY_NAME, trial_dir
+from writer_search.study.shared.fleet import Fleet
+from writer_search.study.shared.search import bury_dead
+from writer_search.study.shared.storage import create_shared_study, find_study, opened_storage
+from writer_search.study.store import Drawer
 
 
 def main(storage: BaseStorage, n_trials: int, directory: Path, fault: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from config import TrialConfig
 from data import LineSet, find_lines, load_lines
-from synthetic import make_lines
+from writer_search.config import TrialConfig
+from writer_search.demo import make_lines
 
 LINE_HEIGHT = 16
 REAL_LINES = Path(__file__).parents[2] / "shared" / "data" / "latin_hands"
@@ -40,7 +40,7 @@ def _no_pictures(
     """
     if request.node.get_closest_marker("pictures") is not None:
         return
-    monkeypatch.setattr("drawing.Drawing.request", lambda self: None)
+    monkeypatch.setattr("writer_search.processes.pictures.Drawing.request", lambda self: None)
     hidden = tmp_path_factory.getbasetemp() / "hidden"
     hidden.mkdir(exist_ok=True)
     (hidden / "matplotlib.py").write_text("raise ImportError('hidden from this test')\n")

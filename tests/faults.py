@@ -10,7 +10,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-import processes
+from writer_search.processes import parent as processes
 
 RealChild = processes.ChildProcess
 
@@ -27,7 +27,7 @@ def faulty(faults: dict[int, str]) -> Callable[[str, Any], processes.ChildProces
 
 def _with_training_replaced(connection: Connection, job: Any, action: Callable[[], None]) -> None:
     """Run the real trial process around training that does something else."""
-    import worker
+    from writer_search.processes import child as worker
 
     def train(*arguments: Any, **named: Any) -> None:
         action()
@@ -58,7 +58,7 @@ def kill_itself(connection: Connection, job: Any) -> None:
 
 def kept_waiting(connection: Connection, job: Any) -> None:
     """Train for real; other programs take two of four cores after the first look."""
-    import worker
+    from writer_search.processes import child as worker
 
     class Waiting:
         def __init__(self, threads: int) -> None:
@@ -77,7 +77,7 @@ def exit_silently(connection: Connection, job: Any) -> None:
 
 def die_when_done(connection: Connection, job: Any) -> None:
     """Train for real and write all results, then be killed before a word of it."""
-    import worker
+    from writer_search.processes import child as worker
 
     real_train = worker.train
 
@@ -91,7 +91,7 @@ def die_when_done(connection: Connection, job: Any) -> None:
 
 def outlast_failures(connection: Connection, job: Any) -> None:
     """Train for real, but not before trial 2 has failed."""
-    import worker
+    from writer_search.processes import child as worker
 
     log = job.trial_dir.parent / "trial_002" / "error.log"
     real_check = worker.SearchLine.check
@@ -136,7 +136,7 @@ def out_of_memory(connection: Connection, job: Any) -> None:
     """Out of memory with more than four images at once, at the trial's third batch."""
     import torch
 
-    import worker
+    from writer_search.processes import child as worker
 
     real_check = worker.SearchLine.check
     calls = iter(range(10**9))
@@ -161,7 +161,7 @@ def always_out_of_memory(connection: Connection, job: Any) -> None:
 
 def on_fake_gpu(connection: Connection, job: Any) -> None:
     """Train on the CPU in a GPU's place; one that is called broken or dying fails at the start."""
-    import worker
+    from writer_search.processes import child as worker
 
     def open_device(gpu: str) -> str:
         if gpu.startswith("broken"):
@@ -190,7 +190,7 @@ def signal_search_first(connection: Connection, job: Any) -> None:
 
 
 def _signal_at(connection: Connection, job: Any, call: int, pid: int | None = None) -> None:
-    import worker
+    from writer_search.processes import child as worker
 
     calls = iter(range(10**9))
     real_check = worker.SearchLine.check
@@ -207,7 +207,7 @@ def _signal_at(connection: Connection, job: Any, call: int, pid: int | None = No
 
 def slow_answer(connection: Connection, question: Any) -> None:
     """Take for ever over a question about the machine, as a download may."""
-    import worker
+    from writer_search.processes import child as worker
 
     worker._describe_machine = lambda question: time.sleep(600)  # type: ignore[assignment]
     worker.answer_question(connection, question)
@@ -231,7 +231,7 @@ def in_rank_1(job: Any, action: Callable[[], None]) -> None:
 
 
 def rank_1_raises(connection: Connection, job: Any) -> None:
-    import worker
+    from writer_search.processes import child as worker
 
     def action() -> None:
         raise RuntimeError("the cat is on the keyboard")
@@ -241,7 +241,7 @@ def rank_1_raises(connection: Connection, job: Any) -> None:
 
 
 def rank_1_is_killed(connection: Connection, job: Any) -> None:
-    import worker
+    from writer_search.processes import child as worker
 
     in_rank_1(job, lambda: os.kill(os.getpid(), signal.SIGKILL))
     worker.run_trial(connection, job)
@@ -249,8 +249,8 @@ def rank_1_is_killed(connection: Connection, job: Any) -> None:
 
 def rank_1_hangs(connection: Connection, job: Any) -> None:
     """Hang in rank 1, with a short time limit for all."""
-    import ranks
-    import worker
+    from writer_search.processes import child as worker
+    from writer_search.training import ranks
 
     def sleep_for_ever() -> None:
         time.sleep(600)
@@ -264,7 +264,7 @@ def rank_1_out_of_memory(connection: Connection, job: Any) -> None:
     """Out of memory in rank 1 with more than four images at once."""
     import torch
 
-    import worker
+    from writer_search.processes import child as worker
 
     def action() -> None:
         if job.micro_batch is None or job.micro_batch > 4:
@@ -277,7 +277,7 @@ def rank_1_out_of_memory(connection: Connection, job: Any) -> None:
 def without_batch_norm(connection: Connection, job: Any) -> None:
     """Train a backbone whose norms take no statistics over images; validate in small batches."""
     import train
-    import worker
+    from writer_search.processes import child as worker
 
     norms_over_groups()
     train.EVALUATION_BATCH = 4

@@ -13,9 +13,9 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from files import write_json
-from study import open_study
-from summary import trial_dir
+from writer_search.common.files import write_json
+from writer_search.results.rows import trial_dir
+from writer_search.study.store import open_study
 
 DISTRIBUTIONS = {
     "backbone": CategoricalDistribution(("resnet_thin", "resnet18", "resnet34")),

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from test_search import Run, run, trials_of
 
-import batch_system
-import search as search_module
-from batch_system import END_TIME, MARGIN_SECONDS, longest_epoch, stop_time
+from writer_search.processes import deadlines as batch_system
+from writer_search.processes.deadlines import END_TIME, MARGIN_SECONDS, longest_epoch, stop_time
+from writer_search.study import search as search_module
 
 __all__ = ["run"]  # the fixture
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batches import (
+from data import INK_DEVIATION, SPLITS, LineSet
+from writer_search.training.batches import (
     EpochImages,
     Lines,
     Noise,
@@ -29,7 +30,6 @@ from batches import (
     strip_on,
     windows,
 )
-from data import INK_DEVIATION, SPLITS, LineSet
 
 CROP = 32
 HEIGHT = 8

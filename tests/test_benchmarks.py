@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import worker
 from benchmarks import (
     cache,
     epoch,
@@ -20,6 +19,7 @@ from benchmarks import (
     validation,
 )
 from data import find_lines
+from writer_search.processes import child as worker
 
 LINES = ("--threads", "1", "--writers", "2", "--pages", "3")
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoints
-from checkpoints import Checkpoints
-from config import TrialConfig
 from data import LineSet
 from train import Stopped, train
+from writer_search.config import TrialConfig
+from writer_search.training import checkpoints
+from writer_search.training.checkpoints import Checkpoints
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from searches import make_search
 
-from compare import ranks, read_search, why_not_ranked
 from data import find_lines, load_lines
 from hyperparameter_search import main
-from study import open_study
+from writer_search.results.compare import ranks, read_search, why_not_ranked
+from writer_search.study.store import open_study
 
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
 

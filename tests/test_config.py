@@ -12,7 +12,9 @@ import pytest
 import torchvision
 from optuna.trial import FixedTrial
 
-from config import (
+from model import BUILDERS
+from writer_search.common.files import UserError
+from writer_search.config import (
     BACKBONES,
     BACKBONES_BY_TIER,
     LIMITS,
@@ -31,8 +33,6 @@ from config import (
     parse_value,
     suggest,
 )
-from files import UserError
-from model import BUILDERS
 
 SPACES = list(BACKBONES_BY_TIER)  # (tier, pretrained)
 REQUIRED: dict[str, Any] = {"seed": 1, "epochs": 3, "patience": 2, "backbone": "tiny"}

@@ -17,13 +17,13 @@ from optuna.trial import TrialState, create_trial
 from test_search import Run, run, snapshot, trials_of
 from test_train import assert_same_weights
 
-import search as search_module
-from checkpoints import load_model
-from chosen import chosen_model, read_confirmation
-from confirm import Repeater, Repetition, candidates_of, seeds_of
-from confirmation import Candidate, describe, remove_other_weights, summarise
-from study import continue_interrupted, open_study
-from summary import Row, read_rows
+from writer_search.results.chosen import chosen_model, read_confirmation
+from writer_search.results.confirmed import Candidate, describe, remove_other_weights, summarise
+from writer_search.results.rows import Row, read_rows
+from writer_search.study import search as search_module
+from writer_search.study.confirm import Repeater, Repetition, candidates_of, seeds_of
+from writer_search.study.store import continue_interrupted, open_study
+from writer_search.training.checkpoints import load_model
 
 __all__ = ["run"]  # the fixture
 BASE = {"n_trials": "3"}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import cores as cores_module
-from cores import SharedCores, WaitingThreads, asked_threads, usable_cores
+from writer_search.common import cores as cores_module
+from writer_search.common.cores import SharedCores, WaitingThreads, asked_threads, usable_cores
 
 ROOT = Path(__file__).parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -327,7 +327,8 @@ def test_many_threads_may_wait_a_little_each(tasks: Tasks) -> None:
 def test_threads_that_are_kept_from_running_are_seen() -> None:
     """Real ones: two of them on one core."""
     script = (
-        "import os, threading, time, cores; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+        "import os, threading, time; from writer_search.common import cores\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
         "; cores.WAITING_SECONDS = 0.3; watch = cores.WaitingThreads(2)\n"
         "def work():\n while True: sum(range(10000))\n"
         "for _ in range(2): threading.Thread(target=work, daemon=True).start()\n"

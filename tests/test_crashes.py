@@ -24,17 +24,17 @@ from chaos_checks import check_continuations, look
 from optuna.trial import FrozenTrial, Trial, TrialState
 from test_search import arguments
 
-import checkpoints
-import processes
-import search as search_module
 import train as train_module
-import worker
-from config import TrialConfig, default_space, narrow, parse_fix, suggest
 from data import LineSet
 from hyperparameter_search import main
-from processes import PRUNE, STOP
-from study import Drawer, open_study
-from summary import DATABASE, trial_dir
+from writer_search.config import TrialConfig, default_space, narrow, parse_fix, suggest
+from writer_search.processes import child as worker
+from writer_search.processes import parent as processes
+from writer_search.processes.parent import PRUNE, STOP
+from writer_search.results.rows import DATABASE, trial_dir
+from writer_search.study import search as search_module
+from writer_search.study.store import Drawer, open_study
+from writer_search.training import checkpoints
 
 
 class Crash(BaseException):
@@ -54,7 +54,7 @@ class InlineChild:
         self._turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        action = self._train if work == "worker:run_trial" else self._answer
+        action = self._train if work == "writer_search.processes.child:run_trial" else self._answer
         self._thread = threading.Thread(target=self._run, args=(action, argument), daemon=True)
         self._thread.start()
 

@@ -14,17 +14,16 @@ import pytest
 import torch
 from far_device import FAR, FarDevice
 
-import batches
-import checkpoints
-import processes
 import train as train_module
-import worker
-from batches import EpochImages, Lines
-from checkpoints import load_model
-from config import TrialConfig
 from data import LineSet
-from prediction import predict
 from train import Stopped, train
+from writer_search.config import TrialConfig
+from writer_search.processes import child as worker
+from writer_search.processes import parent as processes
+from writer_search.training import batches, checkpoints
+from writer_search.training.batches import EpochImages, Lines
+from writer_search.training.checkpoints import load_model
+from writer_search.training.prediction import predict
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from faults import RealChild
 from test_search import Run, run, trials_of
 
 import hyperparameter_search
-import search as search_module
-from devices import Devices, divide, visible_entries
-from files import UserError
-from study import open_study
-from worker import _visible_gpus
+from writer_search.common.files import UserError
+from writer_search.processes.child import _visible_gpus
+from writer_search.processes.devices import Devices, divide, visible_entries
+from writer_search.study import search as search_module
+from writer_search.study.store import open_study
 
 __all__ = ["run"]  # the fixture
 

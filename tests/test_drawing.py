@@ -19,8 +19,15 @@ from typing import Any
 import pytest
 from searches import make_search
 
-import drawing as drawing_module
-from drawing import DRAW, HURRY, MOST_CRASHES, MOST_WAITING, NICENESS, Drawing
+from writer_search.processes import pictures as drawing_module
+from writer_search.processes.pictures import (
+    DRAW,
+    HURRY,
+    MOST_CRASHES,
+    MOST_WAITING,
+    NICENESS,
+    Drawing,
+)
 
 pytestmark = pytest.mark.pictures
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from test_search import Run, run
 
-import evaluation
-from batches import Lines, strip_on
-from bootstrap import Pages, count_pages, intervals, resample
-from checkpoints import load_model
 from data import LineSet
 from train import evaluate
+from writer_search.processes import test_split as evaluation
+from writer_search.training.batches import Lines, strip_on
+from writer_search.training.bootstrap import Pages, count_pages, intervals, resample
+from writer_search.training.checkpoints import load_model
 
 __all__ = ["run"]  # the fixture
 

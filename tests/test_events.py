@@ -14,9 +14,9 @@ import pytest
 from faults import faulty
 from test_search import Run, run
 
-import events as events_module
-import search as search_module
-from events import Events
+from writer_search.results import events as events_module
+from writer_search.results.events import Events
+from writer_search.study import search as search_module
 
 __all__ = ["run"]  # the fixture
 EVENT = {"event": "trial"}

@@ -18,15 +18,22 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 from test_search import Run, run
 
-import fleet as fleet_module
-import shared_search
-import storage as storage_module
-from config import default_space
-from files import DirectoryLock, SharedLock, UserError, holder_is_dead, write_json
-from fleet import Fleet
 from hyperparameter_search import main
-from processes import TrialProcesses
-from storage import (
+from writer_search.common.files import (
+    DirectoryLock,
+    SharedLock,
+    UserError,
+    holder_is_dead,
+    write_json,
+)
+from writer_search.config import default_space
+from writer_search.processes.parent import TrialProcesses
+from writer_search.results.rows import STUDY_NAME, trial_dir
+from writer_search.study.shared import fleet as fleet_module
+from writer_search.study.shared import search as shared_search
+from writer_search.study.shared import storage as storage_module
+from writer_search.study.shared.fleet import Fleet
+from writer_search.study.shared.storage import (
     PatientStorage,
     StorageUnreachableError,
     create_shared_study,
@@ -36,8 +43,7 @@ from storage import (
     secrets_of,
     shown_url,
 )
-from study import Drawer, continue_interrupted, params_key
-from summary import STUDY_NAME, trial_dir
+from writer_search.study.store import Drawer, continue_interrupted, params_key
 
 __all__ = ["run"]  # the fixture
 URL = "postgresql+psycopg://me:s3cr%40t@db.example/lines"

@@ -12,10 +12,16 @@ import pytest
 from PIL import Image
 from searches import make_search
 
-import figures
-import plots
-from plots import PICTURES, copied_trials, draw_all, draw_curves, draw_missing_curves
-from summary import DATABASE, trial_dir
+from writer_search.results.pictures import figures
+from writer_search.results.pictures import trials as plots
+from writer_search.results.pictures.trials import (
+    PICTURES,
+    copied_trials,
+    draw_all,
+    draw_curves,
+    draw_missing_curves,
+)
+from writer_search.results.rows import DATABASE, trial_dir
 
 HOSTILE = ["$x_1$", "a" * 300, "line\nbreak", "<b>&amp;", "فارسی", "\udcff\x00"]
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-import prediction
-from checkpoints import load_model
-from config import TrialConfig
 from data import LineSet
-from prediction import predict
 from train import Stopped, train
-from train_command import main
+from writer_search.config import TrialConfig
+from writer_search.train_command import main
+from writer_search.training import prediction
+from writer_search.training.checkpoints import load_model
+from writer_search.training.prediction import predict
 
 PROGRAM = Path(__file__).parents[1] / "train.py"
 

@@ -15,17 +15,17 @@ from faults import RealChild, faulty, norms_over_groups
 from test_search import PruneTrial, Run, run, trials_of
 from torch import Tensor, nn
 
-import processes
-import search as search_module
-import study as study_module
 import train
-from batches import EpochImages, Lines, strip_on
-from checkpoints import load_model
-from config import TrialConfig
 from data import LineSet
-from ranks import ALONE, Ranks
-from study import open_study
 from train import TrainingState, evaluate, line_logits, training_step
+from writer_search.config import TrialConfig
+from writer_search.processes import parent as processes
+from writer_search.study import search as search_module
+from writer_search.study import store as study_module
+from writer_search.study.store import open_study
+from writer_search.training.batches import EpochImages, Lines, strip_on
+from writer_search.training.checkpoints import load_model
+from writer_search.training.ranks import ALONE, Ranks
 
 __all__ = ["run"]  # the fixture
 

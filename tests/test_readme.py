@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from test_search import Run, run
 
-import train_command
-from checkpoints import load_model
-from command_line import build_parser, parse_args
-from config import LIMITS, default_space, narrow
+from writer_search import train_command
+from writer_search.config import LIMITS, default_space, narrow
+from writer_search.flags import build_parser, parse_args
+from writer_search.training.checkpoints import load_model
 
 __all__ = ["run"]  # the fixture
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -17,10 +17,10 @@ from optuna.trial import TrialState
 from PIL import Image
 from searches import make_search
 
-from files import read_json, write_json
-from report import ranges, report_html, standard_error, write_report
-from study import open_study
-from summary import DATABASE, best_row, percent, read_rows, read_study, trial_dir
+from writer_search.common.files import read_json, write_json
+from writer_search.results.report import ranges, report_html, standard_error, write_report
+from writer_search.results.rows import DATABASE, best_row, percent, read_rows, read_study, trial_dir
+from writer_search.study.store import open_study
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "فارسی", "\udcff"]
 VOID = {"meta", "img", "br"}

@@ -16,12 +16,12 @@ import torch
 from test_train import assert_same_weights, weights_of
 
 import hyperparameter_search
-import retraining
-from checkpoints import load_model
 from data import SPLITS, LineSet
-from processes import training_environment
-from retraining import with_validation_lines
-from train_command import main
+from writer_search.processes.parent import training_environment
+from writer_search.train_command import main
+from writer_search.training import repeat as retraining
+from writer_search.training.checkpoints import load_model
+from writer_search.training.repeat import with_validation_lines
 
 FIXED = ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8", "precision=float32")
 

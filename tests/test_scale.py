@@ -7,8 +7,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.study_scale import fill, instant_trials, search_side
-from signals import StopSignals
-from summary import DATABASE, Row, SummaryFiles, best_row, read_rows, remove_weights, write_summary
+from writer_search.common.signals import StopSignals
+from writer_search.results.rows import (
+    DATABASE,
+    Row,
+    SummaryFiles,
+    best_row,
+    read_rows,
+    remove_weights,
+    write_summary,
+)
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

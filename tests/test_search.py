@@ -19,12 +19,12 @@ import torch
 from faults import RealChild, faulty
 from optuna.trial import TrialState
 
-import files
-import search as search_module
-import study as study_module
 from hyperparameter_search import main
-from study import open_study
-from summary import read_history
+from writer_search.common import files
+from writer_search.results.rows import read_history
+from writer_search.study import search as search_module
+from writer_search.study import store as study_module
+from writer_search.study.store import open_study
 
 Run = Callable[..., int]
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-import signals
-from signals import Interrupted, StopSignals
+from writer_search.common import signals
+from writer_search.common.signals import Interrupted, StopSignals
 
 
 @pytest.mark.parametrize(

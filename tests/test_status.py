@@ -14,13 +14,13 @@ import pytest
 from optuna.trial import TrialState
 from searches import make_search
 
-import files
-import status as status_module
-from estimate import T80, Range, range_text, seconds_left
 from hyperparameter_search import main
-from status import read_status, status_json, status_text, watch
-from study import open_study
-from summary import trial_dir
+from writer_search.common import files
+from writer_search.results import status as status_module
+from writer_search.results.estimate import T80, Range, range_text, seconds_left
+from writer_search.results.rows import trial_dir
+from writer_search.results.status import read_status, status_json, status_text, watch
+from writer_search.study.store import open_study
 
 
 @pytest.fixture(scope="module")

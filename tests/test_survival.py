@@ -26,16 +26,16 @@ from test_crashes import Crash, crash_before
 from test_search import PruneTrial, Run, arguments, params_of, run, snapshot, trials_of
 from torch import nn
 
-import files
-import processes
-import recovery
-import search as search_module
-import study as study_module
-from config import TrialConfig
 from hyperparameter_search import main
-from study import continue_interrupted, open_study
-from summary import Row, read_history, remove_weights
 from train import TrainingState, training_step
+from writer_search.common import files
+from writer_search.config import TrialConfig
+from writer_search.processes import parent as processes
+from writer_search.results.rows import Row, read_history, remove_weights
+from writer_search.study import recovery
+from writer_search.study import search as search_module
+from writer_search.study import store as study_module
+from writer_search.study.store import continue_interrupted, open_study
 
 __all__ = ["run"]  # the fixture
 
@@ -163,7 +163,7 @@ def test_fork_server_that_is_killed_over_a_start_is_started_again() -> None:
     os.kill(server, signal.SIGSTOP)
     killer = threading.Timer(0.3, os.kill, (server, signal.SIGKILL))
     killer.start()
-    child = RealChild("worker:answer_question", QUESTION)
+    child = RealChild("writer_search.processes.child:answer_question", QUESTION)
     killer.join()
     message = child.receive()
     assert message is not None
@@ -702,7 +702,8 @@ def test_sigterm_to_a_trial_itself_lets_it_save(
 )
 def test_a_search_that_is_nice_has_nice_trials() -> None:
     """Each child has a session, and the kernel shares the processor between sessions first."""
-    seen = "import os, processes; os.nice(7); processes._work('builtins:print', 'a', 'b')"
+    seen = "import os; from writer_search.processes import parent; os.nice(7)"
+    seen += "; parent._work('builtins:print', 'a', 'b')"
     seen += "; print(open('/proc/self/autogroup').read())"
     result = subprocess.run(
         [sys.executable, "-c", seen],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synthetic import make_lines
+from writer_search.demo import make_lines
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -47,7 +47,7 @@ def test_nothing_is_left_of_a_failed_call(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("synthetic.os.replace", fail)
+    monkeypatch.setattr("writer_search.demo.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         make_lines(tmp_path / "lines", num_writers=1, pages_per_split={"": 1}, lines_per_page=1)
     assert not list(tmp_path.iterdir())

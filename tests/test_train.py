@@ -15,15 +15,9 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
-import batches
 import train as train_module
-from batches import Lines, strip_on
-from checkpoints import CheckpointMismatchError, load_checked, load_model
-from config import TrialConfig
 from data import LineSet, find_lines, load_lines
-from metrics import Metrics, compute_metrics
 from model import WriterModel, classification_loss
-from ranks import Ranks
 from train import (
     DivergedError,
     Stopped,
@@ -40,6 +34,12 @@ from train import (
     training_step,
     update_average,
 )
+from writer_search.config import TrialConfig
+from writer_search.training import batches
+from writer_search.training.batches import Lines, strip_on
+from writer_search.training.checkpoints import CheckpointMismatchError, load_checked, load_model
+from writer_search.training.metrics import Metrics, compute_metrics
+from writer_search.training.ranks import Ranks
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""A hyperparameter search for writer identification that you can stop and resume."""

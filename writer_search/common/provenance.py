@@ -1,0 +1,51 @@
+"""What ran where: command, commit, machine, versions."""
+
+from __future__ import annotations
+
+import platform
+import re
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def provenance(data_root: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """Say what ran where: for config.json."""
+    packages = ("optuna", "numpy", "pillow")
+    return {
+        "data_root": str(data_root),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **git_state(Path(__file__).parents[2]),
+        "host": socket.gethostname(),
+        "device_names": machine["device_names"] or [_processor()],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+            **machine["versions"],
+        },
+    }
+
+
+def git_state(directory: Path) -> dict[str, Any]:
+    """Name a program's commit, and whether files differ from it; None outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=10)
+        commit = found.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    if not commit:
+        return {"git_commit": None, "git_dirty": None}
+    return {"git_commit": commit.removesuffix("-dirty"), "git_dirty": commit.endswith("-dirty")}
+
+
+def _processor() -> str:
+    """Name the processor; on Linux a file alone tells its model."""
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,88 @@
+"""Where trials run: which devices there are, divided between the trials that run at once.
+
+A device is an entry of CUDA_VISIBLE_DEVICES: an index, a GPU's UUID or a MIG instance's name. This
+file imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from writer_search.common.files import UserError
+
+STARTS_IN_A_ROW = 2  # that fail on a device before it is set aside
+
+Slot = tuple[str, ...]  # the GPUs of one trial, one per rank; none: the CPU
+
+
+def visible_entries(visible: str | None, count: int) -> list[str]:
+    """Name the devices that processes of their own can use, by their own entry.
+
+    visible: CUDA_VISIBLE_DEVICES, or None;  count: the devices that CUDA finds with it. CUDA shows
+    one MIG instance to a process, however many are listed: each listed one can have its own.
+    """
+    if count == 0:
+        return []
+    given = [entry.strip() for entry in (visible or "").split(",")]
+    given = list(dict.fromkeys(entry for entry in given if entry))
+    if not given:
+        return [str(number) for number in range(count)]
+    if all(entry.startswith("MIG-") for entry in given):
+        return given
+    return given[:count]  # CUDA stops at the first entry that names no device
+
+
+def divide(gpus: Sequence[str], n_jobs: int | None, gpus_per_trial: int) -> tuple[Slot, ...]:
+    """Give the devices of each trial that runs at once; several may share them.
+
+    n_jobs: trials at once, or None for one on each `gpus_per_trial` GPUs, one on the CPU.
+    Raises UserError when there are too few GPUs.
+    """
+    if not gpus:
+        return ((),) * (n_jobs or 1)
+    groups = [
+        tuple(gpus[first : first + gpus_per_trial])
+        for first in range(0, len(gpus) - gpus_per_trial + 1, gpus_per_trial)
+    ]
+    if not groups:
+        raise UserError(
+            f"--gpus_per_trial {gpus_per_trial}: there are {len(gpus)} GPU(s) here: "
+            f"{', '.join(gpus)}"
+        )
+    return tuple(groups[job % len(groups)] for job in range(n_jobs or len(groups)))
+
+
+class Devices:
+    """The slots of a search. A GPU on which trials fail to start, twice in a row, is set aside."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._failed_starts: Counter[str] = Counter()
+        self.set_aside: dict[str, str] = {}  # GPU → cause
+
+    @property
+    def usable(self) -> list[int]:
+        """The numbers of the slots whose GPUs all work."""
+        return [n for n, slot in enumerate(self._slots) if not self.set_aside.keys() & set(slot)]
+
+    def free(self, taken: Collection[int]) -> int | None:
+        """Choose a usable slot that is not taken, one without failed starts first."""
+        free = [number for number in self.usable if number not in taken]
+        return min(free, key=self._failures, default=None)
+
+    def _failures(self, number: int) -> int:
+        return max((self._failed_starts[gpu] for gpu in self._slots[number]), default=0)
+
+    def started(self, gpu: str | None) -> None:
+        """Note that a trial's process has started on a GPU."""
+        if gpu is not None:
+            del self._failed_starts[gpu]
+
+    def failed(self, gpu: str, cause: str) -> bool:
+        """Note that a trial could not start on a GPU; tell whether it is set aside for that."""
+        self._failed_starts[gpu] += 1
+        if self._failed_starts[gpu] < STARTS_IN_A_ROW or gpu in self.set_aside:
+            return False
+        self.set_aside[gpu] = cause
+        return True

@@ -1,0 +1,124 @@
+"""Measures the chosen model on the test split: once, at the end of a search.
+
+The measuring is done in a child process (`worker.measure_on_test`); this file imports no torch.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from data import LineSet
+from writer_search.common.files import UserError, one_line, read_dict, write_json
+from writer_search.common.signals import StopSignals
+from writer_search.processes.parent import ChildProcess, TestQuestion, exit_text
+from writer_search.results.chosen import Chosen
+from writer_search.results.rows import percent
+
+NOTE = "measured after the choice; never used for choosing"
+METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1")
+
+
+def require_test_lines(data: LineSet) -> None:
+    """Raise UserError where --evaluate_test would find nothing, before a search is spent."""
+    if not len(data.select("test")):
+        raise UserError(
+            "--evaluate_test: there are no test lines; add a test directory, or leave the flag out"
+        )
+
+
+def evaluate_test(
+    checkpoint_dir: Path, chosen: Chosen, question: TestQuestion, stop: StopSignals
+) -> list[str]:
+    """Measure the chosen model, unless it has been, and write summary/test_metrics.json.
+
+    Returns lines for people; none when a signal came first.
+    """
+    path = checkpoint_dir / "summary" / "test_metrics.json"
+    before = read_dict(path)
+    identity = {
+        "trial": chosen.trial,
+        "directory": _seen_from(checkpoint_dir, chosen.directory),
+        "config_hash": read_dict(chosen.directory / "config.json").get("config_hash"),
+        "data_fingerprint": question.data.fingerprint,
+    }
+    if all(before.get(name) == value for name, value in identity.items()):
+        return describe(before)
+    lines = len(question.data.select("test"))
+    print(f"evaluating {chosen.name} on {lines} test lines", flush=True)
+    kind, content = _ask(question, stop)
+    if kind == "stopped":
+        return []
+    if kind != "measured":
+        return [f"The test split could not be evaluated: {one_line(content['cause'])}"]
+    earlier = [
+        *before.get("earlier", []),
+        *([{name: before.get(name) for name in (*identity, "macro_top1")}] if before else []),
+    ]
+    found = {
+        **identity,
+        "note": NOTE,
+        **content,
+        "evaluated": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "earlier": earlier,
+    }
+    write_json(path, found)
+    return describe(found)
+
+
+def _seen_from(checkpoint_dir: Path, directory: Path) -> str:
+    """Name a directory as seen from another, where a shared search may not have its best trial."""
+    inside, own = directory.absolute(), checkpoint_dir.absolute()
+    return str(inside.relative_to(own) if inside.is_relative_to(own) else inside)
+
+
+def _ask(question: TestQuestion, stop: StopSignals) -> tuple[str, dict[str, Any]]:
+    """Let a child process measure; a signal ends it."""
+    child = ChildProcess("writer_search.processes.child:measure_on_test", question)
+    message = None
+    try:
+        while message is None and stop.name is None:
+            ready = connection.wait([child.connection, stop.wakeup])
+            if stop.wakeup in ready:
+                stop.wakeup.recv(4096)
+            elif (message := child.receive()) is None:
+                break  # it has died
+    finally:
+        if message is None:
+            child.kill()
+        code = child.end()
+    if stop.name is not None:
+        return "stopped", {}
+    return message or ("failed", {"cause": exit_text(code)})
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """Put what was measured into lines for people."""
+    shown = {name: _with_interval(found, name) for name in METRICS}
+    lines = [
+        f"Test split, trial {found['trial']}, {NOTE}:",
+        f"  macro top-1 {shown['macro_top1']}, pages {shown['page_macro_top1']}",
+        f"  micro top-1 {shown['micro_top1']}, macro top-5 {shown['macro_top5']}",
+        f"  {found['lines']} lines, {found['pages']} pages, {len(found['per_writer'])} writers; "
+        "[95 % intervals by resampling pages]",
+    ]
+    if found["writers_with_one_page"]:
+        lines.append(
+            f"  {found['writers_with_one_page']} writer(s) have one test page: how they vary from "
+            "page to page is in no interval, which makes them too narrow"
+        )
+    if found["earlier"]:
+        lines.append(
+            f"  the test split had been looked at {len(found['earlier'])} time(s) before, for "
+            "other models or lines"
+        )
+    return lines
+
+
+def _with_interval(found: dict[str, Any], name: str) -> str:
+    if found[name] is None:
+        return "- (five writers or fewer)"
+    low, high = found["intervals"][name]
+    return f"{percent(found[name])} [{100 * low:.1f} to {100 * high:.1f}]"

@@ -1,0 +1,65 @@
+"""Which model a search gives its user: the best trial's, or that of a confirmation's winner.
+
+Reads and copies files only.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from writer_search.common.files import read_json, write_whole
+from writer_search.results.rows import Row, best_row, home_of, trial_dir
+
+CONFIRM = "confirm"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model: `trial` is the search's, whose configuration it has; `directory` holds the file."""
+
+    trial: int
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        where = (
+            f" ({CONFIRM}/{self.directory.name})" if self.directory.parent.name == CONFIRM else ""
+        )
+        return f"trial {self.trial}{where}"
+
+
+def read_confirmation(checkpoint_dir: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Read summary/confirmation.json; None where there is none, or trials have come since."""
+    try:
+        found: dict[str, Any] = read_json(checkpoint_dir / "summary" / "confirmation.json")
+        complete = [row.number for row in rows if row.state == "COMPLETE"]
+        return found if found["of_trials"] == complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def chosen_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Chosen | None:
+    """Choose: by the confirmation where there is one, else the best trial; None without any."""
+    confirmation = read_confirmation(checkpoint_dir, rows)
+    if confirmation is not None:
+        winner = confirmation["winner"]
+        return Chosen(winner["trial"], checkpoint_dir / winner["directory"])
+    best = best_row(rows)
+    if best is None:
+        return None
+    home = home_of(best.attributes, checkpoint_dir)
+    return Chosen(best.number, trial_dir(home, best.number))
+
+
+def publish(checkpoint_dir: Path, chosen: Chosen | None) -> Path | None:
+    """Copy the chosen model to summary/best_model.pth; None when there is none."""
+    if chosen is None or not (chosen.directory / "best_model.pth").exists():
+        return None
+    target = checkpoint_dir / "summary" / "best_model.pth"
+    with open(chosen.directory / "best_model.pth", "rb") as model:
+        write_whole(target, lambda file: shutil.copyfileobj(model, file))
+    return target

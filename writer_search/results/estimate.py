@@ -1,0 +1,91 @@
+"""How long a search still takes: a range, from how long its trials have taken so far."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import islice
+
+from writer_search.results.rows import Row, duration
+
+# Student's t of an interval that holds 80 % (Abramowitz and Stegun, table 26.10), by degrees of
+# freedom from 1; above, the normal distribution's.
+T80 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372)
+NORMAL80 = 1.282
+EVIDENCE_TRIALS = 100  # the last ones; all of thousands would take longer to go through
+TRIALS_FOR_SPREAD = 3  # two say too often that all are alike
+
+Range = tuple[float, float]  # seconds: low, high
+Timed = tuple[float, float]  # of one trial: epochs done, seconds they took
+
+
+def seconds_left(
+    finished: Sequence[Timed], running: Sequence[Timed], to_start: int, epochs: int, jobs: int
+) -> Range | None:
+    """Estimate the time left as a range that should hold it four times in five.
+
+    finished: complete and pruned trials, since later ones will be pruned too.   to_start: trials to
+    come.   epochs: the most of a trial.   jobs: trials at once.
+    Returns None before there is evidence: no epoch is done yet. From the third finished trial on,
+    their spread makes the range; before, it is what the limits of a trial allow.
+    """
+    speeds = [seconds / done for done, seconds in [*finished, *running] if done > 0 and seconds > 0]
+    if not speeds:
+        return None
+    begun = [(done, seconds) for done, seconds in running if done > 0]
+    rests = [_rest(done, seconds, finished, epochs) for done, seconds in begun]
+    coming = to_start + len(running) - len(begun)
+    low, high = _trials_to_come(finished, coming, epochs, speeds)
+    low += sum(rest[0] for rest in rests)
+    high += sum(rest[1] for rest in rests)
+    if jobs > 1:
+        # The last trial may run alone.
+        longest = max([epochs * max(speeds)] if coming else [rest[1] for rest in rests], default=0)
+        high = high / jobs + (1 - 1 / jobs) * longest
+    low = max([low / max(1, jobs), *(rest[0] for rest in rests)])
+    return low, max(low, high)
+
+
+def _rest(done: float, seconds: float, finished: Sequence[Timed], epochs: int) -> Range:
+    """Say how long a running trial goes on: to where others have ended, those pruned included."""
+    speed = seconds / done
+    ends = [float(end) for end, _ in finished if end > done]
+    if len(finished) < TRIALS_FOR_SPREAD or not ends:
+        ends = [done, float(epochs)]
+    return (min(ends) - done) * speed, max(0.0, max(ends) - done) * speed
+
+
+def _trials_to_come(
+    finished: Sequence[Timed], count: int, epochs: int, speeds: Sequence[float]
+) -> Range:
+    """Say how long so many trials take, one after the other."""
+    if len(finished) < TRIALS_FOR_SPREAD:
+        # No pruner judges a trial in its first fifth; see study.warm_up_epochs.
+        return count * (epochs // 5 + 1) * min(speeds), count * epochs * max(speeds)
+    took = [seconds for _, seconds in finished]
+    known = len(took)
+    quantile = T80[known - 2] if known - 2 < len(T80) else NORMAL80
+    # The sum of `count` new ones deviates by their own spread and by the known mean's error.
+    error = quantile * statistics.stdev(took) * math.sqrt(count + count**2 / known)
+    middle = count * statistics.mean(took)
+    most = max(middle, count * epochs * max(speeds))
+    return max(count * min(took) / 2, middle - error), min(most, middle + error)
+
+
+def finished_epochs(rows: Sequence[Row]) -> list[Timed]:
+    """Give (epochs, seconds) of the last complete or pruned trials, the last one first."""
+    finished = (
+        (float(row.attributes["epochs"]), row.seconds or 0.0)
+        for row in reversed(rows)
+        if row.state in ("COMPLETE", "PRUNED") and row.attributes.get("epochs")
+    )
+    return list(islice(finished, EVIDENCE_TRIALS))
+
+
+def range_text(left: Range | None) -> str:
+    """Say a range of time for people."""
+    if left is None:
+        return "not known yet"
+    low, high = duration(left[0]), duration(left[1])
+    return f"about {high}" if low == high else f"{low} to {high}"

@@ -1,0 +1,355 @@
+"""A storage that several searches share: opening it, patience with it, and its password.
+
+A URL of SQLAlchemy (PostgreSQL, MySQL) or grpc://host:port, Optuna's own proxy.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from importlib import import_module
+from typing import Any, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, get_storage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import exc
+from sqlalchemy.engine import make_url
+
+from writer_search.common.files import UserError, one_line
+from writer_search.common.signals import StopSignals
+from writer_search.results.rows import Row
+
+PATIENCE_SECONDS = 300.0  # so long an outage in the middle of a search is waited out
+CALL_SECONDS = 120.0  # a gRPC call that takes longer has lost its server
+HURRIED_SECONDS = 5.0  # the same once a signal has asked for the end
+SETTINGS_SECONDS = 60.0  # so long a study may stand without settings while its creator lives
+RACES = 20  # processes that make the tables at once see each other's half-made ones
+KEEPALIVE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+}  # libpq's: a network that swallows packets is noticed in a minute
+
+
+class StorageUnreachableError(UserError):
+    """The storage has not answered for longer than the search is patient."""
+
+
+# --------------------------------------------------------------------------------------- passwords
+
+
+def secrets_of(url: str) -> set[str]:
+    """Give the password in a URL, also in one that is malformed, as written and as decoded."""
+    found = re.match(r"[^:/]+://[^:/@]*:(.*)@", url)
+    secrets = {found[1]} if found else set()
+    # A password may stand in the query too, and libpq knows one for its key.
+    secrets |= {v for k, v in parse_qsl(url.partition("?")[2]) if "pass" in k.lower()}
+    raw = re.findall(r"[?&][^=&]*pass[^=&]*=([^&]*)", url, re.IGNORECASE)
+    return {form for secret in [*secrets, *raw] for form in (secret, unquote(secret)) if form}
+
+
+def hide_password(text: str, url: str | None) -> str:
+    """Replace the password of a storage's URL by *** wherever it stands in a text."""
+    for secret in sorted(secrets_of(url or ""), key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
+    return text
+
+
+def shown_url(url: str) -> str:
+    """Give the URL without its password."""
+    for secret in sorted(secrets_of(url), key=len, reverse=True):
+        for opening, closing in ((":", "@"), ("=", "")):
+            url = url.replace(f"{opening}{secret}{closing}", f"{opening}***{closing}")
+    return url
+
+
+# ----------------------------------------------------------------------------------------- opening
+
+
+@contextmanager
+def opened_storage(url: str, stop: StopSignals | None = None) -> Iterator[BaseStorage]:
+    """Open a shared storage while the `with` block runs, making Optuna's tables where none are.
+
+    Raises UserError, without the password: a URL that is none, a driver that is not installed, a
+    server that does not answer.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url.startswith("grpc:"):
+        proxy = _open_proxy(url)
+        backend, close = cast(BaseStorage, proxy), proxy.close
+    else:
+        database = _open_database(url)
+        backend, close = get_storage(database), database.engine.dispose  # with Optuna's cache
+    try:
+        yield cast(BaseStorage, PatientStorage(backend, url, stop))
+    finally:
+        close()
+
+
+class TimedProxy:
+    """Optuna's client of its gRPC proxy, whose calls may wait for ever, with an end to waiting.
+
+    The connection of a call that has no answer after CALL_SECONDS is closed, which ends the call as
+    an outage does; the next call has a new connection.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._proxy = self._connected()
+
+    def _connected(self) -> GrpcStorageProxy:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return GrpcStorageProxy(host=self._host, port=self._port)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._proxy, name)
+        if name.startswith("__") or not callable(attribute):
+            return attribute
+        return partial(self._timed, name)
+
+    def _timed(self, name: str, *args: Any, **named: Any) -> Any:
+        proxy = self._proxy
+
+        def give_up() -> None:
+            self._proxy = self._connected()
+            proxy.close()
+
+        timer = threading.Timer(CALL_SECONDS, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return getattr(proxy, name)(*args, **named)
+        finally:
+            timer.cancel()
+
+
+def _open_proxy(url: str) -> TimedProxy:
+    # The search process starts programs (git), never forks itself.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or parts.path.strip("/"):
+        raise UserError(f"--storage {shown_url(url)}: expected grpc://host:port")
+    try:
+        for module in ("grpc", "google.protobuf"):
+            import_module(module)
+    except ImportError:
+        raise UserError(
+            "--storage grpc://… needs grpcio and protobuf: pip install grpcio protobuf"
+        ) from None
+    proxy = TimedProxy(host, port)
+    try:
+        proxy.wait_server_ready(timeout=10)
+    except ConnectionError:
+        proxy.close()
+        raise UserError(f"--storage {url} cannot be reached: nobody answers there") from None
+    return proxy
+
+
+def _open_database(url: str) -> RDBStorage:
+    shown = shown_url(url)
+    try:
+        dialect = make_url(url).get_dialect()
+    except (exc.ArgumentError, ValueError, ImportError):
+        raise UserError(
+            f"--storage {shown} is no URL of a storage: expected for example "
+            "postgresql+psycopg://user@host/database, mysql+pymysql://… or grpc://host:port; "
+            "special characters in a password are written as %40"
+        ) from None
+    if dialect.name == "sqlite":
+        raise UserError(
+            f"--storage {shown}: SQLite is for one search and the default without --storage; "
+            "several need PostgreSQL, MySQL or Optuna's gRPC proxy"
+        )
+    engine: dict[str, Any] = {"pool_pre_ping": True}
+    if dialect.driver in ("psycopg", "psycopg2"):
+        engine["connect_args"] = KEEPALIVE
+    for attempt in range(RACES):
+        try:
+            return RDBStorage(url, engine_kwargs=engine)
+        except ImportError:
+            raise UserError(
+                f"--storage {shown} needs its driver: pip install 'psycopg[binary]' for "
+                "postgresql+psycopg://…, pip install pymysql for mysql+pymysql://…"
+            ) from None
+        except (exc.SQLAlchemyError, StorageInternalError, RuntimeError, AssertionError) as error:
+            if attempt == RACES - 1 or not _may_be_a_race(error):
+                cause = hide_password(one_line(_cause(error)), url)
+                raise UserError(f"--storage {shown} cannot be used: {cause}") from None
+        time.sleep(random.uniform(0.1, 0.6))
+    raise AssertionError("unreachable")
+
+
+def _may_be_a_race(error: BaseException) -> bool:
+    """Tell what another process that makes the tables at this moment may have caused."""
+    cause = _cause(error)
+    return not isinstance(cause, exc.OperationalError) or "exist" in str(cause)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Optuna wraps the database's word in one of its own that says less."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    original = getattr(error, "orig", None)
+    return original if isinstance(original, BaseException) and str(original) else error
+
+
+# ---------------------------------------------------------------------------------------- patience
+
+
+class PatientStorage:
+    """An Optuna storage that waits out an outage of its server.
+
+    Each call is tried again for PATIENCE_SECONDS, then StorageUnreachableError is raised. All of
+    Optuna's calls can be repeated but one: a new trial may exist although the answer was lost; who
+    makes trials has to look for it.
+    """
+
+    def __init__(self, backend: BaseStorage, url: str, stop: StopSignals | None) -> None:
+        self._backend, self._url, self._stop = backend, url, stop
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._backend, name)
+        if name.startswith("__") or not callable(attribute):
+            return attribute
+        return partial(self._patiently, name, attribute)
+
+    def _patiently(self, name: str, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        began: float | None = None
+        pause = 0.2
+        while True:
+            try:
+                return call(*args, **named)
+            except UpdateFinishedTrialError:
+                if began is None or name != "set_trial_state_values":
+                    raise
+                if self._backend.get_trial(args[0]).state != args[1]:
+                    raise
+                return True  # the answer that was lost had been to this very call
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                began = self._wait(began, pause, error)
+                pause = min(10.0, 2 * pause)
+
+    def _wait(self, began: float | None, pause: float, error: Exception) -> float:
+        now = time.monotonic()
+        cause = hide_password(one_line(_cause(error)), self._url)
+        if began is None:
+            began = now
+            print(
+                f"warning: {shown_url(self._url)} cannot be reached ({cause}); trying "
+                f"again for {PATIENCE_SECONDS:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        hurried = self._stop is not None and self._stop.name is not None
+        if now - began > (HURRIED_SECONDS if hurried else PATIENCE_SECONDS):
+            raise StorageUnreachableError(
+                f"{shown_url(self._url)} cannot be reached ({cause}); running trials have saved "
+                "their state, nothing that was recorded is lost, and the same command goes on"
+            ) from None
+        deadline = now + pause * random.uniform(0.5, 1.0)
+        while time.monotonic() < deadline and (hurried or not (self._stop and self._stop.name)):
+            time.sleep(0.05)
+        return began
+
+
+def is_outage(error: BaseException) -> bool:
+    """Tell an error that says nothing but that the server did not answer."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(cause, (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)):
+        return True
+    if isinstance(cause, exc.PendingRollbackError):  # the connection broke within a transaction
+        return True
+    if isinstance(cause, exc.DBAPIError):
+        return bool(cause.connection_invalidated)
+    code = getattr(error, "code", None)  # of a grpc.RpcError; grpc need not be installed
+    if type(error).__module__.startswith("grpc") and callable(code):
+        # UNKNOWN: the proxy is there and its own database is not.
+        names = ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED")
+        return getattr(code(), "name", "") in names
+    return False
+
+
+# ----------------------------------------------------------------------------------------- a study
+
+
+def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
+    """Open the study of that name; None when there is none."""
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return None
+
+
+def create_shared_study(storage: BaseStorage, name: str, settings: dict[str, Any]) -> bool:
+    """Create the study with its settings; False when another search was first."""
+    try:
+        study = optuna.create_study(
+            study_name=name, storage=storage, direction=StudyDirection.MAXIMIZE
+        )
+    except DuplicatedStudyError:
+        return False
+    study.set_user_attr("settings", settings)
+    return True
+
+
+def settings_of(storage: BaseStorage, name: str) -> dict[str, Any] | None:
+    """Read the settings of the study that is to be gone on with; None for a new one.
+
+    A study without settings has just been created by another search, which writes them next.
+    """
+    study = find_study(storage, name)
+    deadline = time.monotonic() + SETTINGS_SECONDS
+    while study is not None:
+        settings: dict[str, Any] | None = study.user_attrs.get("settings")
+        if settings is not None or time.monotonic() > deadline:
+            return settings  # None: its creator died; who comes first writes them
+        time.sleep(0.2)
+    return None
+
+
+def is_surplus(trial: FrozenTrial) -> bool:
+    """Tell a trial that was withdrawn before it began: other searches had been quicker."""
+    return bool(trial.user_attrs.get("surplus"))
+
+
+def rows_of(trials: Sequence[FrozenTrial]) -> list[Row]:
+    """Turn a study's trials into rows for people; those withdrawn before they began are none."""
+    return [
+        Row(
+            trial.number,
+            trial.state.name,
+            trial.value if trial.state == TrialState.COMPLETE else None,
+            trial.params,
+            _aware(trial.datetime_start),
+            _aware(trial.datetime_complete),
+            trial.user_attrs,
+        )
+        for trial in trials
+        if not is_surplus(trial)
+    ]
+
+
+def _aware(naive_local: datetime | None) -> datetime | None:
+    """Optuna's trials carry naive local times."""
+    return naive_local.astimezone(UTC) if naive_local else None

@@ -1,0 +1,225 @@
+"""Tells whose hand line images are in, with a saved model.
+
+Images are decoded as for training, line by line; no cache is read or written.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data import BrokenImageError, decode_line, find_images
+from model import WriterModel
+from train import line_logits
+from writer_search.common.cores import usable_cores
+from writer_search.common.files import UserError, one_line
+from writer_search.config import TrialConfig
+from writer_search.training.batches import Lines
+
+LINES_AT_ONCE = 256  # decoded lines in memory: 15 MB at 64 px
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Whose hand a line or a page is in. Probabilities are fractions, of all writers' the sum is 1.
+
+    image: None for a page.   lines: how many lines were averaged.
+    """
+
+    image: str | None
+    page: str
+    lines: int
+    writer: str
+    probability: float
+    runner_up: str
+    runner_up_probability: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of images, in the order in which they were given.
+
+    skipped: image or directory → why nothing can be said of it.
+    """
+
+    lines: list[Guess]
+    pages: list[Guess]
+    skipped: dict[str, str]
+
+
+@torch.inference_mode()
+def predict(
+    model: WriterModel,
+    config: TrialConfig,
+    writers: Sequence[str],
+    paths: Sequence[Path],
+    device: torch.device,
+) -> Predictions:
+    """Predict the writer of each image, and of each page: the directory that images lie in.
+
+    A line's probabilities are the softmax of its windows' mean logits. A page's are those of the
+    mean log-softmax of its lines, so that a sure line weighs more than an unsure one.
+    Raises UserError when the model's output is not finite.
+    """
+    images, skipped = _find(paths)
+    model.to(device)
+    scores: dict[Path, Tensor] = {}  # log-softmax, (writers,), float64
+    for decoded in tqdm(list(_in_parts(images)), "predicting", disable=None, leave=False):
+        inks = {}
+        for path, ink in _decode(decoded, config.line_height):
+            if isinstance(ink, str):
+                skipped[str(path)] = ink
+            else:
+                inks[path] = ink
+        if inks:
+            lines = _side_by_side(list(inks.values()), config.line_height, device)
+            logits = line_logits(model, config, lines, len(writers)).double().cpu()
+            scores |= zip(inks, F.log_softmax(logits, 1), strict=True)
+    if not all(score.isfinite().all() for score in scores.values()):
+        raise UserError("the model's output is not finite: it cannot be used")
+    pages: dict[Path, list[Path]] = {}  # by its real path
+    for path in scores:
+        pages.setdefault(path.parent.resolve(), []).append(path)
+    return Predictions(
+        [_guess(scores[path], writers, path, [path]) for path in scores],
+        [
+            _guess(torch.stack([scores[p] for p in own]).mean(0), writers, None, own)
+            for own in pages.values()
+        ],
+        skipped,
+    )
+
+
+def _find(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+    """Find the images, each once: given themselves, or in directories. Also what is none."""
+    found: dict[tuple[Path, str], Path] = {}
+    skipped = {}
+    for path in paths:
+        try:
+            images = find_images(path) if path.is_dir() else [path]
+        except OSError as error:
+            skipped[str(path)] = one_line(error, 150)
+            continue
+        if not images:
+            skipped[str(path)] = "no images in this directory"
+        for image in images:
+            found.setdefault((image.parent.resolve(), image.name), image)
+    return list(found.values()), skipped
+
+
+def _in_parts(images: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    for start in range(0, len(images), LINES_AT_ONCE):
+        yield images[start : start + LINES_AT_ONCE]
+
+
+def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, NDArray[np.uint8] | str]]:
+    """Decode images into ink, or say why one cannot be."""
+
+    def read(path: Path) -> NDArray[np.uint8] | str:
+        try:
+            return decode_line(path.read_bytes(), line_height)
+        except (OSError, BrokenImageError) as error:
+            return one_line(error, 150)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
+        # `decode_line` refuses what is too large.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return list(zip(images, pool.map(read, images), strict=True))
+
+
+def _side_by_side(
+    inks: Sequence[NDArray[np.uint8]], line_height: int, device: torch.device
+) -> Lines:
+    """Lay decoded lines (width, line_height) out as `Lines` has them; labels and pages are 0."""
+    strip = np.concatenate([np.zeros((1, line_height), np.uint8), *inks])
+    widths = np.array([len(ink) for ink in inks], np.int64)
+    starts = 1 + np.cumsum(widths) - widths
+    on_device = [torch.from_numpy(array).to(device) for array in (strip, starts, widths)]
+    nothing = torch.zeros_like(on_device[2])
+    return Lines(on_device[0], on_device[1], on_device[2], nothing, nothing, device)
+
+
+def _guess(
+    log_probabilities: Tensor, writers: Sequence[str], image: Path | None, lines: Sequence[Path]
+) -> Guess:
+    """Name the two most probable writers; ties go to the first."""
+    probabilities = log_probabilities.softmax(0)  # a mean of logarithms does not sum to 1 by itself
+    best, second = torch.argsort(probabilities, descending=True, stable=True)[:2].tolist()
+    return Guess(
+        None if image is None else str(image),
+        str(lines[0].parent),
+        len(lines),
+        writers[best],
+        float(probabilities[best]),
+        writers[second],
+        float(probabilities[second]),
+    )
+
+
+# -------------------------------------------------------------------------------- for people
+
+
+def as_json(predictions: Predictions) -> str:
+    """Give all of it as one JSON object."""
+    found: dict[str, Any] = asdict(predictions)
+    return json.dumps(found, indent=2, allow_nan=False)
+
+
+def as_csv(predictions: Predictions) -> str:
+    """Give lines and pages as one table; a page has no image."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(Guess.__dataclass_fields__)
+    for guess in [*predictions.lines, *predictions.pages]:
+        table.writerow("" if value is None else value for value in asdict(guess).values())
+    return text.getvalue().rstrip("\n")
+
+
+def as_table(predictions: Predictions) -> str:
+    """Give two aligned tables: lines, then pages."""
+    columns = ["writer", "probability", "runner-up", "probability"]
+    lines = _aligned(["image", *columns], predictions.lines, lambda guess: [str(guess.image)])
+    pages = _aligned(
+        ["page", "lines", *columns], predictions.pages, lambda guess: [guess.page, str(guess.lines)]
+    )
+    return f"{lines}\n\n{pages}"
+
+
+def _aligned(
+    header: list[str], guesses: Sequence[Guess], first: Callable[[Guess], list[str]]
+) -> str:
+    rows = [header] + [
+        [
+            *first(guess),
+            guess.writer,
+            f"{100 * guess.probability:.1f} %",
+            guess.runner_up,
+            f"{100 * guess.runner_up_probability:.1f} %",
+        ]
+        for guess in guesses
+    ]
+    shown = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(header))]
+    numbers = {column for column, name in enumerate(header) if name in ("probability", "lines")}
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in shown
+    )

@@ -1,0 +1,327 @@
+"""Trains a search's trial again, outside of the search: to repeat it, or for the final model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from data import SPLITS, LineSet, find_lines, load_lines
+from train import Stopped, train
+from writer_search.common.files import (
+    DirectoryLock,
+    UserError,
+    content_hash,
+    one_line,
+    read_json,
+    write_json,
+)
+from writer_search.common.provenance import provenance
+from writer_search.common.signals import Interrupted, StopSignals
+from writer_search.config import TrialConfig
+from writer_search.results.rows import duration, percent
+from writer_search.training.checkpoints import CheckpointMismatchError, load_checked
+
+TRAIN_ON = ("train", "train+val")
+
+
+@dataclass(frozen=True)
+class Original:
+    """The trial that is trained again, as its config.json and metrics.json have it."""
+
+    config: TrialConfig
+    data_fingerprint: str
+    threads: int
+    micro_batch: int | None
+    on_gpu: bool
+    settings: dict[str, Any]  # of its search
+    value: float | None  # the best epoch's; None where metrics.json is not there
+    best_epoch: int | None
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """What is asked for. `config_file` is a trial's config.json."""
+
+    config_file: Path
+    data_root: Path
+    output_dir: Path
+    train_on: str
+    other_data: bool
+    cache_dir: Path
+    device: str  # auto is the kind that the trial had
+
+
+def read_original(config_file: Path) -> Original:
+    """Read a trial's config.json, and metrics.json where it is beside. Raises UserError."""
+    try:
+        found = read_json(config_file)
+        config = TrialConfig.from_dict(found["config"])
+        original = Original(
+            config,
+            str(found["data_fingerprint"]),
+            int(found["threads"]),
+            found["micro_batch"],
+            found["device"] != "cpu",
+            dict(found["settings"]),
+            None,
+            None,
+        )
+        original.settings["data"]["writers"]
+    except OSError as error:
+        raise UserError(f"--config cannot be read: {one_line(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--config {config_file} is not the config.json of a trial: "
+            f"{one_line(f'{type(error).__name__}: {error}', 150)}"
+        ) from None
+    try:
+        metrics = read_json(config_file.with_name("metrics.json"))
+        if metrics["config_hash"] == config.hash() and metrics["best"] is not None:
+            value, epoch = float(metrics["value"]), int(metrics["best"]["epoch"])
+            return replace(original, value=value, best_epoch=epoch)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # a trial that was cut off, or its configuration alone
+    return original
+
+
+def find_data(wanted: Retraining, original: Original) -> LineSet:
+    """Find and decode the trial's lines. Raises UserError when they are other ones."""
+    recorded = original.settings["data"]
+    split = str(recorded.get("split", "given"))
+    seed = int(split.rpartition(" ")[2]) if split.startswith("by seed ") else 0
+    writers = None if wanted.other_data else int(recorded["writers"])
+    lines = find_lines(wanted.data_root, writers, seed)
+    data = load_lines(wanted.data_root, lines, original.config.line_height, wanted.cache_dir)
+    if data.fingerprint != original.data_fingerprint and not wanted.other_data:
+        raise UserError(
+            f"--data_root {wanted.data_root} holds other lines than the trial had (fingerprint "
+            f"{data.fingerprint}, the trial's is {original.data_fingerprint}); give the same "
+            "lines, or --other_data to train on these"
+        )
+    return data if wanted.train_on == "train" else with_validation_lines(data)
+
+
+def with_validation_lines(data: LineSet) -> LineSet:
+    """Let the validation lines train as well: nothing is held out but the test lines."""
+    splits = data.splits.copy()
+    splits[splits == SPLITS.index("val")] = SPLITS.index("train")
+    return replace(data, splits=splits, fingerprint=content_hash([data.fingerprint, "train+val"]))
+
+
+def retrain(wanted: Retraining, stop: StopSignals) -> None:
+    """Train again, or go on where an earlier run of the same was stopped.
+
+    Writes what `train` does, and config.json, into the output directory.
+    Raises UserError, Interrupted.
+    """
+    original = read_original(wanted.config_file)
+    data = find_data(wanted, original)
+    last_epoch = original.best_epoch if wanted.train_on == "train+val" else None
+    device = device_like(wanted.device, original.on_gpu)
+    record = describe(wanted, original, data, last_epoch, device)
+    is_finished = refuse_foreign(wanted.output_dir, record)
+    if is_finished:
+        print(f"{wanted.output_dir} has finished already: nothing to do")
+        print("\n".join(closing_lines(wanted, original)))
+        return
+    checkpoint = wanted.output_dir / "latest_checkpoint.pth"
+    goes_on = checkpoint.exists()
+    if goes_on:
+        check_checkpoint(checkpoint, original.config, data)
+    try:
+        wanted.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir cannot be made: {one_line(error)}") from None
+    with DirectoryLock(wanted.output_dir), stop.deferred():
+        write_json(wanted.output_dir / "config.json", record)
+        for line in opening_lines(wanted, original, data, last_epoch, device, goes_on):
+            print(line, flush=True)
+        run(wanted, original, data, last_epoch, device, stop)
+    print("\n".join(closing_lines(wanted, original)))
+
+
+def run(
+    wanted: Retraining,
+    original: Original,
+    data: LineSet,
+    last_epoch: int | None,
+    device: torch.device,
+    stop: StopSignals,
+) -> None:
+    """Train, with a line for each epoch. Raises Interrupted once all is saved."""
+    epochs = last_epoch or original.config.epochs
+    best: list[float] = []
+
+    def report(epoch: int, row: dict[str, Any]) -> None:
+        facts = [f"epoch {epoch:2d}/{epochs}", f"loss {row['train_loss']:.3f}"]
+        if "macro_top1" in row:
+            best[:] = [max([*best, row["macro_top1"]])]
+            facts += [f"val macro top-1 {percent(row['macro_top1'])}", f"best {percent(best[0])}"]
+        print(" | ".join([*facts, duration(row["seconds"])]), flush=True)
+
+    def check(progress: float) -> None:
+        if stop.name is not None:
+            raise Stopped
+
+    torch.set_num_threads(original.threads)  # another number sums in another order
+    has_saved = (wanted.output_dir / "latest_checkpoint.pth").exists()
+    try:
+        train(
+            original.config,
+            data,
+            wanted.output_dir,
+            report,
+            check,
+            device=str(device),
+            continue_from=wanted.output_dir if has_saved else None,
+            micro_batch=original.micro_batch,
+            last_epoch=last_epoch,
+        )
+    except Stopped:
+        raise Interrupted(str(stop.name), began=True) from None
+    except OSError as error:
+        raise UserError(f"--output_dir {wanted.output_dir}: {one_line(error)}") from None
+
+
+def device_like(name: str, on_gpu: bool) -> torch.device:
+    """Give the device of a name; auto takes the kind that the trial had, if it is here.
+
+    Raises UserError.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        if on_gpu and count == 0:
+            print("warning: the trial had a GPU, here is none: the CPU it is", file=sys.stderr)
+        return torch.device("cuda" if on_gpu and count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA device(s)")
+    return device
+
+
+def describe(
+    wanted: Retraining,
+    original: Original,
+    data: LineSet,
+    last_epoch: int | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Describe the training as a trial's config.json does, so that it can be repeated as well."""
+    on_gpu = device.type == "cuda"
+    machine = {
+        "device_names": [torch.cuda.get_device_name(device)] if on_gpu else [],
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "cuda": torch.version.cuda if on_gpu else None,
+        },
+    }
+    return {
+        "repeats": str(wanted.config_file),
+        "train_on": wanted.train_on,
+        "last_epoch": last_epoch,
+        "config": original.config.to_dict(),
+        "config_hash": original.config.hash(),
+        "data_fingerprint": data.fingerprint,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": str(device),
+        "threads": original.threads,
+        "micro_batch": original.micro_batch,
+        "settings": original.settings,
+        **provenance(wanted.data_root, machine),
+    }
+
+
+OF_A_TRAINING = (
+    *("metrics.json", "history.jsonl", "best_model.pth", "final_model.pth"),
+    *("optuna_study.db", "summary"),
+)
+
+
+def refuse_foreign(output_dir: Path, record: dict[str, Any]) -> bool:
+    """Raise UserError when the directory holds something else; tell whether all is done there."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file, not a directory")
+    known = output_dir / "config.json"
+    if not known.exists():
+        for name in OF_A_TRAINING:
+            if (output_dir / name).exists():
+                raise UserError(
+                    f"--output_dir {output_dir} holds {name}: give a directory of its own"
+                )
+        return False
+    try:
+        found = read_json(known)
+        if "number" in found:
+            raise UserError(f"--output_dir {output_dir} is a search's trial: give another")
+        names = ("config_hash", "data_fingerprint", "train_on", "last_epoch")
+        other = [name for name in names if found[name] != record[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{known} cannot be read: {one_line(error)}; give another") from None
+    if other:
+        raise UserError(
+            f"--output_dir {output_dir} holds another training: {other[0]} is "
+            f"{found[other[0]]}, not {record[other[0]]}; give a directory of its own"
+        )
+    return (output_dir / "metrics.json").exists()
+
+
+def check_checkpoint(checkpoint: Path, config: TrialConfig, data: LineSet) -> None:
+    """Raise UserError when a checkpoint cannot be gone on from."""
+    try:
+        load_checked(checkpoint, config, data)
+    except CheckpointMismatchError as error:
+        raise UserError(f"{error}; give another --output_dir") from None
+    except Exception as error:  # nearly anything, where a file is damaged
+        raise UserError(
+            f"{checkpoint} cannot be read ({one_line(type(error).__name__)}); "
+            "remove it to begin again"
+        ) from None
+
+
+def opening_lines(
+    wanted: Retraining,
+    original: Original,
+    data: LineSet,
+    last_epoch: int | None,
+    device: torch.device,
+    goes_on: bool,
+) -> list[str]:
+    """Say what is about to be trained, on what."""
+    counts = [(split, len(data.select(split))) for split in SPLITS]
+    lines = ", ".join(f"{count} {split}" for split, count in counts)
+    lasting = f"{original.config.epochs} epochs"
+    if last_epoch is not None:
+        lasting = f"{last_epoch} epochs, after which the trial's validation value was best"
+    return [
+        f"{'Going on with' if goes_on else 'Training'} the configuration of {wanted.config_file}",
+        f"{len(data.writers)} writers | lines: {lines} | {data.line_height} px | {device}, "
+        f"{original.threads} thread(s) | {lasting}",
+    ]
+
+
+def closing_lines(wanted: Retraining, original: Original) -> list[str]:
+    """Say what came of it, next to what the trial had."""
+    if wanted.train_on == "train+val":
+        return [
+            "Trained on the validation lines as well: no honest validation value is left, and no "
+            "epoch was chosen. Only test lines can tell how good this model is.",
+            f"Final model: {wanted.output_dir / 'final_model.pth'}",
+        ]
+    metrics = read_json(wanted.output_dir / "metrics.json")
+    value, epoch = metrics["value"], metrics["best"]["epoch"]
+    lines = [f"Best validation macro top-1: {percent(value)} at epoch {epoch}"]
+    if original.value is not None and not wanted.other_data:
+        had = f"{percent(original.value)} at epoch {original.best_epoch}"
+        is_same = (value, epoch) == (original.value, original.best_epoch)
+        lines.append(
+            f"The trial had {had}: "
+            + ("the same" if is_same else "not the same, as with other threads or versions")
+        )
+    return [*lines, f"Best model: {wanted.output_dir / 'best_model.pth'}"]
