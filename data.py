@@ -31,7 +31,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from writer_search.common.cores import usable_cores
-from writer_search.common.files import UserError, one_line, sync_directory, write_whole
+from writer_search.common.errors import UserError
+from writer_search.common.files import sync_directory, write_whole
+from writer_search.common.text import one_line
 
 SPLITS = ("train", "val", "test")
 MISNAMED_SPLITS = {

@@ -15,40 +15,29 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import default_cache_dir, describe_report, find_lines, load_lines
 from writer_search.common.cores import SharedCores, asked_threads, usable_cores
-from writer_search.common.files import (
-    OF_THE_PLACE,
-    DirectoryLock,
-    SharedLock,
-    UserError,
-    one_line,
-    place_errors_told,
-    refuse_if_in_use,
-    write_json,
-)
+from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told
+from writer_search.common.files import write_json
+from writer_search.common.locks import DirectoryLock, SharedLock, refuse_if_in_use
+from writer_search.common.output import lasting_output
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
-from writer_search.config import Choice, Space, Value, default_space, narrow, parse_fix
+from writer_search.common.text import one_line, percent
+from writer_search.config import Choice, Value
 from writer_search.flags import parse_args
 from writer_search.processes.deadlines import stop_time
 from writer_search.processes.devices import divide
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
-from writer_search.results.progress import lasting_output
-from writer_search.results.rows import (
-    DATABASE,
-    Row,
-    closing_lines,
-    percent,
-    read_rows,
-    read_study,
-    write_summary,
-)
+from writer_search.results.rows import DATABASE, Row, read_rows, read_study
 from writer_search.results.status import read_status, show
+from writer_search.results.tables import closing_lines, write_summary
+from writer_search.space import Space, default_space, narrow, parse_fix
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -146,7 +135,8 @@ def ask_machine(
     cores: SharedCores,
 ) -> dict[str, Any]:
     """Let a child process find out devices, weights and precision. Raises UserError."""
-    from writer_search.processes.parent import ChildProcess, MachineQuestion
+    from writer_search.processes.messages import MachineQuestion
+    from writer_search.processes.parent import ChildProcess
 
     backbones: tuple[str, ...] | None = None
     weights = args.weights
@@ -158,7 +148,7 @@ def ask_machine(
     threads = asked_threads(os.environ) or min(usable_cores(), cores.left())
     question = MachineQuestion(args.device, weights, backbones, measure, threads)
     try:
-        child = ChildProcess("writer_search.processes.child:answer_question", question)
+        child = ChildProcess("writer_search.processes.machine:answer_question", question)
     except OSError as error:
         raise UserError(f"torch cannot be used here: {one_line(error)}") from None
     try:
@@ -181,7 +171,7 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
 
     Raises UserError.
     """
-    from writer_search.processes.parent import start_fork_server
+    from writer_search.processes.fork_server import start_fork_server
 
     fix, ranges = parse_fix(args.fix), read_ranges(args.space)
     for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
@@ -189,8 +179,8 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
     cores = SharedCores()
     start_fork_server()  # it imports torch while this process imports Optuna and finds the lines
 
-    from writer_search.processes.test_split import require_test_lines
-    from writer_search.study.store import make_sampler
+    from writer_search.processes.test_measurement import require_test_lines
+    from writer_search.study.draws import make_sampler
 
     make_sampler(args.sampler, 0)  # it may need what is not installed
     if args.demo:
@@ -290,14 +280,10 @@ def make_plan(
 
 def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Search:
     """Open or create the study, settle what a dead search left, print the banner."""
+    from writer_search.study.draws import make_pruner
     from writer_search.study.search import Search
-    from writer_search.study.store import (
-        continue_interrupted,
-        make_pruner,
-        open_study,
-        record_settings,
-        settle_unfinished,
-    )
+    from writer_search.study.store import open_study, record_settings
+    from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 
     study = open_study(args.checkpoint_dir)
     is_new = "settings" not in study.user_attrs
@@ -323,10 +309,10 @@ def open_shared_search(
 ) -> Search:
     """Take part in a study in a shared storage; print the banner."""
     from writer_search.processes.pictures import Drawing
+    from writer_search.study.draws import Drawer, make_pruner
     from writer_search.study.shared.fleet import Fleet
     from writer_search.study.shared.search import SharedSearch, bury_dead, open_shared
-    from writer_search.study.shared.storage import shown_url
-    from writer_search.study.store import Drawer, make_pruner
+    from writer_search.study.shared.storage import read_shared, shown_url
 
     pruner = make_pruner(args.pruner, args.epochs)
     study = open_shared(storage, args.study_name, args.checkpoint_dir, plan.settings, pruner)
@@ -339,7 +325,8 @@ def open_shared_search(
     )
     settled = bury_dead(fleet, fleet.trials())
     search = SharedSearch(study, plan, stop, fleet=fleet)
-    search.drawing = Drawing(args.checkpoint_dir, args.storage, args.study_name)
+    read = partial(read_shared, args.storage, args.study_name)
+    search.drawing = Drawing(args.checkpoint_dir, read)
     shown = f"{shown_url(args.storage)}, study {args.study_name}"
     announce(args, plan, banner(args, shown, None if is_new else search.rows), settled)
     return search
@@ -477,8 +464,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
 
 def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:
     """Measure the chosen model on the test lines, unless it has been; lines for people."""
-    from writer_search.processes.parent import TestQuestion
-    from writer_search.processes.test_split import evaluate_test
+    from writer_search.processes.messages import TestQuestion
+    from writer_search.processes.test_measurement import evaluate_test
 
     plan = search.plan
     question = TestQuestion(model_file, plan.data, search.threads(), plan.slots[0][:1])

@@ -7,62 +7,67 @@
     config = TrialConfig(seed=0, epochs=20, patience=10, backbone="resnet_thin")
     metrics = train(config, data, Path("my_trial"))
 
-Run as a program it predicts with a model, or repeats a trial: see train_command.py.
+Run as a program, it predicts with a model, or trains a search's trial again.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import LineSet
-from model import WriterModel, classification_loss, for_inference, mix_images
+from data import LineSet, default_cache_dir
+from model import WriterModel, classification_loss, mix_images
+from writer_search.common.environment import as_in_a_trial
+from writer_search.common.errors import UserError, place_errors_told
 from writer_search.common.files import write_json
+from writer_search.common.output import lasting_output
+from writer_search.common.signals import Interrupted, StopSignals
+from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
+from writer_search.flags import parse_train_args
 from writer_search.training.batches import (
     EpochImages,
     Lines,
     epoch_order,
-    gather,
-    places,
     strip_on,
-    windows,
 )
-from writer_search.training.checkpoints import Checkpoints, save_model
-from writer_search.training.metrics import Metrics, compute_metrics
+from writer_search.training.checkpoints import Checkpoints, load_model, save_model
+from writer_search.training.evaluation import evaluate
+from writer_search.training.metrics import Metrics
+from writer_search.training.optimisation import (
+    TensorPairs,
+    autocast,
+    build_model,
+    build_optimizer,
+    derived_seed,
+    derived_seeds,
+    schedule,
+    seed_generator,
+    set_learning_rate,
+    steps_per_epoch,
+    update_average,
+)
+from writer_search.training.outcomes import DivergedError, Pruned, Stopped
+from writer_search.training.prediction import as_csv, as_json, as_table, predict
 from writer_search.training.ranks import ALONE, Ranks
+from writer_search.training.repeat import Retraining, device_like, retrain
 
-WARM_UP = 0.05  # share of all steps in which the learning rate rises
 CLIP_NORM = 1.0
-EMA_SHARE = 0.05  # the moving average looks back over this share of all steps
 AVERAGE_STEPS = 8  # it moves after so many: each move takes a hundredth of a step on a CPU
 CHECK_LOSS_STEPS = 20  # the loss is read from the device this often, to end a diverged trial
-EVALUATION_BATCH = 64
-
-
-class Pruned(Exception):
-    """Raised by `report`: the trial is not worth finishing."""
-
-
-class Stopped(Exception):
-    """Raised by `check`: the trial is to save its state and end."""
-
-
-class DivergedError(Exception):
-    """The loss or the model's output is not finite."""
 
 
 Report = Callable[[int, dict[str, Any]], None]
@@ -322,9 +327,6 @@ def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | Non
     return state.epoch - reached >= config.patience
 
 
-# ------------------------------------------------------------------------------------- evaluation
-
-
 def validate(
     state: TrainingState,
     config: TrialConfig,
@@ -338,176 +340,6 @@ def validate(
         return None
     progress = state.epoch + 1
     return evaluate(state.average, config, lines, writers, lambda: check(progress), state.ranks)
-
-
-@torch.inference_mode()
-def evaluate(
-    model: WriterModel,
-    config: TrialConfig,
-    lines: Lines,
-    writers: tuple[str, ...],
-    check: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
-) -> Metrics:
-    """Measure a model on all lines of a split, each covered whole by windows.
-
-    Raises DivergedError when the output is not finite.
-    """
-    logits = line_logits(model, config, lines, len(writers), check, ranks).double().cpu()
-    # Rank 0's for all: a last bit that differs would let one rank go on and another end.
-    logits = ranks.of_first(logits)
-    if not logits.isfinite().all():
-        raise DivergedError("the model's output on the validation lines is not finite")
-    return compute_metrics(
-        logits.numpy(), lines.labels.cpu().numpy(), lines.pages.cpu().numpy(), writers
-    )
-
-
-def line_logits(
-    model: WriterModel,
-    config: TrialConfig,
-    lines: Lines,
-    num_writers: int,
-    check: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """Average each line's logits over its windows: (lines, writers), float32.
-
-    Ranks take turns at batches of windows, the same ones as a single process; none is done twice.
-    """
-    device = lines.device
-    line, offsets = windows(lines.widths, config.crop_width)
-    place = places(lines, line, offsets)
-    by_window = torch.zeros(len(line), num_writers, device=device)
-    model = for_inference(model)
-    parts = torch.split(torch.arange(len(line), device=line.device), EVALUATION_BATCH)
-    for turn in range(0, len(parts), ranks.size):
-        check()
-        for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
-            images = gather(lines, place[part], config.crop_width)
-            with autocast(config, device):
-                logits = model(images)
-            by_window[part.to(device)] = logits.float()
-    ranks.add_up(by_window)
-    line = line.to(device)
-    total = torch.zeros(len(lines), num_writers, device=device).index_add_(0, line, by_window)
-    return total / torch.bincount(line, minlength=len(lines))[:, None]
-
-
-# ------------------------------------------------------------------------ optimiser, average, seed
-
-
-def build_model(config: TrialConfig, num_writers: int) -> WriterModel:
-    """Build the configuration's model, its weights drawn from the configuration's seed."""
-    torch.manual_seed(derived_seed(config.seed, 0, 0))
-    return WriterModel.of(config, num_writers).to(memory_format=torch.channels_last)
-
-
-def build_optimizer(config: TrialConfig, model: WriterModel) -> torch.optim.Optimizer:
-    """AdamW; no weight decay on norms and biases; pretrained layers learn more slowly."""
-    head = {id(p) for p in model.head_parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        key = (id(parameter) in head, parameter.ndim > 1)
-        groups.setdefault(key, []).append(parameter)
-    multiplier = config.backbone_lr_mult if config.pretrained else 1.0
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": config.learning_rate * (1.0 if in_head else multiplier),
-                "weight_decay": config.weight_decay if decayed else 0.0,
-            }
-            for (in_head, decayed), parameters in groups.items()
-        ],
-        lr=config.learning_rate,
-        betas=(0.9, 0.999),
-        fused=True,  # a quarter of the time of the default on 2 CPU cores
-    )
-
-
-def schedule(step: int, total_steps: int) -> float:
-    """Give the learning rate at a step, as a share of its peak: linear rise, cosine to 0."""
-    rise = max(1, round(WARM_UP * total_steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-
-
-@dataclass(frozen=True)
-class TensorPairs:
-    """The tensors of a moving average and those of its model, in the same order.
-
-    Listed once: going through the modules at each step took half of the average's time.
-    """
-
-    average: list[Tensor]  # weights and batch-norm statistics
-    model: list[Tensor]
-    average_counts: list[Tensor]  # batches that batch norm has seen
-    model_counts: list[Tensor]
-
-    @classmethod
-    def of(cls, average: nn.Module, model: nn.Module) -> TensorPairs:
-        lists: list[list[Tensor]] = []
-        for is_float in (True, False):
-            for module in (average, model):
-                tensors = chain(module.parameters(), module.buffers())
-                lists.append([t for t in tensors if t.is_floating_point() == is_float])
-        return cls(*lists)
-
-
-@torch.no_grad()
-def update_average(pairs: TensorPairs, step: int, total_steps: int, covered: int = 1) -> None:
-    """Move the average of weights and batch-norm statistics towards the model.
-
-    The average looks back over EMA_SHARE of the training, and over less at its start. covered: the
-    steps up to this one that it has not moved for.
-    """
-    horizon = max(1.0, EMA_SHARE * total_steps)
-    since = range(step - covered + 1, step + 1)
-    decay = math.prod(min(1 - 1 / horizon, number / (number + 9)) for number in since)
-    blend = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    blend(pairs.average, pairs.model, step)
-    if pairs.model_counts:
-        torch._foreach_copy_(pairs.average_counts, pairs.model_counts)
-
-
-def autocast(config: TrialConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in the configuration's precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
-def steps_per_epoch(config: TrialConfig, num_lines: int) -> int:
-    """Count the whole batches of an epoch; fewer lines than a batch make one smaller batch."""
-    return max(1, num_lines // config.batch_size)
-
-
-def derived_seed(*words: int) -> int:
-    """Derive an independent seed of 63 bits from whole numbers."""
-    return derived_seeds(words, 1)[0]
-
-
-def derived_seeds(words: Sequence[int], number: int) -> list[int]:
-    """Derive as many such seeds from the same words; the first ones do not depend on `number`."""
-    states = np.random.SeedSequence(words).generate_state(number, np.uint64)
-    return [int(state) >> 1 for state in states]
-
-
-def seed_generator(device: torch.device, seed: int) -> None:
-    """Seed the generator that a device's layers draw from.
-
-    On a CPU not by `torch.manual_seed`: before CUDA is set up it notes its caller for later, which
-    took 0.4 ms of each step of 55.
-    """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
@@ -578,9 +410,61 @@ class TrainingState:
             self.loss_sum.copy_(contents["loss_sum"])
 
 
+# ------------------------------------------------------------------------------------ the command
+
+EXIT_OK, EXIT_INCOMPLETE, EXIT_USAGE = 0, 1, 2
+
+
+def predict_command(args: argparse.Namespace) -> int:
+    """Predict and print: results to stdout, images that cannot be read to stderr."""
+    device = device_like(args.device, torch.cuda.is_available())
+    model, config, writers = load_model(args.model)
+    predictions = predict(model, config, writers, args.predict, device)
+    for name, cause in predictions.skipped.items():
+        print(f"not read: {one_line(name)}: {cause}", file=sys.stderr)
+    if not predictions.lines:
+        raise UserError("--predict: no image could be read")
+    show = as_json if args.json else as_csv if args.csv else as_table
+    print(show(predictions))
+    return EXIT_INCOMPLETE if predictions.skipped else EXIT_OK
+
+
+def retrain_command(args: argparse.Namespace, stop: StopSignals) -> int:
+    """Train a trial again."""
+    wanted = Retraining(
+        config_file=args.config,
+        data_root=args.data_root,
+        output_dir=args.output_dir,
+        train_on=args.train_on,
+        other_data=args.other_data,
+        cache_dir=args.cache_dir or default_cache_dir(),
+        device=args.device,
+    )
+    try:
+        retrain(wanted, stop, train)
+    except (DivergedError, torch.OutOfMemoryError) as error:
+        print(f"error: the training failed: {one_line(error)}", file=sys.stderr)
+        return EXIT_INCOMPLETE
+    return EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    with lasting_output():
+        try:
+            args = parse_train_args(sys.argv[1:] if argv is None else argv)
+            if argv is None and args.config is not None:
+                as_in_a_trial()  # some seconds; steps of large models gain up to a quarter
+            with place_errors_told(), StopSignals() as stop:
+                return predict_command(args) if args.predict else retrain_command(args, stop)
+        except UserError as error:
+            print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+            return EXIT_USAGE
+        except Interrupted as error:
+            saved = ": everything is saved; the same command goes on" if error.began else ""
+            print(f"stopped by {error}{saved}", file=sys.stderr)
+            return error.exit_code
+
+
 if __name__ == "__main__":
-    import sys
-
-    from writer_search.train_command import main
-
     sys.exit(main())

@@ -58,7 +58,7 @@ def decoded(data_root: Path, cache_dir: Path, line_height: int) -> LineSet:
 
 def trial_config(device: str, backbone: str, **values: Any) -> TrialConfig:
     """Give the default trial of a device's tier, in the precision that trials have there."""
-    from writer_search.processes.child import _faster_precision
+    from writer_search.processes.machine import _faster_precision
 
     tier = "gpu" if device == "cuda" else "cpu"
     if tier == "gpu":

@@ -29,8 +29,8 @@ import train
 from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader, padded
 from data import LineSet
+from writer_search.common.environment import as_in_a_trial
 from writer_search.config import TrialConfig
-from writer_search.processes.parent import as_in_a_trial
 from writer_search.training.batches import (
     EpochImages,
     Lines,

@@ -32,8 +32,9 @@ import optuna
 from optuna.pruners import MedianPruner
 
 from tests.servers import PostgreSQL, grpc_proxy
-from writer_search.config import default_space
-from writer_search.results.rows import STUDY_NAME
+from writer_search.flags import STUDY_NAME
+from writer_search.space import default_space
+from writer_search.study.draws import Drawer, params_key
 from writer_search.study.shared.fleet import Fleet
 from writer_search.study.shared.storage import (
     PatientStorage,
@@ -41,7 +42,6 @@ from writer_search.study.shared.storage import (
     is_surplus,
     opened_storage,
 )
-from writer_search.study.store import Drawer, params_key
 
 PROCESSES = 4
 

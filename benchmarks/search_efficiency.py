@@ -30,8 +30,9 @@ from optuna.trial import Trial, TrialState
 
 from benchmarks import common
 from benchmarks.record_trials import TABLE
-from writer_search.config import Choice, Range, Space, default_space, narrow, suggest
-from writer_search.study.store import Drawer, make_pruner
+from writer_search.config import Choice, Range
+from writer_search.space import Space, default_space, narrow, suggest
+from writer_search.study.draws import Drawer, make_pruner
 
 Floats = NDArray[np.float64]
 RIDGE = 1.0

@@ -42,12 +42,15 @@ from benchmarks import common
 from benchmarks.trial_start import silent
 from data import LineSet
 from writer_search.common.signals import StopSignals
-from writer_search.config import Space, default_space, suggest
-from writer_search.results.rows import DATABASE, read_rows, write_summary
+from writer_search.results.rows import DATABASE, read_rows
 from writer_search.results.status import read_status, status_text
+from writer_search.results.tables import write_summary
+from writer_search.space import Space, default_space, suggest
 from writer_search.study import search
+from writer_search.study.draws import make_pruner, make_sampler
 from writer_search.study.search import Plan, Search
-from writer_search.study.store import make_pruner, make_sampler, open_study, settle_unfinished
+from writer_search.study.store import open_study
+from writer_search.study.unfinished import settle_unfinished
 
 EPOCHS = 20
 MEMORY_REPORTS = 5  # of a trial whose memory counts; 20 take four times as long

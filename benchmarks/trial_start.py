@@ -29,8 +29,8 @@ from unittest import mock
 
 from benchmarks import common
 from data import LineSet
+from writer_search.common.environment import as_in_a_trial
 from writer_search.config import TrialConfig
-from writer_search.processes.parent import as_in_a_trial
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -108,7 +108,8 @@ def search_spans(
 @contextlib.contextmanager
 def noted_messages(events: list[tuple[str, float]]) -> Iterator[None]:
     """Note the messages of all trials: the first progress, sent before the first batch; the end."""
-    from writer_search.processes.parent import ChildProcess, Message
+    from writer_search.processes.messages import Message
+    from writer_search.processes.parent import ChildProcess
 
     receive = ChildProcess.receive
 

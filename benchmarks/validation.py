@@ -27,8 +27,9 @@ from benchmarks import common
 from benchmarks.obvious import LineImages, Squeezed, loader
 from data import LineSet
 from model import WriterModel, for_inference
+from writer_search.common.environment import as_in_a_trial
 from writer_search.config import TrialConfig
-from writer_search.processes.parent import as_in_a_trial
+from writer_search.training import evaluation
 from writer_search.training.batches import Lines, gather, places, strip_on, windows
 
 
@@ -85,7 +86,9 @@ class Bench:
         line, offsets = windows(self.lines.widths, config.crop_width)
         place = places(self.lines, line, offsets)
         self.windows = len(line)
-        parts = torch.split(torch.arange(self.windows, device=line.device), train.EVALUATION_BATCH)
+        parts = torch.split(
+            torch.arange(self.windows, device=line.device), evaluation.EVALUATION_BATCH
+        )
         self.resident = [gather(self.lines, place[part], config.crop_width) for part in parts]
 
     def evaluate(self) -> None:
@@ -105,7 +108,7 @@ class Bench:
         paths = [self.root / self.data.paths[index] for index in chosen]
         read = Squeezed(config.line_height, config.crop_width, training=False)
         dataset = LineImages(paths, self.data.labels[chosen].tolist(), read)
-        batches = loader(dataset, train.EVALUATION_BATCH, args.workers, training=False)
+        batches = loader(dataset, evaluation.EVALUATION_BATCH, args.workers, training=False)
 
         @torch.inference_mode()
         def squeezed() -> None:

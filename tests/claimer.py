@@ -17,13 +17,15 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from writer_search.common.files import SharedLock, write_json
-from writer_search.config import default_space
-from writer_search.results.rows import STUDY_NAME, trial_dir
+from writer_search.common.files import write_json
+from writer_search.common.locks import SharedLock
+from writer_search.flags import STUDY_NAME
+from writer_search.results.rows import trial_dir
+from writer_search.space import default_space
+from writer_search.study.draws import Drawer
 from writer_search.study.shared.fleet import Fleet
 from writer_search.study.shared.search import bury_dead
 from writer_search.study.shared.storage import create_shared_study, find_study, opened_storage
-from writer_search.study.store import Drawer
 
 
 def main(storage: BaseStorage, n_trials: int, directory: Path, fault: str) -> None:

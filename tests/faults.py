@@ -10,7 +10,9 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from writer_search.processes import machine
 from writer_search.processes import parent as processes
+from writer_search.training import evaluation
 
 RealChild = processes.ChildProcess
 
@@ -113,7 +115,7 @@ def hang(connection: Connection, job: Any) -> None:
 
 
 def diverge(connection: Connection, job: Any) -> None:
-    from train import DivergedError
+    from writer_search.training.outcomes import DivergedError
 
     def action() -> None:
         raise DivergedError("the training loss is not finite in epoch 3")
@@ -207,10 +209,9 @@ def _signal_at(connection: Connection, job: Any, call: int, pid: int | None = No
 
 def slow_answer(connection: Connection, question: Any) -> None:
     """Take for ever over a question about the machine, as a download may."""
-    from writer_search.processes import child as worker
 
-    worker._describe_machine = lambda question: time.sleep(600)  # type: ignore[assignment]
-    worker.answer_question(connection, question)
+    machine._describe_machine = lambda question: time.sleep(600)  # type: ignore[assignment]
+    machine.answer_question(connection, question)
 
 
 # ------------------------------------------------------------------- several ranks in one trial
@@ -276,11 +277,10 @@ def rank_1_out_of_memory(connection: Connection, job: Any) -> None:
 
 def without_batch_norm(connection: Connection, job: Any) -> None:
     """Train a backbone whose norms take no statistics over images; validate in small batches."""
-    import train
     from writer_search.processes import child as worker
 
     norms_over_groups()
-    train.EVALUATION_BATCH = 4
+    evaluation.EVALUATION_BATCH = 4
     worker.run_trial(connection, job)
 
 

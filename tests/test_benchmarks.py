@@ -19,7 +19,7 @@ from benchmarks import (
     validation,
 )
 from data import find_lines
-from writer_search.processes import child as worker
+from writer_search.processes import machine
 
 LINES = ("--threads", "1", "--writers", "2", "--pages", "3")
 
@@ -28,7 +28,7 @@ LINES = ("--threads", "1", "--writers", "2", "--pages", "3")
 def result(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Any:  # (module, flags) -> what its last line holds
-    monkeypatch.setattr(worker, "_faster_precision", lambda *_: "float32")  # seconds each
+    monkeypatch.setattr(machine, "_faster_precision", lambda *_: "float32")  # seconds each
 
     def run(benchmark: Any, *flags: str) -> dict[str, Any]:
         assert benchmark.main(flags) == 0

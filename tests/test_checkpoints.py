@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from data import LineSet
-from train import Stopped, train
+from train import train
 from writer_search.config import TrialConfig
 from writer_search.training import checkpoints
 from writer_search.training.checkpoints import Checkpoints
+from writer_search.training.outcomes import Stopped
 
 
 @pytest.fixture

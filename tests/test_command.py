@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from writer_search.common.files import is_locked
+from writer_search.common.locks import is_locked
 
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
 pytestmark = pytest.mark.slow

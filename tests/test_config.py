@@ -13,19 +13,21 @@ import torchvision
 from optuna.trial import FixedTrial
 
 from model import BUILDERS
-from writer_search.common.files import UserError
+from writer_search.common.errors import UserError
 from writer_search.config import (
     BACKBONES,
-    BACKBONES_BY_TIER,
     LIMITS,
     LOSSES,
     POOLINGS,
     Choice,
     Range,
     Rule,
-    Space,
     TrialConfig,
     Value,
+)
+from writer_search.space import (
+    BACKBONES_BY_TIER,
+    Space,
     baseline,
     default_space,
     narrow,

@@ -22,7 +22,8 @@ from writer_search.results.confirmed import Candidate, describe, remove_other_we
 from writer_search.results.rows import Row, read_rows
 from writer_search.study import search as search_module
 from writer_search.study.confirm import Repeater, Repetition, candidates_of, seeds_of
-from writer_search.study.store import continue_interrupted, open_study
+from writer_search.study.store import open_study
+from writer_search.study.unfinished import continue_interrupted
 from writer_search.training.checkpoints import load_model
 
 __all__ = ["run"]  # the fixture

@@ -27,13 +27,16 @@ from test_search import arguments
 import train as train_module
 from data import LineSet
 from hyperparameter_search import main
-from writer_search.config import TrialConfig, default_space, narrow, parse_fix, suggest
+from writer_search.config import TrialConfig
 from writer_search.processes import child as worker
+from writer_search.processes import machine, messages
 from writer_search.processes import parent as processes
-from writer_search.processes.parent import PRUNE, STOP
+from writer_search.processes.messages import PRUNE, STOP
 from writer_search.results.rows import DATABASE, trial_dir
+from writer_search.space import default_space, narrow, parse_fix, suggest
 from writer_search.study import search as search_module
-from writer_search.study.store import Drawer, open_study
+from writer_search.study.draws import Drawer
+from writer_search.study.store import open_study
 from writer_search.training import checkpoints
 
 
@@ -69,8 +72,8 @@ class InlineChild:
             last = crash
         self._messages.put(last)
 
-    def _answer(self, question: processes.MachineQuestion) -> processes.Message:
-        return "machine", worker._describe_machine(question)
+    def _answer(self, question: messages.MachineQuestion) -> processes.Message:
+        return "machine", machine._describe_machine(question)
 
     def _train(self, job: processes.Job) -> processes.Message:
         try:

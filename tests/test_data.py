@@ -37,7 +37,7 @@ from data import (
     load_lines,
     split_by_page,
 )
-from writer_search.common.files import UserError
+from writer_search.common.errors import UserError
 
 HEIGHT = 16
 

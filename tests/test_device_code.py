@@ -16,14 +16,14 @@ from far_device import FAR, FarDevice
 
 import train as train_module
 from data import LineSet
-from train import Stopped, train
+from train import train
 from writer_search.config import TrialConfig
-from writer_search.processes import child as worker
-from writer_search.processes import parent as processes
-from writer_search.training import batches, checkpoints
+from writer_search.training import batches, checkpoints, evaluation
 from writer_search.training.batches import EpochImages, Lines
 from writer_search.training.checkpoints import load_model
+from writer_search.training.outcomes import Stopped
 from writer_search.training.prediction import predict
+from writer_search.training.test_split import measure_test_split
 
 
 @pytest.fixture
@@ -33,7 +33,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(
         optimizer, "_get_fused_kernels_supported_devices", lambda: [FAR.type, "cpu"]
     )
-    monkeypatch.setattr(train_module, "autocast", lambda config, device: contextlib.nullcontext())
+    for module in (train_module, evaluation):
+        monkeypatch.setattr(module, "autocast", lambda config, device: contextlib.nullcontext())
     # Inference tensors cannot be of a subclass.
     evaluate: Any = train_module.evaluate
     monkeypatch.setattr(train_module, "evaluate", torch.no_grad()(evaluate.__wrapped__))
@@ -108,8 +109,8 @@ def test_model_is_used_on_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train(config, data, tmp_path, device=device)
-    question = processes.TestQuestion(tmp_path / "best_model.pth", data, 1, ())
-    measured = worker._measure(question)
+    model_file = tmp_path / "best_model.pth"
+    measured = measure_test_split(model_file, data, torch.device("cpu"))
     predict_on: Any = predict.__wrapped__  # type: ignore[attr-defined]
     with torch.no_grad():
         guesses = [
@@ -117,8 +118,7 @@ def test_model_is_used_on_a_device(
             for place in (FAR, torch.device("cpu"))
         ]
     assert guesses[0] == guesses[1]
-    monkeypatch.setattr(worker, "open_device", lambda gpu: device)
-    assert worker._measure(question) == measured
+    assert measure_test_split(model_file, data, torch.device(device)) == measured
 
 
 @pytest.mark.parametrize("strip_device", [FAR, torch.device("cpu")], ids=str)

@@ -13,9 +13,9 @@ from faults import RealChild
 from test_search import Run, run, trials_of
 
 import hyperparameter_search
-from writer_search.common.files import UserError
-from writer_search.processes.child import _visible_gpus
+from writer_search.common.errors import UserError
 from writer_search.processes.devices import Devices, divide, visible_entries
+from writer_search.processes.machine import _visible_gpus
 from writer_search.study import search as search_module
 from writer_search.study.store import open_study
 

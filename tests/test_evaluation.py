@@ -13,11 +13,11 @@ import torch
 from test_search import Run, run
 
 from data import LineSet
-from train import evaluate
-from writer_search.processes import test_split as evaluation
+from writer_search.processes import test_measurement as evaluation
 from writer_search.training.batches import Lines, strip_on
 from writer_search.training.bootstrap import Pages, count_pages, intervals, resample
 from writer_search.training.checkpoints import load_model
+from writer_search.training.evaluation import evaluate
 
 __all__ = ["run"]  # the fixture
 

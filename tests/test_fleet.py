@@ -19,16 +19,14 @@ from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackErro
 from test_search import Run, run
 
 from hyperparameter_search import main
-from writer_search.common.files import (
-    DirectoryLock,
-    SharedLock,
-    UserError,
-    holder_is_dead,
-    write_json,
-)
-from writer_search.config import default_space
+from writer_search.common.errors import UserError
+from writer_search.common.files import write_json
+from writer_search.common.locks import DirectoryLock, SharedLock, holder_is_dead
+from writer_search.flags import STUDY_NAME
 from writer_search.processes.parent import TrialProcesses
-from writer_search.results.rows import STUDY_NAME, trial_dir
+from writer_search.results.rows import trial_dir
+from writer_search.space import default_space
+from writer_search.study.draws import Drawer, params_key
 from writer_search.study.shared import fleet as fleet_module
 from writer_search.study.shared import search as shared_search
 from writer_search.study.shared import storage as storage_module
@@ -43,7 +41,7 @@ from writer_search.study.shared.storage import (
     secrets_of,
     shown_url,
 )
-from writer_search.study.store import Drawer, continue_interrupted, params_key
+from writer_search.study.unfinished import continue_interrupted
 
 __all__ = ["run"]  # the fixture
 URL = "postgresql+psycopg://me:s3cr%40t@db.example/lines"

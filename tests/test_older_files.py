@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hyperparameter_search import main
+from train import main as train_main
 from writer_search.results.rows import read_history, read_rows
-from writer_search.train_command import main as train_main
 
 ASSET = Path(__file__).parent / "assets" / "search_of_november_2026.tar.gz"
 FIXED = ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8", "precision=float32")

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from data import LineSet
-from train import Stopped, train
+from train import main, train
 from writer_search.config import TrialConfig
-from writer_search.train_command import main
 from writer_search.training import prediction
 from writer_search.training.checkpoints import load_model
+from writer_search.training.outcomes import Stopped
 from writer_search.training.prediction import predict
 
 PROGRAM = Path(__file__).parents[1] / "train.py"

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 import train
 from data import LineSet
-from train import TrainingState, evaluate, line_logits, training_step
+from train import TrainingState, training_step
 from writer_search.config import TrialConfig
 from writer_search.processes import parent as processes
+from writer_search.study import draws
 from writer_search.study import search as search_module
-from writer_search.study import store as study_module
 from writer_search.study.store import open_study
+from writer_search.training import evaluation
 from writer_search.training.batches import EpochImages, Lines, strip_on
 from writer_search.training.checkpoints import load_model
+from writer_search.training.evaluation import evaluate, line_logits
 from writer_search.training.ranks import ALONE, Ranks
 
 __all__ = ["run"]  # the fixture
@@ -122,7 +124,7 @@ class Apart(Ranks):
 def test_each_window_is_validated_by_one_rank(
     config: TrialConfig, data: LineSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 4)
     lines = Lines.of(data, "val", strip_on(data, CPU))
     model = TrainingState.start(config, 4, CPU).average
     checks: list[int] = []
@@ -158,7 +160,7 @@ def test_trial_of_several_ranks_agrees_with_one(
         weights_of(tmp_path / "c"), weights_of(tmp_path / "one"), rtol=1e-3, atol=1e-5
     )
     take_back = norms_over_groups()
-    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 4)
     try:
         path = tmp_path / "c" / "trial_000" / "final_model.pth"
         model, trial_config, writers = load_model(path)
@@ -201,7 +203,7 @@ def test_interrupted_ranks_continue_as_if_never_broken(
 def test_pruning_ends_all_ranks(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(0))
+    monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(0))
     assert run("--gpus_per_trial", "2") == 0
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["PRUNED", "COMPLETE"]
     assert "Traceback" not in (tmp_path / "c" / "trial_000" / "train.rank1.log").read_text()

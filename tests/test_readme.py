@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from test_search import Run, run
 
-from writer_search import train_command
-from writer_search.config import LIMITS, default_space, narrow
-from writer_search.flags import build_parser, parse_args
+from writer_search.config import LIMITS
+from writer_search.flags import build_parser, build_train_parser, parse_args, parse_train_args
+from writer_search.space import default_space, narrow
 from writer_search.training.checkpoints import load_model
 
 __all__ = ["run"]  # the fixture
@@ -34,7 +34,7 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("optional arguments:", "options:")).strip()
 
 
-@pytest.mark.parametrize("parser", [build_parser(), train_command.build_parser()])
+@pytest.mark.parametrize("parser", [build_parser(), build_train_parser()])
 def test_help_is_the_program_s(
     parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,7 +45,7 @@ def test_help_is_the_program_s(
 
 @pytest.mark.parametrize(
     ("program", "parse", "at_least"),
-    [("hyperparameter_search.py", parse_args, 3), ("train.py", train_command.parse_args, 2)],
+    [("hyperparameter_search.py", parse_args, 3), ("train.py", parse_train_args, 2)],
 )
 def test_commands_are_understood(
     program: str, parse: Callable[[list[str]], object], at_least: int

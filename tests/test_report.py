@@ -18,8 +18,9 @@ from PIL import Image
 from searches import make_search
 
 from writer_search.common.files import read_json, write_json
+from writer_search.common.text import percent
 from writer_search.results.report import ranges, report_html, standard_error, write_report
-from writer_search.results.rows import DATABASE, best_row, percent, read_rows, read_study, trial_dir
+from writer_search.results.rows import DATABASE, best_row, read_rows, read_study, trial_dir
 from writer_search.study.store import open_study
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "فارسی", "\udcff"]

@@ -17,8 +17,8 @@ from test_train import assert_same_weights, weights_of
 
 import hyperparameter_search
 from data import SPLITS, LineSet
-from writer_search.processes.parent import training_environment
-from writer_search.train_command import main
+from train import main
+from writer_search.common.environment import training_environment
 from writer_search.training import repeat as retraining
 from writer_search.training.checkpoints import load_model
 from writer_search.training.repeat import with_validation_lines

@@ -8,15 +8,9 @@ from pathlib import Path
 
 from benchmarks.study_scale import fill, instant_trials, search_side
 from writer_search.common.signals import StopSignals
-from writer_search.results.rows import (
-    DATABASE,
-    Row,
-    SummaryFiles,
-    best_row,
-    read_rows,
-    remove_weights,
-    write_summary,
-)
+from writer_search.results.rows import DATABASE, Row, best_row, read_rows
+from writer_search.results.tables import SummaryFiles, write_summary
+from writer_search.study.weights import remove_weights
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

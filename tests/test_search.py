@@ -20,10 +20,10 @@ from faults import RealChild, faulty
 from optuna.trial import TrialState
 
 from hyperparameter_search import main
-from writer_search.common import files
+from writer_search.common import locks
 from writer_search.results.rows import read_history
+from writer_search.study import draws
 from writer_search.study import search as search_module
-from writer_search.study import store as study_module
 from writer_search.study.store import open_study
 
 Run = Callable[..., int]
@@ -351,7 +351,7 @@ def test_signal_saves_the_trial_and_ends_the_search(
 def test_pruned_trials_do_not_count_as_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(1))
+    monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(1))
     assert run(n_trials="3") == 0
     directory = tmp_path / "c"
     assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "PRUNED", "COMPLETE"]
@@ -366,7 +366,7 @@ def test_weights_of_a_pruned_trial_go_when_its_process_has(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be writing a checkpoint while it is told."""
-    monkeypatch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(0))
+    monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(0))
     left = search_module.Search.leave
     seen = []
 
@@ -525,7 +525,7 @@ def test_second_search_in_one_directory_is_refused(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c").mkdir()
-    with files.DirectoryLock(tmp_path / "c"):
+    with locks.DirectoryLock(tmp_path / "c"):
         assert run() == 2
         assert f"in use by another search (pid {os.getpid()} on " in capfd.readouterr().err
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["search.lock"]
@@ -635,7 +635,7 @@ def test_status_of_a_running_trial(
     (directory / "trial_001").mkdir()
     (directory / "trial_001" / "history.jsonl").write_text('{"epoch": 1, "macro_top1": 0.25}\n')
     capfd.readouterr()
-    with files.DirectoryLock(directory):
+    with locks.DirectoryLock(directory):
         main(["--status", "--checkpoint_dir", str(directory)])
     printed = capfd.readouterr().out
     assert f"{directory}: running (pid {os.getpid()} on " in printed
@@ -647,7 +647,7 @@ def test_status_of_a_running_trial(
     long_ago = time.time() - 600
     for path in (directory / "trial_001", *(directory / "trial_001").iterdir()):
         os.utime(path, (long_ago, long_ago))
-    with files.DirectoryLock(directory):
+    with locks.DirectoryLock(directory):
         main(["--status", "--checkpoint_dir", str(directory)])
     assert "stalled: no sign of life for 10 min" in capfd.readouterr().out
     main(["--status", "--checkpoint_dir", str(directory)])

@@ -21,8 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 from servers import PASSWORD, QUOTED, PostgreSQL, grpc_process, grpc_proxy
 from test_search import Run, run
 
+from writer_search.flags import STUDY_NAME
 from writer_search.processes.pictures import Drawing
-from writer_search.results.rows import STUDY_NAME
+from writer_search.study.draws import params_key
 from writer_search.study.shared import storage as storage_module
 from writer_search.study.shared.storage import (
     create_shared_study,
@@ -31,7 +32,6 @@ from writer_search.study.shared.storage import (
     opened_storage,
     settings_of,
 )
-from writer_search.study.store import params_key
 
 pytestmark = pytest.mark.timeout(600)
 __all__ = ["run"]  # the fixture

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from searches import make_search
 
 from hyperparameter_search import main
-from writer_search.common import files
+from writer_search.common import locks
 from writer_search.results import status as status_module
 from writer_search.results.estimate import T80, Range, range_text, seconds_left
 from writer_search.results.rows import trial_dir
@@ -75,7 +75,7 @@ def test_running_and_cut_off_trials_are_told_apart(finished: Path, tmp_path: Pat
     directory = tmp_path / "c"
     shutil.copytree(finished, directory)
     number = add_running(directory, 3)
-    with files.DirectoryLock(directory):
+    with locks.DirectoryLock(directory):
         found = json.loads(status_json(read_status(directory)))
     (running,) = found["running"]
     assert (running["number"], running["epoch"], running["best_epoch"]) == (number, 3, 1)
@@ -144,7 +144,7 @@ def test_watch_refreshes_in_place_until_the_search_ends(
     shutil.copytree(finished, directory)
     number = add_running(directory, 3)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: (60, 60))
-    terminal, lock, times = Terminal(), files.DirectoryLock(directory), []
+    terminal, lock, times = Terminal(), locks.DirectoryLock(directory), []
 
     def sleep(seconds: float) -> None:
         times.append(seconds)
@@ -166,14 +166,14 @@ def test_watch_ends_with_ctrl_c(finished: Path, monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(status_module.time, "sleep", interrupted)
-    with files.DirectoryLock(finished):
+    with locks.DirectoryLock(finished):
         watch(lambda: read_status(finished), Terminal())
 
 
 def test_watch_prints_once_where_nobody_watches(
     finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with files.DirectoryLock(finished):
+    with locks.DirectoryLock(finished):
         assert main(["--status", "--watch", "--checkpoint_dir", str(finished)]) == 0
     printed = capfd.readouterr().out
     assert printed.count(str(finished)) == 3  # heading, best model, summary

@@ -28,18 +28,20 @@ from torch import nn
 
 from hyperparameter_search import main
 from train import TrainingState, training_step
-from writer_search.common import files
+from writer_search.common import environment, locks
 from writer_search.config import TrialConfig
+from writer_search.processes import fork_server, messages
 from writer_search.processes import parent as processes
-from writer_search.results.rows import Row, read_history, remove_weights
-from writer_search.study import recovery
+from writer_search.results.rows import Row, read_history
+from writer_search.study import draws, recovery
 from writer_search.study import search as search_module
-from writer_search.study import store as study_module
-from writer_search.study.store import continue_interrupted, open_study
+from writer_search.study.store import open_study
+from writer_search.study.unfinished import continue_interrupted
+from writer_search.study.weights import remove_weights
 
 __all__ = ["run"]  # the fixture
 
-QUESTION = processes.MachineQuestion("cpu", "none", ("tiny",), False, 1)
+QUESTION = messages.MachineQuestion("cpu", "none", ("tiny",), False, 1)
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def test_fork_server_that_is_killed_over_a_start_is_started_again() -> None:
     os.kill(server, signal.SIGSTOP)
     killer = threading.Timer(0.3, os.kill, (server, signal.SIGKILL))
     killer.start()
-    child = RealChild("writer_search.processes.child:answer_question", QUESTION)
+    child = RealChild("writer_search.processes.machine:answer_question", QUESTION)
     killer.join()
     message = child.receive()
     assert message is not None
@@ -177,13 +179,13 @@ def test_children_have_the_environment_that_trains_faster() -> None:
     assert child.end() == 0
     assert message is not None
     assert {"GOMP_SPINCOUNT", "MALLOC_MMAP_MAX_"} < message[1].keys()
-    assert processes.training_environment(os.environ).items() <= message[1].items()
+    assert environment.training_environment(os.environ).items() <= message[1].items()
 
 
 def test_environment_of_the_user_stands() -> None:
-    wanted = processes.training_environment({})
-    waiting = processes.training_environment({"MALLOC_TRIM_THRESHOLD_": "131072"})
-    memory = processes.training_environment({"OMP_WAIT_POLICY": "active"})
+    wanted = environment.training_environment({})
+    waiting = environment.training_environment({"MALLOC_TRIM_THRESHOLD_": "131072"})
+    memory = environment.training_environment({"OMP_WAIT_POLICY": "active"})
     assert waiting.keys() == {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
     assert waiting | memory == wanted
     assert not waiting.keys() & memory.keys()
@@ -319,7 +321,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, lines_root: Path, cache_d
     argv = arguments(lines_root, directory, "--cache_dir", str(cache_dir), n_trials="5")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_module, "make_pruner", lambda name, epochs: PruneTrial(2))
+        patch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(2))
         patch.setattr(search_module, "ChildProcess", faulty({1: "raise_error", 4: "signal_search"}))
         assert main(argv) == 143
     assert [s for _, s, _ in trials_of(directory)] == [
@@ -652,7 +654,7 @@ def test_database_of_another_version_is_refused(
 def test_file_system_without_locks_is_warned_of(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    real = files.fcntl.flock
+    real = locks.fcntl.flock
 
     def no_locks(descriptor: int, operation: int) -> None:
         path = Path(f"/proc/self/fd/{getattr(descriptor, 'fileno', lambda: descriptor)()}")
@@ -660,7 +662,7 @@ def test_file_system_without_locks_is_warned_of(
             raise OSError(errno.ENOLCK, "No locks available")
         real(descriptor, operation)
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
     assert run(n_trials="1") == 0
     assert "this file system has no locks" in capfd.readouterr().err
 
@@ -726,5 +728,5 @@ def test_session_is_weighed_once_the_kernel_takes_it(monkeypatch: pytest.MonkeyP
         written.append((str(path), text))
 
     monkeypatch.setattr(Path, "write_text", write_text)
-    processes.weigh_session(7)
+    fork_server.weigh_session(7)
     assert written == [("/proc/self/autogroup", "7")]

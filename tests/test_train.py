@@ -18,27 +18,22 @@ from torch import nn
 import train as train_module
 from data import LineSet, find_lines, load_lines
 from model import WriterModel, classification_loss
-from train import (
-    DivergedError,
-    Stopped,
-    TensorPairs,
-    TrainingState,
-    batch_loss,
-    build_model,
-    build_optimizer,
-    evaluate,
-    line_logits,
-    schedule,
-    steps_per_epoch,
-    train,
-    training_step,
-    update_average,
-)
+from train import TrainingState, batch_loss, train, training_step
 from writer_search.config import TrialConfig
 from writer_search.training import batches
 from writer_search.training.batches import Lines, strip_on
 from writer_search.training.checkpoints import CheckpointMismatchError, load_checked, load_model
+from writer_search.training.evaluation import evaluate, line_logits
 from writer_search.training.metrics import Metrics, compute_metrics
+from writer_search.training.optimisation import (
+    TensorPairs,
+    build_model,
+    build_optimizer,
+    schedule,
+    steps_per_epoch,
+    update_average,
+)
+from writer_search.training.outcomes import DivergedError, Stopped
 from writer_search.training.ranks import Ranks
 
 CPU = torch.device("cpu")

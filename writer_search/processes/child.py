@@ -1,4 +1,4 @@
-"""What a child process does: run a trial, measure a model, or find out what the machine can do."""
+"""What a child process does: run a trial, or measure a model on the test lines."""
 
 from __future__ import annotations
 
@@ -17,36 +17,26 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 
-from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
-from train import DivergedError, Pruned, Stopped, line_logits, train
+from train import train
 from writer_search.common.cores import WaitingThreads
-from writer_search.common.files import UserError, one_line
-from writer_search.config import BACKBONES, BACKBONES_BY_TIER
-from writer_search.processes.devices import visible_entries
-from writer_search.processes.parent import (
+from writer_search.common.text import one_line
+from writer_search.processes.messages import (
     PRUNE,
     STOP,
     THREADS,
     Job,
-    MachineQuestion,
     Message,
     TestQuestion,
     obey_in_thread,
 )
-from writer_search.training.batches import Lines, strip_on
-from writer_search.training.bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
-from writer_search.training.checkpoints import load_model
-from writer_search.training.metrics import Metrics, compute_metrics
+from writer_search.training.metrics import Metrics
+from writer_search.training.outcomes import DivergedError, Pruned, Stopped
 from writer_search.training.ranks import is_lost, join
+from writer_search.training.test_split import measure_test_split
 
-TEST_METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1", "loss")
 PROGRESS_SECONDS = 0.5  # a trial tells its progress at most so often
-
-# ----------------------------------------------------------------------------------------- trials
 
 
 class SearchLine:
@@ -221,172 +211,15 @@ def _output_to(path: Path) -> Iterator[None]:
     sys.stderr.flush()
 
 
-# ------------------------------------------------------------------------------------------- test
-
-
 def measure_on_test(connection: Connection, question: TestQuestion) -> None:
     """Send ("measured", metrics with intervals) or ("failed", …) of a model on the test lines."""
     obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     try:
-        answer: Message = ("measured", _measure(question))
+        torch.set_num_threads(question.threads)
+        device = torch.device(open_device(question.gpus[0] if question.gpus else None))
+        measured = measure_test_split(question.model_file, question.data, device)
+        answer: Message = ("measured", measured)
     except Exception as error:  # told in a line: the search's results stand without it
         answer = ("failed", {"cause": one_line(f"{type(error).__name__}: {error}")})
     with contextlib.suppress(OSError):
         connection.send(answer)
-
-
-def _measure(question: TestQuestion) -> dict[str, Any]:
-    torch.set_num_threads(question.threads)
-    device = torch.device(open_device(question.gpus[0] if question.gpus else None))
-    model, config, writers = load_model(question.model_file)
-    lines = Lines.of(question.data, "test", strip_on(question.data, device), device)
-    with torch.inference_mode():
-        output = line_logits(model.to(device), config, lines, len(writers))
-    logits = output.double().cpu().numpy()
-    if not np.isfinite(logits).all():
-        raise DivergedError("the model's output on the test lines is not finite")
-    labels, numbers = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
-    metrics, pages = (
-        compute_metrics(logits, labels, numbers, writers),
-        count_pages(logits, labels, numbers),
-    )
-    return {
-        **{name: getattr(metrics, name) for name in TEST_METRICS},
-        "intervals": intervals(pages),
-        "interval_method": INTERVAL_METHOD,
-        "lines": len(labels),
-        "pages": len(pages.labels),
-        "writers_with_one_page": int((np.bincount(pages.labels) == 1).sum()),
-        "writers_without_test_lines": sorted(set(writers) - set(metrics.per_writer)),
-        "per_writer": {
-            name: _of_writer(pages, writers.index(name), share)
-            for name, share in metrics.per_writer.items()
-        },
-    }
-
-
-def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
-    own = pages.labels == label
-    return {
-        "top1": share,
-        "lines": int(pages.lines[own].sum()),
-        "pages": int(own.sum()),
-        "page_top1": float(pages.page_right[own].mean()),
-    }
-
-
-# ---------------------------------------------------------------------------------------- machine
-
-
-def answer_question(connection: Connection, question: MachineQuestion) -> None:
-    """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
-    obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
-    torch.set_num_threads(question.threads)
-    try:
-        answer: Message = ("machine", _describe_machine(question))
-    except UserError as error:
-        answer = ("mistake", {"cause": str(error)})
-    with contextlib.suppress(OSError):  # nobody waits for it any more
-        connection.send(answer)
-
-
-def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
-    gpus = _visible_gpus(question.device)
-    tier = "gpu" if gpus else "cpu"
-    weights, why = _decide_weights(question, tier)
-    backbones = question.backbones or BACKBONES_BY_TIER[tier, weights == "imagenet"]
-    return {
-        "gpus": gpus,
-        "device_names": [torch.cuda.get_device_name(i) for i in range(len(gpus))],
-        "tier": tier,
-        "weights": weights,
-        "weights_why": why,
-        "precision": {
-            name: _faster_precision(name, tier) for name in (backbones if question.measure else ())
-        },
-        "versions": {
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "cuda": torch.version.cuda if gpus else None,
-        },
-    }
-
-
-def _visible_gpus(device: str) -> list[str]:
-    """Give the entries of CUDA_VISIBLE_DEVICES that trials may use; none for the CPU."""
-    if device == "cpu":
-        return []
-    count = torch.cuda.device_count()
-    if count == 0:
-        if device != "auto":
-            raise UserError(
-                f"--device {device}: torch {torch.__version__} sees no CUDA device here; "
-                "use --device cpu, or install torch for your CUDA driver"
-            )
-        return []
-    entries = visible_entries(os.environ.get("CUDA_VISIBLE_DEVICES"), count)
-    if ":" in device:
-        number = int(device.partition(":")[2])
-        if number >= count:
-            raise UserError(f"--device {device}: there are {count} CUDA device(s), from cuda:0")
-        return [entries[number]]
-    return entries
-
-
-def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
-    """Decide between ImageNet weights and none, once per study; also say why."""
-    if question.weights == "none":
-        return "none", ""
-    backbones = question.backbones or BACKBONES_BY_TIER[tier, True]
-    without = [name for name in backbones if not BACKBONES[name]]
-    why = f"there are no ImageNet weights for {without[0]}" if without else ""
-    try:
-        for name in [] if without else backbones:
-            ensure_imagenet_weights(name)
-    except WeightsUnavailableError as error:
-        why = f"ImageNet weights cannot be had: {one_line(error)}"
-    if not why:
-        return "imagenet", ""
-    if question.weights == "imagenet":
-        raise UserError(
-            f"--weights imagenet: {why}; mend that, or begin a "
-            "search with --weights none or other backbones"
-        )
-    return "none", why
-
-
-def _faster_precision(backbone: str, tier: str) -> str:
-    """Measure whether a backbone trains faster in bfloat16 here.
-
-    A GPU with native bfloat16 always does. On CPUs it ranges from twice as fast (with AVX-512 or
-    AMX units for it) to 14 times slower (an AMD EPYC without them), and depends on the backbone.
-    """
-    if tier == "gpu":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if native else "float32"
-    # A whole network would take minutes on a CPU that only emulates bfloat16. Sizes matter: a small
-    # convolution measured slower where the networks made of it were 1.6 times as fast.
-    convolution = torch.nn.Conv2d(64, 64, 3, padding=1)
-    if _bfloat16_time(convolution, torch.randn(8, 64, 32, 128)) > 1.2:
-        return "float32"
-    share = _bfloat16_time(WriterModel(backbone, 8), torch.randn(16, 1, 64, 256))
-    return "bfloat16" if share < 0.9 else "float32"
-
-
-def _bfloat16_time(module: torch.nn.Module, images: torch.Tensor) -> float:
-    """Measure the time in bfloat16 as a share of that in float32."""
-    module = module.to(memory_format=torch.channels_last)
-    images = images.contiguous(memory_format=torch.channels_last)
-    return _seconds(module, images, True) / _seconds(module, images, False)
-
-
-def _seconds(module: torch.nn.Module, images: torch.Tensor, bfloat16: bool) -> float:
-    """Time a forward and backward pass: the best of three, after one to warm up."""
-    measured = []
-    for _ in range(4):
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            output = module(images)
-        output.float().sum().backward()
-        measured.append(time.perf_counter() - started)
-    return min(measured[1:])

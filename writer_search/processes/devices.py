@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from writer_search.common.files import UserError
+from writer_search.common.errors import UserError
 
 STARTS_IN_A_ROW = 2  # that fail on a device before it is set aside
 

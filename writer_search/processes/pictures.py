@@ -17,19 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from writer_search.common.files import one_line
-from writer_search.processes.parent import (
-    ChildProcess,
-    Message,
-    exit_text,
-    obey_in_thread,
-    weigh_session,
-)
+from writer_search.common.text import one_line
+from writer_search.processes.fork_server import weigh_session
+from writer_search.processes.messages import Message, obey_in_thread
+from writer_search.processes.parent import ChildProcess, exit_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -44,18 +41,18 @@ LAST_SECONDS = 120.0  # what the last drawing may take, when no trial runs any m
 MOST_CRASHES = 3  # in a row, after which the pictures are given up
 MOST_WAITING = 2  # orders: one may be drawn already, by the next one what is new since then
 
+Reading = tuple["list[FrozenTrial]", "list[Row]", dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Source:
     """Where to read a search, and write what is drawn.
 
-    storage: the URL of a study that several searches share; None for the database in
-    checkpoint_dir.
+    read: gives the study's trials, the same as rows, and what the study recorded about itself.
     """
 
     checkpoint_dir: Path
-    storage: str | None
-    study_name: str
+    read: Callable[[], Reading]
 
 
 class Drawing:
@@ -66,11 +63,10 @@ class Drawing:
     out and why.
     """
 
-    def __init__(
-        self, checkpoint_dir: Path, storage: str | None = None, study_name: str = ""
-    ) -> None:
+    def __init__(self, checkpoint_dir: Path, read: Callable[[], Reading] | None = None) -> None:
+        """read: for a study that is elsewhere; the drawing process imports it by name."""
         self.notes: list[str] = []
-        self._source = Source(checkpoint_dir, storage, study_name)
+        self._source = Source(checkpoint_dir, read or partial(read_local, checkpoint_dir))
         self._child: ChildProcess | None = None
         self._waiting = 0  # orders that no drawing has answered
         self._again = False  # another is to be sent, once one is answered
@@ -245,7 +241,7 @@ def draw(source: Source) -> list[str]:
     from writer_search.results.pictures.trials import draw_all, draw_missing_curves
     from writer_search.results.report import write_report
 
-    trials, rows, recorded = read(source)
+    trials, rows, recorded = source.read()
     notes = draw_all(source.checkpoint_dir, trials)
     write_report(source.checkpoint_dir, rows, recorded, notes)
     # Last: after an older version's search there are hundreds.
@@ -253,19 +249,10 @@ def draw(source: Source) -> list[str]:
     return notes
 
 
-def read(source: Source) -> tuple[list[FrozenTrial], list[Row], dict[str, Any]]:
-    """Read a study's trials, the same as rows, and what the study recorded about itself."""
-    if source.storage is None:
-        from writer_search.results.pictures.trials import copied_trials
-        from writer_search.results.rows import DATABASE, read_rows, read_study
+def read_local(checkpoint_dir: Path) -> Reading:
+    """Read the study in a checkpoint directory for the pictures."""
+    from writer_search.results.pictures.trials import copied_trials
+    from writer_search.results.rows import DATABASE, read_rows, read_study
 
-        database = source.checkpoint_dir / DATABASE
-        return copied_trials(database), read_rows(database), read_study(database)
-    from writer_search.study.shared.storage import find_study, is_surplus, opened_storage, rows_of
-
-    with opened_storage(source.storage) as storage:
-        study = find_study(storage, source.study_name)
-        if study is None:
-            return [], [], {}
-        trials = [t for t in study.get_trials(deepcopy=False) if not is_surplus(t)]
-        return trials, rows_of(trials), study.user_attrs
+    database = checkpoint_dir / DATABASE
+    return copied_trials(database), read_rows(database), read_study(database)

@@ -9,17 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.files import UserError, one_line, read_dict
+from writer_search.common.errors import UserError
+from writer_search.common.files import read_dict
+from writer_search.common.text import one_line, percent, shown_value
 from writer_search.results.chosen import read_confirmation
 from writer_search.results.confirmed import spread
-from writer_search.results.rows import (
-    Row,
-    best_row,
-    percent,
-    read_recorded,
-    shown_value,
-    trial_dir,
-)
+from writer_search.results.rows import Row, best_row, read_recorded, trial_dir
 
 
 @dataclass(frozen=True)

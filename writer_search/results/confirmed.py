@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from writer_search.common.text import percent
 from writer_search.results.chosen import CONFIRM
-from writer_search.results.rows import Row, percent, trial_dir
+from writer_search.results.rows import Row, trial_dir
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from itertools import islice
 
-from writer_search.results.rows import Row, duration
+from writer_search.common.text import duration
+from writer_search.results.rows import Row
 
 # Student's t of an interval that holds 80 % (Abramowitz and Stegun, table 26.10), by degrees of
 # freedom from 1; above, the normal distribution's.

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from writer_search.common.files import one_line
+from writer_search.common.text import one_line
 from writer_search.results.rows import Row, best_row
 
 LIMIT_SECONDS = 60.0  # a command that runs longer is ended

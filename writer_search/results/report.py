@@ -17,19 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.files import one_line, read_dict, write_text
-from writer_search.processes.test_split import describe
+from writer_search.common.files import read_dict, write_text
+from writer_search.common.text import duration, one_line, percent, shown_value
 from writer_search.results.chosen import read_confirmation
 from writer_search.results.confirmed import describe as describe_confirmation
-from writer_search.results.rows import (
-    Row,
-    best_row,
-    duration,
-    home_of,
-    percent,
-    shown_value,
-    trial_dir,
-)
+from writer_search.results.rows import Row, best_row, home_of, trial_dir
+from writer_search.results.tested import describe
 
 # Name, title, how to read it.
 PICTURES = (

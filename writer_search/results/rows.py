@@ -5,13 +5,10 @@ Imports neither torch nor Optuna, so that `--status` answers at once.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 import sqlite3
 import tempfile
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.files import UserError, one_line, read_json, write_json, write_text
+from writer_search.common.errors import UserError
+from writer_search.common.text import one_line
 
 DATABASE = "optuna_study.db"
-STUDY_NAME = "writer_identification"
 UNFINISHED = ("RUNNING", "WAITING")
 
 
@@ -186,183 +183,6 @@ def _external(value: float, distribution: str) -> Any:
 def _utc(stored: str | None) -> datetime | None:
     """Optuna stores naive UTC."""
     return datetime.fromisoformat(stored).replace(tzinfo=UTC) if stored else None
-
-
-# -------------------------------------------------------------------------------- summary's files
-
-
-class SummaryFiles:
-    """Keeps summary/trials.csv and summary/best_trial.json up to date.
-
-    A row is formatted when it is new or another one than before, and best_trial.json is written
-    when the best trial is: a search of thousands of trials spends no longer on it than one of ten.
-    """
-
-    def __init__(self, checkpoint_dir: Path) -> None:
-        self._checkpoint_dir = checkpoint_dir
-        self._names: set[str] = set()  # of hyperparameters: the columns
-        self._lines: dict[int, tuple[Row, str]] = {}  # by the trial's number
-        self._best: Row | None = None
-
-    def write(self, rows: Sequence[Row]) -> None:
-        """Write what the rows change. Raises OSError."""
-        directory = self._checkpoint_dir / "summary"
-        directory.mkdir(exist_ok=True)
-        write_text(directory / "trials.csv", self._table(rows))
-        best = best_row(rows)
-        if best is not None and best != self._best:
-            write_json(directory / "best_trial.json", _described(best, self._checkpoint_dir))
-            self._best = best
-
-    def _is_known(self, row: Row) -> bool:
-        known = self._lines.get(row.number)
-        return known is not None and (known[0] is row or known[0] == row)
-
-    def _table(self, rows: Sequence[Row]) -> str:
-        changed = [row for row in rows if not self._is_known(row)]
-        names = self._names.union(*(row.params for row in changed))
-        if names != self._names:
-            self._names, changed = names, list(rows)
-        columns = sorted(self._names)
-        for row in changed:
-            self._lines[row.number] = (row, _csv_line(_cells(row, columns)))
-        header = ["number", "state", "value", "epochs", "seconds", *columns, "failure"]
-        return _csv_line(header) + "".join(self._lines[row.number][1] for row in rows)
-
-
-def write_summary(checkpoint_dir: Path, rows: Sequence[Row]) -> None:
-    """Write summary/trials.csv and, once a trial is complete, summary/best_trial.json."""
-    SummaryFiles(checkpoint_dir).write(rows)
-
-
-def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
-    directory = trial_dir(Path(), best.number).name
-    return {
-        "number": best.number,
-        "value": best.value,
-        "metric": "validation macro top-1 accuracy",
-        "params": best.params,
-        "config": _config(home_of(best.attributes, checkpoint_dir) / directory),
-        "seconds": best.seconds,
-        "directory": directory,
-        "model": f"{directory}/best_model.pth",
-    }
-
-
-def _config(directory: Path) -> Any:
-    """Give a trial's whole configuration, what was fixed included."""
-    try:
-        return read_json(directory / "config.json")["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _cells(row: Row, columns: Sequence[str]) -> list[Any]:
-    return [
-        row.number,
-        row.state,
-        "" if row.value is None else row.value,
-        row.attributes.get("epochs", ""),
-        f"{row.seconds:.1f}" if row.ended and row.seconds is not None else "",
-        *(row.params.get(name, "") for name in columns),
-        row.attributes.get("failure", ""),
-    ]
-
-
-def _csv_line(cells: Sequence[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
-
-
-def remove_weights(
-    checkpoint_dir: Path,
-    rows: Sequence[Row],
-    kept: int,
-    running: Collection[int],
-    removed: set[int],
-) -> None:
-    """Delete the weights of finished trials that are not among the best `kept`.
-
-    An interrupted trial keeps its own until a trial that continues it has ended by itself.
-    `removed` holds the trials that have none any more, and grows: what is not needed once is never
-    needed again.
-    """
-    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
-    best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
-    needed = {row.number for row in best} | set(running)
-    interrupted = {row.number for row in rows if row.attributes.get("interrupted")}
-    for row in reversed(rows):  # a trial that is continued stands before the one that continues it
-        if row.state not in UNFINISHED and row.number not in interrupted:
-            interrupted.discard(row.attributes.get("continues"))
-    needed |= interrupted
-    needed |= removed
-    for row in rows:
-        if row.state not in UNFINISHED and row.number not in needed:
-            for weights in trial_dir(checkpoint_dir, row.number).glob("*.pth"):
-                weights.unlink(missing_ok=True)
-            removed.add(row.number)
-
-
-# -------------------------------------------------------------------------------------- for people
-
-
-def percent(value: float | None) -> str:
-    return "none yet" if value is None else f"{100 * value:.2f}%"
-
-
-def duration(seconds: float) -> str:
-    """Say a duration in its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
-
-
-def shown_value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def closing_lines(
-    checkpoint_dir: Path, rows: Sequence[Row], n_trials: int, exhausted: bool = False
-) -> list[str]:
-    """Say how the search stands: counts, the best trial, where things are, what comes next."""
-    states = Counter(row.state for row in rows)
-    lines = [
-        f"Completed trials: {states['COMPLETE']} | pruned: {states['PRUNED']} | "
-        f"failed: {states['FAIL']}"
-    ]
-    best = best_row(rows)
-    if best is None:
-        lines.append("No trial is complete yet.")
-    else:
-        lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
-        width = max((len(name) for name in best.params), default=0)
-        lines += [f"  {name:<{width}}  {shown_value(v)}" for name, v in best.params.items()]
-        home = home_of(best.attributes, checkpoint_dir)
-        lines.append(f"Best model: {trial_dir(home, best.number) / 'best_model.pth'}")
-    lines.append(f"Summary: {checkpoint_dir / 'summary'}")
-    failed = [row for row in rows if row.state == "FAIL" and "failure" in row.attributes]
-    lines += [
-        f"  trial {row.number} failed: {one_line(row.attributes['failure'], 160)}"
-        for row in failed[-3:]
-    ]
-    missing = max(0, n_trials - states["COMPLETE"])
-    if missing and exhausted:
-        lines.append(
-            f"{missing} of {n_trials} trials still missing, but the space has no other "
-            "configuration: widen it in a fresh --checkpoint_dir"
-        )
-    elif missing:
-        lines.append(f"{missing} of {n_trials} trials still missing: the same command runs them.")
-    else:
-        lines.append("All trials are complete: the same command with a higher --n_trials extends.")
-    return lines
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:

@@ -15,18 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from writer_search.common.files import is_locked, one_line
+from writer_search.common.locks import is_locked
+from writer_search.common.text import duration, one_line, percent
 from writer_search.results.estimate import Range, finished_epochs, range_text, seconds_left
-from writer_search.results.rows import (
-    Row,
-    best_row,
-    closing_lines,
-    duration,
-    percent,
-    read_history,
-    read_recorded,
-    trial_dir,
-)
+from writer_search.results.rows import Row, best_row, read_history, read_recorded, trial_dir
+from writer_search.results.tables import closing_lines
 
 STALLED_SECONDS = 300.0  # a running trial shows a sign of life at every batch
 SHOWN_TRIALS = 12  # finished ones in the table

@@ -18,17 +18,13 @@ import optuna
 from optuna.pruners import NopPruner
 from optuna.trial import Trial, TrialState, create_trial
 
-from writer_search.common.files import DirectoryLock
+from writer_search.common.locks import DirectoryLock
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
 from writer_search.results.rows import DATABASE, Row, read_rows
 from writer_search.study.search import Search
-from writer_search.study.store import (
-    continue_interrupted,
-    open_study,
-    record_settings,
-    settle_unfinished,
-)
+from writer_search.study.store import open_study, record_settings
+from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 
 RULE = "=" * 70
 SEED_WORD = 2**30  # keeps these seeds apart from those of draws

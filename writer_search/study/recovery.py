@@ -15,9 +15,12 @@ import optuna
 from optuna.distributions import json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
-from writer_search.common.files import UserError, one_line, read_dict, sync_directory
+from writer_search.common.errors import UserError
+from writer_search.common.files import read_dict, sync_directory
+from writer_search.common.text import one_line
 from writer_search.results.rows import DATABASE, read_history, read_rows, trial_dir
-from writer_search.study.store import finished_value, open_study
+from writer_search.study.records import finished_value
+from writer_search.study.store import open_study
 
 MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
 WAY_OUT = "--recover rebuilds it from the trial directories, the damaged file is kept beside it"

@@ -23,46 +23,30 @@ from optuna.trial import Trial, TrialState
 
 from data import LineSet
 from writer_search.common.cores import SharedCores
-from writer_search.common.files import UserError, one_line, write_json
+from writer_search.common.errors import UserError
+from writer_search.common.files import write_json
 from writer_search.common.signals import StopSignals
-from writer_search.config import Space
+from writer_search.common.text import duration, one_line, percent
 from writer_search.processes.deadlines import END_TIME, longest_epoch
 from writer_search.processes.devices import STARTS_IN_A_ROW, Devices, Slot
-from writer_search.processes.parent import (
-    CONTINUE,
-    PRUNE,
-    STOP,
-    THREADS,
-    ChildProcess,
-    Job,
-    TrialProcesses,
-)
+from writer_search.processes.messages import CONTINUE, PRUNE, STOP, THREADS, Job
+from writer_search.processes.parent import ChildProcess, TrialProcesses
 from writer_search.processes.pictures import Drawing
 from writer_search.results.estimate import Range, Timed, finished_epochs, range_text, seconds_left
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress
-from writer_search.results.rows import (
-    DATABASE,
-    Row,
-    SummaryFiles,
-    best_row,
-    duration,
-    percent,
-    read_rows,
-    remove_weights,
-    trial_dir,
-)
-from writer_search.study.store import (
-    Drawer,
-    SpaceExhaustedError,
-    checkpoint_to_continue,
-    config_of,
+from writer_search.results.rows import DATABASE, Row, best_row, read_rows, trial_dir
+from writer_search.results.tables import SummaryFiles
+from writer_search.space import Space
+from writer_search.study.draws import Drawer, SpaceExhaustedError, config_of, warm_up_epochs
+from writer_search.study.records import (
     distributions_of,
     finished_value,
-    warm_up_epochs,
     write_error_log,
     write_record,
 )
+from writer_search.study.unfinished import checkpoint_to_continue
+from writer_search.study.weights import remove_weights
 
 Result = TypeVar("Result")
 

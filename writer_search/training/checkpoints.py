@@ -19,7 +19,9 @@ from torch import Tensor
 
 from data import PREPROCESSING, LineSet
 from model import WriterModel
-from writer_search.common.files import UserError, one_line, write_text, write_whole
+from writer_search.common.errors import UserError
+from writer_search.common.files import write_text, write_whole
+from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
 
 CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from data import BrokenImageError, decode_line, find_images
 from model import WriterModel
-from train import line_logits
 from writer_search.common.cores import usable_cores
-from writer_search.common.files import UserError, one_line
+from writer_search.common.errors import UserError
+from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
 from writer_search.training.batches import Lines
+from writer_search.training.evaluation import line_logits
 
 LINES_AT_ONCE = 256  # decoded lines in memory: 15 MB at 64 px
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,22 +13,15 @@ import torch
 import torchvision
 
 from data import SPLITS, LineSet, find_lines, load_lines
-from train import Stopped, train
-from writer_search.common.files import (
-    DirectoryLock,
-    UserError,
-    content_hash,
-    one_line,
-    read_json,
-    write_json,
-)
+from writer_search.common.errors import UserError
+from writer_search.common.files import content_hash, read_json, write_json
+from writer_search.common.locks import DirectoryLock
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
+from writer_search.common.text import duration, one_line, percent
 from writer_search.config import TrialConfig
-from writer_search.results.rows import duration, percent
 from writer_search.training.checkpoints import CheckpointMismatchError, load_checked
-
-TRAIN_ON = ("train", "train+val")
+from writer_search.training.outcomes import Stopped
 
 
 @dataclass(frozen=True)
@@ -114,8 +108,10 @@ def with_validation_lines(data: LineSet) -> LineSet:
     return replace(data, splits=splits, fingerprint=content_hash([data.fingerprint, "train+val"]))
 
 
-def retrain(wanted: Retraining, stop: StopSignals) -> None:
+def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object]) -> None:
     """Train again, or go on where an earlier run of the same was stopped.
+
+    `train` is the function of train.py.
 
     Writes what `train` does, and config.json, into the output directory.
     Raises UserError, Interrupted.
@@ -142,7 +138,7 @@ def retrain(wanted: Retraining, stop: StopSignals) -> None:
         write_json(wanted.output_dir / "config.json", record)
         for line in opening_lines(wanted, original, data, last_epoch, device, goes_on):
             print(line, flush=True)
-        run(wanted, original, data, last_epoch, device, stop)
+        run(wanted, original, data, last_epoch, device, stop, train)
     print("\n".join(closing_lines(wanted, original)))
 
 
@@ -153,6 +149,7 @@ def run(
     last_epoch: int | None,
     device: torch.device,
     stop: StopSignals,
+    train: Callable[..., object],
 ) -> None:
     """Train, with a line for each epoch. Raises Interrupted once all is saved."""
     epochs = last_epoch or original.config.epochs

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from writer_search.common.files import one_line, write_whole
+from writer_search.common.files import write_whole
+from writer_search.common.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

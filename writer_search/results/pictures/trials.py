@@ -26,6 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.pool import StaticPool
 
 from writer_search.common.files import read_json
+from writer_search.common.text import shown_value
+from writer_search.flags import STUDY_NAME
 from writer_search.results.pictures.figures import (
     ACCURACY,
     BLUE,
@@ -47,14 +49,7 @@ from writer_search.results.pictures.figures import (
     whole_numbers,
 )
 from writer_search.results.pictures.writers import confusion_picture, writers_picture
-from writer_search.results.rows import (
-    STUDY_NAME,
-    copy_database,
-    home_of,
-    read_history,
-    shown_value,
-    trial_dir,
-)
+from writer_search.results.rows import copy_database, home_of, read_history, trial_dir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,10 +22,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from writer_search.common.files import SharedLock, holder_is_dead
+from writer_search.common.locks import SharedLock, holder_is_dead
 from writer_search.results.rows import home_of, trial_dir
+from writer_search.study.draws import Drawer, params_key
 from writer_search.study.shared.storage import is_surplus
-from writer_search.study.store import Drawer, continuations, params_key, settle
+from writer_search.study.unfinished import continuations, settle
 
 SIGN_SECONDS = 60.0  # between two signs of life of a running trial
 SILENT_SECONDS = 300.0  # a trial without a new sign for so long is dead

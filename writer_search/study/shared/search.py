@@ -18,11 +18,13 @@ from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from writer_search.common.files import UserError, read_json
-from writer_search.processes.parent import STOP, UNDER_WAY
+from writer_search.common.errors import UserError
+from writer_search.common.files import read_json
+from writer_search.processes.messages import STOP, UNDER_WAY
 from writer_search.results.estimate import finished_epochs, seconds_left
 from writer_search.results.rows import Row, trial_dir
 from writer_search.results.status import RunningStatus, Status, silence
+from writer_search.study.records import write_record
 from writer_search.study.recovery import rebuilt_trials, recorded_settings_of, trial_directories
 from writer_search.study.search import STOP_SECONDS, RunningTrial, Search
 from writer_search.study.shared.fleet import SIGN_SECONDS, Fleet
@@ -33,7 +35,7 @@ from writer_search.study.shared.storage import (
     rows_of,
     shown_url,
 )
-from writer_search.study.store import refuse_changes, write_record
+from writer_search.study.store import refuse_changes
 
 # Between two looks at what the others do, for a search that has a place free: soon at first.
 FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 10.0

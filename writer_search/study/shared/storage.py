@@ -28,8 +28,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 
-from writer_search.common.files import UserError, one_line
+from writer_search.common.errors import UserError
 from writer_search.common.signals import StopSignals
+from writer_search.common.text import one_line
 from writer_search.results.rows import Row
 
 PATIENCE_SECONDS = 300.0  # so long an outage in the middle of a search is waited out
@@ -348,6 +349,16 @@ def rows_of(trials: Sequence[FrozenTrial]) -> list[Row]:
         for trial in trials
         if not is_surplus(trial)
     ]
+
+
+def read_shared(url: str, name: str) -> tuple[list[FrozenTrial], list[Row], dict[str, Any]]:
+    """Read a study in a shared storage for the pictures, in a process of its own."""
+    with opened_storage(url) as storage:
+        study = find_study(storage, name)
+        if study is None:
+            return [], [], {}
+        trials = [t for t in study.get_trials(deepcopy=False) if not is_surplus(t)]
+        return trials, rows_of(trials), study.user_attrs
 
 
 def _aware(naive_local: datetime | None) -> datetime | None:

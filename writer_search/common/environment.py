@@ -1,0 +1,49 @@
+"""The environment that a training runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+
+def training_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Give what makes training on a CPU faster, and is read as a program starts.
+
+    Only where `given`, the user's environment, says nothing of the same.
+    """
+    # A thread without work waits awake for some 0.3 ms, then sleeps. On 2 cores with 2 threads a
+    # small model takes 1.4 times as long with threads that sleep at once, and with threads that
+    # stay awake 2.5 times as long beside one busy process.
+    waiting = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+    # The memory of one step is kept for the next: to have it from the kernel again, page by page,
+    # made steps of a ResNet-18 1.04 and of a ResNet-50 1.1 to 1.3 times as long.
+    memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    groups = (waiting, memory)
+    return {k: v for own in groups if not own.keys() & given.keys() for k, v in own.items()}
+
+
+def as_in_a_trial() -> None:
+    """Start this program again where its environment is not the one that trials have.
+
+    Keeps the process's number. Before the program begins its work: nothing is closed. Where it
+    cannot be started again it goes on as it is.
+    """
+    missing = training_environment(os.environ)
+    from_a_pipe = sys.argv[0] in ("", "-")  # its text is read and gone
+    if missing and sys.executable and not from_a_pipe:
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, sys.orig_argv, os.environ | missing)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a program that is started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})

@@ -1,0 +1,34 @@
+"""Mistakes that the user can mend, told in one line."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from writer_search.common.text import one_line
+
+
+class UserError(Exception):
+    """A mistake that the user can mend, in one line: what is wrong, the value, what to do."""
+
+
+# What a path, a disk or its permissions are at fault for, and no program.
+OF_THE_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
+}
+
+
+@contextmanager
+def place_errors_told() -> Iterator[None]:
+    """Turn errors of a path, a disk or its permissions into the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        if "AF_UNIX path too long" in str(error):  # it has no number, and names no path
+            raise UserError("the path in TMPDIR is too long: set TMPDIR to a shorter one") from None
+        if error.errno not in OF_THE_PLACE:
+            raise
+        raise UserError(f"{one_line(error)}; mend it, and the same command goes on") from None

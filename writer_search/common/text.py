@@ -1,0 +1,33 @@
+"""Texts for people: one line, percent, durations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Squeeze any text (an error, a hostile file name) into one printable line."""
+    flat = " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode()
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in flat)
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+def percent(value: float | None) -> str:
+    return "none yet" if value is None else f"{100 * value:.2f}%"
+
+
+def duration(seconds: float) -> str:
+    """Say a duration in its two largest units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def shown_value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

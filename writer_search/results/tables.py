@@ -1,0 +1,135 @@
+"""The tables in summary/ and a search's last lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from writer_search.common.files import read_json, write_json, write_text
+from writer_search.common.text import one_line, percent, shown_value
+from writer_search.results.rows import Row, best_row, home_of, trial_dir
+
+
+class SummaryFiles:
+    """Keeps summary/trials.csv and summary/best_trial.json up to date.
+
+    A row is formatted when it is new or another one than before, and best_trial.json is written
+    when the best trial is: a search of thousands of trials spends no longer on it than one of ten.
+    """
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self._checkpoint_dir = checkpoint_dir
+        self._names: set[str] = set()  # of hyperparameters: the columns
+        self._lines: dict[int, tuple[Row, str]] = {}  # by the trial's number
+        self._best: Row | None = None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write what the rows change. Raises OSError."""
+        directory = self._checkpoint_dir / "summary"
+        directory.mkdir(exist_ok=True)
+        write_text(directory / "trials.csv", self._table(rows))
+        best = best_row(rows)
+        if best is not None and best != self._best:
+            write_json(directory / "best_trial.json", _described(best, self._checkpoint_dir))
+            self._best = best
+
+    def _is_known(self, row: Row) -> bool:
+        known = self._lines.get(row.number)
+        return known is not None and (known[0] is row or known[0] == row)
+
+    def _table(self, rows: Sequence[Row]) -> str:
+        changed = [row for row in rows if not self._is_known(row)]
+        names = self._names.union(*(row.params for row in changed))
+        if names != self._names:
+            self._names, changed = names, list(rows)
+        columns = sorted(self._names)
+        for row in changed:
+            self._lines[row.number] = (row, _csv_line(_cells(row, columns)))
+        header = ["number", "state", "value", "epochs", "seconds", *columns, "failure"]
+        return _csv_line(header) + "".join(self._lines[row.number][1] for row in rows)
+
+
+def write_summary(checkpoint_dir: Path, rows: Sequence[Row]) -> None:
+    """Write summary/trials.csv and, once a trial is complete, summary/best_trial.json."""
+    SummaryFiles(checkpoint_dir).write(rows)
+
+
+def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
+    directory = trial_dir(Path(), best.number).name
+    return {
+        "number": best.number,
+        "value": best.value,
+        "metric": "validation macro top-1 accuracy",
+        "params": best.params,
+        "config": _config(home_of(best.attributes, checkpoint_dir) / directory),
+        "seconds": best.seconds,
+        "directory": directory,
+        "model": f"{directory}/best_model.pth",
+    }
+
+
+def _config(directory: Path) -> Any:
+    """Give a trial's whole configuration, what was fixed included."""
+    try:
+        return read_json(directory / "config.json")["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _cells(row: Row, columns: Sequence[str]) -> list[Any]:
+    return [
+        row.number,
+        row.state,
+        "" if row.value is None else row.value,
+        row.attributes.get("epochs", ""),
+        f"{row.seconds:.1f}" if row.ended and row.seconds is not None else "",
+        *(row.params.get(name, "") for name in columns),
+        row.attributes.get("failure", ""),
+    ]
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def closing_lines(
+    checkpoint_dir: Path, rows: Sequence[Row], n_trials: int, exhausted: bool = False
+) -> list[str]:
+    """Say how the search stands: counts, the best trial, where things are, what comes next."""
+    states = Counter(row.state for row in rows)
+    lines = [
+        f"Completed trials: {states['COMPLETE']} | pruned: {states['PRUNED']} | "
+        f"failed: {states['FAIL']}"
+    ]
+    best = best_row(rows)
+    if best is None:
+        lines.append("No trial is complete yet.")
+    else:
+        lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
+        width = max((len(name) for name in best.params), default=0)
+        lines += [f"  {name:<{width}}  {shown_value(v)}" for name, v in best.params.items()]
+        home = home_of(best.attributes, checkpoint_dir)
+        lines.append(f"Best model: {trial_dir(home, best.number) / 'best_model.pth'}")
+    lines.append(f"Summary: {checkpoint_dir / 'summary'}")
+    failed = [row for row in rows if row.state == "FAIL" and "failure" in row.attributes]
+    lines += [
+        f"  trial {row.number} failed: {one_line(row.attributes['failure'], 160)}"
+        for row in failed[-3:]
+    ]
+    missing = max(0, n_trials - states["COMPLETE"])
+    if missing and exhausted:
+        lines.append(
+            f"{missing} of {n_trials} trials still missing, but the space has no other "
+            "configuration: widen it in a fresh --checkpoint_dir"
+        )
+    elif missing:
+        lines.append(f"{missing} of {n_trials} trials still missing: the same command runs them.")
+    else:
+        lines.append("All trials are complete: the same command with a higher --n_trials extends.")
+    return lines

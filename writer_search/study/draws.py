@@ -1,0 +1,217 @@
+"""Draws hyperparameters: samplers, pruners, and no draw twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.pruners import (
+    BasePruner,
+    MedianPruner,
+    NopPruner,
+    PercentilePruner,
+    SuccessiveHalvingPruner,
+)
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.search_space import IntersectionSearchSpace
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from writer_search.common.errors import UserError
+from writer_search.config import TrialConfig
+from writer_search.space import Space, baseline, suggest
+
+STARTUP_TRIALS = 5
+
+
+REDRAWS = 100
+
+
+class SpaceExhaustedError(Exception):
+    """Every configuration of a finite space has been drawn."""
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """Build a sampler. Raises UserError for gp without scipy."""
+    if name == "random":
+        return RandomSampler(seed=seed)
+    if name == "gp":
+        try:
+            import scipy  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
+        except ImportError:
+            raise UserError("--sampler gp needs scipy: pip install scipy") from None
+        return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+    return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+
+
+def warm_up_epochs(epochs: int) -> int:
+    """Give how many epochs a trial trains before a pruner judges it: a fifth of them."""
+    return epochs // 5
+
+
+def make_pruner(name: str, epochs: int) -> BasePruner:
+    """Build a pruner, which judges no trial before `warm_up_epochs`."""
+    warm_up = warm_up_epochs(epochs)
+    if name == "median":
+        return MedianPruner(STARTUP_TRIALS, warm_up)
+    if name == "percentile":
+        return PercentilePruner(75.0, STARTUP_TRIALS, warm_up)
+    if name == "halving":
+        return SuccessiveHalvingPruner(min_resource=max(1, warm_up))
+    return NopPruner()
+
+
+@dataclass
+class Draws:
+    """What was drawn so far: the last draw's number, and the hyperparameters, as text."""
+
+    last: int = -1
+    taken: set[str] = field(default_factory=set)
+    tried: set[str] = field(default_factory=set)  # of these, by trials that were not interrupted
+
+    def add(self, trial: FrozenTrial) -> None:
+        attributes = trial.user_attrs
+        self.last = max(self.last, attributes.get("draw", -1))
+        if attributes.get("surplus"):
+            return
+        key = params_key(trial.params)
+        self.taken.add(key)
+        if not attributes.get("interrupted"):
+            self.tried.add(key)
+
+    def copy(self) -> Draws:
+        return Draws(self.last, set(self.taken), set(self.tried))
+
+
+class Drawer:
+    """Draws hyperparameters in a study in memory, so that a repeated draw leaves no trace.
+
+    The study in memory mirrors the finished trials of the real one; drawing there needs no queries.
+    """
+
+    def __init__(self, space: Space, sampler: str, seed: int, salt: Sequence[int] = ()) -> None:
+        """salt: a number of its own for each of several searches that draw at once."""
+        self._space, self._sampler, self._seed, self._salt = space, sampler, seed, tuple(salt)
+        self._memory = optuna.create_study(direction=StudyDirection.MAXIMIZE)
+        self._intersection = IntersectionSearchSpace(include_pruned=True)
+        # Of the finished trials, which never change again; a draw looks at the other ones only.
+        self._finished: set[int] = set()
+        self._settled = 0  # so many of the first trials have finished
+        self._draws = Draws()
+
+    def ask(self, study: optuna.Study) -> Trial:
+        """Start the next trial: one that waits in the study, or a new draw.
+
+        A draw is stored in one step, whole, waiting; then started. Whatever kills the search in
+        between, the draw is neither lost nor drawn again. Raises SpaceExhaustedError.
+        """
+        trials = study.get_trials(deepcopy=False)
+        if not any(trial.state == TrialState.WAITING for trial in trials[self._settled :]):
+            study.add_trial(self.new_draw(trials))
+        return study.ask()
+
+    def new_draw(
+        self, trials: Sequence[FrozenTrial], state: TrialState = TrialState.WAITING
+    ) -> FrozenTrial:
+        """Draw parameters that no trial has, as a trial that waits, or runs. Stores nothing.
+
+        The sampler is made afresh from (seed, draws so far, attempt): one that was seeded once
+        would repeat its draws after each restart.
+        """
+        unfinished = self._learn(trials)
+        draws = self._draws.copy()
+        for trial in unfinished:
+            draws.add(trial)
+        number, taken = draws.last + 1, draws.taken
+        running = [trial for trial in unfinished if trial.state == TrialState.RUNNING]
+        placeholders = self._add_to_memory(running)  # TPE keeps away from them
+        try:
+            for attempt in range(2 * REDRAWS):
+                drawn = self._draw(number, attempt)
+                # Where a finite space has nothing else, what was interrupted is worth a new start.
+                if params_key(drawn.params) not in (taken if attempt < REDRAWS else draws.tried):
+                    seed = _seed(self._seed, number, 0, *self._salt)
+                    return create_trial(
+                        state=state,
+                        params=drawn.params,
+                        distributions=drawn.distributions,
+                        user_attrs={"draw": number, "seed": seed},
+                    )
+        finally:
+            for placeholder in placeholders:
+                self._memory.tell(placeholder, state=TrialState.FAIL)  # samplers pass over these
+        raise SpaceExhaustedError(f"{len(taken)} different configurations were drawn")
+
+    def _learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Take in the trials that have finished since the last draw; returns the unfinished ones.
+
+        trials: all of the study, by number.
+        """
+        later = trials[self._settled :]
+        finished = [t for t in later if t.state.is_finished() and t.number not in self._finished]
+        self._add_to_memory(finished)
+        self._finished.update(trial.number for trial in finished)
+        for trial in finished:
+            self._draws.add(trial)
+        unfinished = [trial for trial in later if not trial.state.is_finished()]
+        self._settled = unfinished[0].number if unfinished else len(trials)
+        return unfinished
+
+    def _add_to_memory(self, trials: Sequence[FrozenTrial]) -> list[int]:
+        """Copy what samplers look at into the study in memory; returns the trials' numbers there.
+
+        Optuna's own way, a deep copy of the whole, makes each later look at the originals slower:
+        it reads their `__dict__`, and CPython then keeps their attributes apart from them.
+        """
+        first = len(self._memory.get_trials(deepcopy=False)) if trials else 0
+        for trial in trials:
+            self._memory.add_trial(
+                create_trial(
+                    state=trial.state,
+                    value=trial.value,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    intermediate_values=trial.intermediate_values,
+                )
+            )
+        return list(range(first, first + len(trials)))
+
+    def _draw(self, number: int, attempt: int) -> FrozenTrial:
+        name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
+        sampler = make_sampler(name, _seed(self._seed, number, attempt, *self._salt))
+        if isinstance(sampler, TPESampler):
+            # It remembers which trials it has seen; a new one would go through all at each draw.
+            sampler._search_space = self._intersection
+        self._memory.sampler = sampler
+        if number == 0 and attempt == 0:
+            self._memory.enqueue_trial(baseline(self._space))
+        trial = self._memory.ask()
+        suggest(trial, self._space)
+        return self._memory.tell(trial, state=TrialState.FAIL)
+
+
+def params_key(params: Mapping[str, Any]) -> str:
+    """Give equal hyperparameters equal text."""
+    return json.dumps(params, sort_keys=True)
+
+
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def config_of(trial: Trial, space: Space, settings: Mapping[str, Any], seed: int) -> TrialConfig:
+    """Give a trial's configuration. Raises UserError when it breaks a limit."""
+    values: dict[str, Any] = suggest(trial, space)
+    return TrialConfig(
+        # A trial that was enqueued by hand has no draw number.
+        seed=trial.user_attrs.get("seed", _seed(seed, 2**31 + trial.number)),
+        epochs=settings["epochs"],
+        patience=settings["patience"],
+        pretrained=settings["weights"] == "imagenet",
+        precision=settings["precision"].get(values["backbone"], "float32"),
+        **values,
+    )

@@ -1,0 +1,150 @@
+"""Trials that a search left unfinished: settling them, and going on with them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from writer_search.results.rows import home_of, read_history, trial_dir
+from writer_search.study.records import finished_value, tell, write_error_log, write_record
+
+# In a row without one epoch more: what ends a trial so often is the trial itself.
+MAX_CONTINUATIONS = 3
+
+
+def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
+    """Finish what a dead search left RUNNING; under the lock, RUNNING means dead.
+
+    A trial whose metrics.json is there had finished, and is told so. Any other failed. Also writes
+    records that are missing. Returns a line for each trial that was settled.
+    """
+    settled = []
+    for leftover in [
+        *checkpoint_dir.glob("trial_*/.*.tmp"),
+        *checkpoint_dir.glob("summary/.*.tmp"),
+    ]:
+        leftover.unlink(missing_ok=True)  # half-written by a process that was killed
+    for trial in study.get_trials(deepcopy=False):
+        directory = trial_dir(checkpoint_dir, trial.number)
+        if trial.state == TrialState.RUNNING:
+            settled.append(settle(study, checkpoint_dir, trial))
+        elif trial.state.is_finished() and not (directory / "trial.json").exists():
+            write_record(checkpoint_dir, trial)
+    return settled
+
+
+CUT_OFF = "kill -9, power loss or out-of-memory kill of the search"
+
+
+def settle(
+    study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial, why: str = CUT_OFF
+) -> str:
+    """Finish a trial whose search is dead; returns what became of it, in a line."""
+    directory = trial_dir(checkpoint_dir, trial.number)
+    epochs = len(trial.intermediate_values)
+    most = study.user_attrs.get("settings", {}).get("epochs", epochs + 1)
+    handle = Trial(study, trial._trial_id)  # Optuna has no public way to a trial that runs
+    reported = set(trial.intermediate_values)
+    for row in read_history(directory):  # epochs that were saved, but not told any more
+        if row["epoch"] not in reported:
+            handle.report(row["macro_top1"], row["epoch"])
+            epochs = max(epochs, row["epoch"])
+    value = finished_value(directory)
+    if value is not None:
+        handle.set_user_attr("epochs", epochs)
+        tell(study, checkpoint_dir, trial.number, TrialState.COMPLETE, value)
+        return f"trial {trial.number} had finished with {100 * value:.2f}%: recorded"
+    cause = f"cut off without a word at epoch {min(epochs + 1, most)}: {why}"
+    write_error_log(
+        directory,
+        cause,
+        epoch=epochs or None,
+        advice="nothing to do: the search goes on with new draws",
+    )
+    handle.set_user_attr("epochs", epochs)
+    handle.set_user_attr("failure", cause)
+    handle.set_user_attr("interrupted", True)
+    tell(study, checkpoint_dir, trial.number, TrialState.FAIL)
+    return f"trial {trial.number} was cut off at epoch {min(epochs + 1, most)}: recorded as failed"
+
+
+def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:
+    """Let a waiting trial follow each interrupted one, with its hyperparameters and seed.
+
+    seeds: those of the trials to go on with; None: of all. Returns a line for each such trial.
+    """
+    lines = []
+    for trial in continuations(study.get_trials(deepcopy=False)):
+        if seeds is not None and trial.user_attrs["seed"] not in seeds:
+            continue
+        study.add_trial(trial)
+        number = trial.user_attrs["continues"]
+        lines.append(f"trial {number} was interrupted: a new trial goes on with it")
+    return lines
+
+
+def continuations(
+    trials: Sequence[FrozenTrial], state: TrialState = TrialState.WAITING
+) -> Iterator[FrozenTrial]:
+    """Give a trial to follow each interrupted one, with its hyperparameters and seed.
+
+    Once for each interruption, but not after MAX_CONTINUATIONS in a row that brought no epoch more.
+    A trial that failed by itself is not followed.
+    """
+    # A fleet, whose trials run at once, starts no waiting one: it came with a copied study.
+    waits = state == TrialState.WAITING
+    followed = {
+        t.user_attrs.get("continues")
+        for t in trials
+        if (waits or t.state != TrialState.WAITING) and not t.user_attrs.get("surplus")
+    }
+    for trial in trials:
+        attributes = trial.user_attrs
+        if trial.state != TrialState.FAIL or not attributes.get("interrupted"):
+            continue
+        if trial.number in followed or "seed" not in attributes:
+            continue
+        if _in_vain(trials, trial) >= MAX_CONTINUATIONS:
+            continue
+        yield create_trial(
+            state=state,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={
+                "draw": attributes["draw"],
+                "seed": attributes["seed"],
+                "continues": trial.number,
+                "continued": attributes.get("continued", 0) + 1,
+            },
+        )
+
+
+def _in_vain(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
+    """Count the continuations in a row, up to this trial, that brought no epoch more."""
+    chain = [trial, *_continued_by(trials, trial)]
+    done = [link.user_attrs.get("epochs", 0) for link in reversed(chain)]
+    return len(done) - 1 - done.index(max(done))
+
+
+def _continued_by(
+    trials: Sequence[FrozenTrial], trial: FrozenTrial | Trial
+) -> Iterator[FrozenTrial]:
+    """Give the trials that a trial goes on with, the last of them first."""
+    number = trial.user_attrs.get("continues")
+    while number is not None:
+        yield trials[number]
+        number = trials[number].user_attrs.get("continues")
+
+
+def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Trial) -> Path | None:
+    """Give the directory of the newest checkpoint among the trials that this one continues."""
+    if "continues" not in trial.user_attrs:
+        return None  # most are new draws: no need to read all trials
+    for earlier in _continued_by(study.get_trials(deepcopy=False), trial):
+        directory = trial_dir(home_of(earlier.user_attrs, checkpoint_dir), earlier.number)
+        if (directory / "latest_checkpoint.pth").exists():
+            return directory
+    return None

@@ -1,0 +1,37 @@
+"""Deletes the weights that nobody needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from writer_search.results.rows import UNFINISHED, Row, trial_dir
+
+
+def remove_weights(
+    checkpoint_dir: Path,
+    rows: Sequence[Row],
+    kept: int,
+    running: Collection[int],
+    removed: set[int],
+) -> None:
+    """Delete the weights of finished trials that are not among the best `kept`.
+
+    An interrupted trial keeps its own until a trial that continues it has ended by itself.
+    `removed` holds the trials that have none any more, and grows: what is not needed once is never
+    needed again.
+    """
+    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
+    best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
+    needed = {row.number for row in best} | set(running)
+    interrupted = {row.number for row in rows if row.attributes.get("interrupted")}
+    for row in reversed(rows):  # a trial that is continued stands before the one that continues it
+        if row.state not in UNFINISHED and row.number not in interrupted:
+            interrupted.discard(row.attributes.get("continues"))
+    needed |= interrupted
+    needed |= removed
+    for row in rows:
+        if row.state not in UNFINISHED and row.number not in needed:
+            for weights in trial_dir(checkpoint_dir, row.number).glob("*.pth"):
+                weights.unlink(missing_ok=True)
+            removed.add(row.number)

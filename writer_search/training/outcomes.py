@@ -1,0 +1,15 @@
+"""How a training may end before its time."""
+
+from __future__ import annotations
+
+
+class Pruned(Exception):
+    """Raised by `report`: the trial is not worth finishing."""
+
+
+class Stopped(Exception):
+    """Raised by `check`: the trial is to save its state and end."""
+
+
+class DivergedError(Exception):
+    """The loss or the model's output is not finite."""

@@ -1,0 +1,61 @@
+"""Measures a model on the test lines, with intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data import LineSet
+from writer_search.training.batches import Lines, strip_on
+from writer_search.training.bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
+from writer_search.training.checkpoints import load_model
+from writer_search.training.evaluation import line_logits
+from writer_search.training.metrics import compute_metrics
+from writer_search.training.outcomes import DivergedError
+
+TEST_METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1", "loss")
+
+
+def measure_test_split(model_file: Path, data: LineSet, device: torch.device) -> dict[str, Any]:
+    """Give a saved model's metrics on the test lines, with intervals, as JSON-able values.
+
+    Raises UserError for a file that is no model, DivergedError for output that is not finite.
+    """
+    model, config, writers = load_model(model_file)
+    lines = Lines.of(data, "test", strip_on(data, device), device)
+    with torch.inference_mode():
+        output = line_logits(model.to(device), config, lines, len(writers))
+    logits = output.double().cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise DivergedError("the model's output on the test lines is not finite")
+    labels, numbers = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
+    metrics, pages = (
+        compute_metrics(logits, labels, numbers, writers),
+        count_pages(logits, labels, numbers),
+    )
+    return {
+        **{name: getattr(metrics, name) for name in TEST_METRICS},
+        "intervals": intervals(pages),
+        "interval_method": INTERVAL_METHOD,
+        "lines": len(labels),
+        "pages": len(pages.labels),
+        "writers_with_one_page": int((np.bincount(pages.labels) == 1).sum()),
+        "writers_without_test_lines": sorted(set(writers) - set(metrics.per_writer)),
+        "per_writer": {
+            name: _of_writer(pages, writers.index(name), share)
+            for name, share in metrics.per_writer.items()
+        },
+    }
+
+
+def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
+    own = pages.labels == label
+    return {
+        "top1": share,
+        "lines": int(pages.lines[own].sum()),
+        "pages": int(own.sum()),
+        "page_top1": float(pages.page_right[own].mean()),
+    }
