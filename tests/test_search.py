@@ -67,7 +67,7 @@ class PruneTrial(optuna.pruners.BasePruner):
 
 
 def trials_of(directory: Path) -> list[tuple[int, str, float | None]]:
-    """Read the trials by the query that the README gives."""
+    """Read the trials by the query that docs/results.md gives."""
     connection = sqlite3.connect(directory / "optuna_study.db")
     rows = connection.execute(
         "SELECT t.number, t.state, v.value FROM trials t LEFT JOIN trial_values v USING (trial_id)"

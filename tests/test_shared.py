@@ -132,13 +132,13 @@ def test_a_proxy_that_falls_silent_is_given_up_and_found_again(
 def test_a_local_study_moves_to_postgresql_and_goes_on_there(
     run: Run, postgresql: PostgreSQL, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By the README's line; what goes on is drawn from the storage."""
+    """By the line of docs/several_machines.md; what goes on is drawn from the storage."""
     url, directory = postgresql.make_database("moved"), tmp_path / "c"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Drawing, "request", lambda self: None)
         assert run(n_trials="1") == 0
-    readme = (ROOT / "README.md").read_text()
-    (line,) = re.findall(r'`(python -c "import optuna; optuna.copy_study[^`]*)`', readme)
+    page = (ROOT / "docs" / "several_machines.md").read_text()
+    (line,) = re.findall(r'`(python -c "import optuna; optuna.copy_study[^`]*)`', page)
     line = line.replace("sqlite:///runs/search_001", f"sqlite:///{directory}")
     line = line.replace("postgresql+psycopg://search@dbhost/lines", url)
     subprocess.run([sys.executable, *shlex.split(line)[1:]], check=True, stderr=PIPE)

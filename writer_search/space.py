@@ -100,7 +100,7 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
 FIXED_ONLY = ("line_height", "precision")
 
 
-# Evidence for the ranges: see the README's section on the search space.
+# Evidence for the ranges: docs/defaults.md.
 OPENED_BY_SPACE: dict[str, Rule] = {
     "backbone_lr_mult": Range(0.1, 1.0, log=True),
     "margin": Range(0.05, 0.4),
