@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import hyperparameter_search
 from data import SPLITS, LineSet
 from train import main
 from writer_search.common.environment import training_environment
+from writer_search.common.signals import Interrupted, StopSignals
+from writer_search.config import TrialConfig
 from writer_search.training import repeat as retraining
 from writer_search.training.checkpoints import load_model
 from writer_search.training.repeat import with_validation_lines
@@ -280,3 +283,21 @@ def test_the_program_takes_the_environment_of_trials(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "argv", ["train.py", "--predict", "a.png", "--model", "nowhere.pth"])
     assert main() == 2
+
+
+def test_signal_while_a_checkpoint_is_read_blames_no_file(
+    lines_root: Path,
+    tmp_path: Path,
+    data: LineSet,
+    config: TrialConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    checkpoint = tmp_path / "latest_checkpoint.pth"
+    checkpoint.write_bytes(b"good")
+    monkeypatch.setattr(retraining, "load_checked", interrupted)
+    with pytest.raises(Interrupted), StopSignals():
+        retraining.check_checkpoint(checkpoint, config, data)

@@ -158,6 +158,25 @@ def test_exit_code_of_a_batch_system(
     assert run("--requeue_exit_code", "99", n_trials="1") == 0
 
 
+def test_modules_of_the_working_directory_are_not_the_program_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's own data.py, train.py and so on are no part of the server that is started there."""
+    processes.start_fork_server()
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(server, signal.SIGKILL)
+    os.waitpid(server, os.WNOHANG)
+    for name in ("config", "data", "model", "train", "worker", "signal", "writer_search"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a stranger was imported')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    child = RealChild("writer_search.processes.machine:answer_question", QUESTION)
+    message = child.receive()
+    assert child.end() == 0
+    assert message is not None
+    assert message[0] == "machine"
+
+
 def test_fork_server_that_is_killed_over_a_start_is_started_again() -> None:
     """Stopped, it takes the order for a child and does not carry it out."""
     processes.start_fork_server()

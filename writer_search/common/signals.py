@@ -14,8 +14,11 @@ AGAIN_SECONDS = 1.0  # one press of Ctrl-C may arrive twice: from the terminal, 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A signal asked for the end of the search; its name is the argument.
+
+    As KeyboardInterrupt is no Exception: it may surface in any line, and a handler that expects
+    anything of a damaged file must not take it for the file's fault.
 
     began: whether there was a search already, with something to save.
     """

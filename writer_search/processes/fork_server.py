@@ -35,6 +35,8 @@ def start_fork_server() -> None:
     before = os.environ.get("PYTHONPATH")
     with _environment(
         PYTHONPATH=os.pathsep.join([here, before] if before else [here]),
+        # Not from the working directory, which may hold a data.py or a train.py of the user's own.
+        PYTHONSAFEPATH="1",
         SEARCH_PID=str(os.getpid()),
         **training_environment(os.environ),
     ):
