@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from data import LineSet
-    from writer_search.study.search import Plan, Search
+    from writer_search.processes.plan import Plan
+    from writer_search.study.loop import Search
 
 # Optuna and all that needs it are imported where they are used: --status answers without them, and
 # a mistake in the command is told at once.
@@ -230,7 +231,7 @@ def make_plan(
     cores: SharedCores,
 ) -> Plan:
     """Divide the machine between the trials that run at once."""
-    from writer_search.study.search import Plan
+    from writer_search.processes.plan import Plan
 
     slots = divide(machine["gpus"], args.n_jobs, args.gpus_per_trial)
     ranks, asked = args.gpus_per_trial, asked_threads(os.environ)
@@ -280,9 +281,12 @@ def make_plan(
 
 def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Search:
     """Open or create the study, settle what a dead search left, print the banner."""
+    from writer_search.processes.pictures import Drawing
+    from writer_search.results.events import Events
     from writer_search.study.draws import make_pruner
-    from writer_search.study.search import Search
+    from writer_search.study.loop import Search
     from writer_search.study.store import open_study, record_settings
+    from writer_search.study.supplies import LocalSupply
     from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 
     study = open_study(args.checkpoint_dir)
@@ -296,7 +300,8 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     database = args.checkpoint_dir / DATABASE
     rows = None if is_new else read_rows(database)
     announce(args, plan, banner(args, str(database), rows), settled)
-    return Search(study, plan, stop)
+    events, drawing = Events(plan.on_event), Drawing(args.checkpoint_dir)
+    return Search(plan, stop, LocalSupply(study, plan), drawing, events)
 
 
 def open_shared_search(
@@ -309,10 +314,13 @@ def open_shared_search(
 ) -> Search:
     """Take part in a study in a shared storage; print the banner."""
     from writer_search.processes.pictures import Drawing
+    from writer_search.results.events import Events
     from writer_search.study.draws import Drawer, make_pruner
+    from writer_search.study.loop import Search
     from writer_search.study.shared.fleet import Fleet
-    from writer_search.study.shared.search import SharedSearch, bury_dead, open_shared
+    from writer_search.study.shared.opening import open_shared
     from writer_search.study.shared.storage import read_shared, shown_url
+    from writer_search.study.shared.supply import SharedSupply, bury_dead
 
     pruner = make_pruner(args.pruner, args.epochs)
     study = open_shared(storage, args.study_name, args.checkpoint_dir, plan.settings, pruner)
@@ -324,9 +332,9 @@ def open_shared_search(
         study, drawer, args.n_trials, args.checkpoint_dir, lock, args.continue_interrupted
     )
     settled = bury_dead(fleet, fleet.trials())
-    search = SharedSearch(study, plan, stop, fleet=fleet)
     read = partial(read_shared, args.storage, args.study_name)
-    search.drawing = Drawing(args.checkpoint_dir, read)
+    events, drawing = Events(plan.on_event), Drawing(args.checkpoint_dir, read)
+    search = Search(plan, stop, SharedSupply(fleet), drawing, events)
     shown = f"{shown_url(args.storage)}, study {args.study_name}"
     announce(args, plan, banner(args, shown, None if is_new else search.rows), settled)
     return search
@@ -408,7 +416,7 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
 
     if search.stop.name is not None or search.gave_up:
         return search, False, []
-    if not search.complete() or (search.complete() < args.n_trials and not search.exhausted):
+    if not search.complete or (search.complete < args.n_trials and not search.exhausted):
         return search, False, ["Not confirmed yet: that begins when all trials are complete."]
     confirmation = confirm(search, args.confirm_top, args.confirm_seeds)
     last, left = confirmation.search, confirmation.runs_left
@@ -429,16 +437,18 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     last, is_settled, confirmed = (
         (search, True, []) if args.confirm_top is None else confirm_best(args, search)
     )
-    rows = search.read()
-    search.attempt(lambda: write_summary(args.checkpoint_dir, rows))
+    search.recorder.read()
+    rows = search.rows
+    search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows))
     chosen = chosen_model(args.checkpoint_dir, rows)
-    published = search.attempt(lambda: publish(args.checkpoint_dir, chosen))
+    published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
     lines += confirmed
     is_settled = is_settled and not (last.stop.name or last.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
-    search.drawing.write_report(rows, search.study.user_attrs)
+    assert search.drawing is not None, "only a confirmation draws nothing"
+    search.drawing.write_report(rows, search.supply.study.user_attrs)
     print("\n".join([RULE, *lines, *search.drawing.notes, RULE]))
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True)
@@ -448,10 +458,10 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
             file=sys.stderr,
         )
         return EXIT_FAILURES
-    if last.complete() < last.plan.n_trials and (cause := last.no_device()):
+    if last.complete < last.plan.n_trials and (cause := last.runner.no_device()):
         print(f"error: {cause}; mend it, and the same command goes on", file=sys.stderr)
         return EXIT_FAILURES
-    if last.complete() < last.plan.n_trials and last.is_too_late():
+    if last.complete < last.plan.n_trials and last.outlook.is_too_late():
         print(
             "stopped before the end of the batch system's job: everything is saved; the same "
             "command goes on",
@@ -468,7 +478,7 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
     from writer_search.processes.test_measurement import evaluate_test
 
     plan = search.plan
-    question = TestQuestion(model_file, plan.data, search.threads(), plan.slots[0][:1])
+    question = TestQuestion(model_file, plan.data, search.runner.threads(), plan.slots[0][:1])
     return evaluate_test(plan.checkpoint_dir, chosen, question, search.stop)
 
 
@@ -484,7 +494,7 @@ def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None
             if trial_directories(args.checkpoint_dir / CONFIRM):
                 lines += [f"{CONFIRM}: {line}" for line in recover(args.checkpoint_dir / CONFIRM)]
         else:
-            from writer_search.study.shared.search import recover_shared
+            from writer_search.study.shared.opening import recover_shared
 
             lines = recover_shared(storage, args.study_name, args.storage, args.checkpoint_dir)
         print("\n".join(lines), flush=True)
@@ -554,7 +564,7 @@ def run_and_tell(args: argparse.Namespace, search: Search) -> int:
 
 def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
     """Prepare, search beside others in one storage, conclude."""
-    from writer_search.study.shared.search import refuse_strangers
+    from writer_search.study.shared.opening import refuse_strangers
     from writer_search.study.shared.storage import opened_storage, shown_url
 
     with opened_storage(args.storage, stop) as storage:
@@ -626,7 +636,7 @@ def show_status(args: argparse.Namespace) -> int:
     if args.storage is None:
         show(lambda: read_status(args.checkpoint_dir), args.json, args.watch, sys.stdout)
         return EXIT_OK
-    from writer_search.study.shared.search import shared_status
+    from writer_search.study.shared.status import shared_status
     from writer_search.study.shared.storage import find_study, opened_storage, shown_url
 
     where = f"{shown_url(args.storage)}, study {args.study_name}"

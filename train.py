@@ -344,7 +344,7 @@ def validate(
 
 def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
     if not math.isfinite(loss.item()):
-        raise DivergedError(f"{what} is not finite in epoch {state.epoch + 1}")
+        raise DivergedError(f"{what} is not finite", state.epoch + 1)
 
 
 # ------------------------------------------------------------------------------------------ state

@@ -42,14 +42,19 @@ from benchmarks import common
 from benchmarks.trial_start import silent
 from data import LineSet
 from writer_search.common.signals import StopSignals
+from writer_search.processes import runner
+from writer_search.processes.pictures import Drawing
+from writer_search.processes.plan import Plan
+from writer_search.processes.runner import Complete, Report
+from writer_search.results.events import Events
 from writer_search.results.rows import DATABASE, read_rows
 from writer_search.results.status import read_status, status_text
 from writer_search.results.tables import write_summary
 from writer_search.space import Space, default_space, suggest
-from writer_search.study import search
 from writer_search.study.draws import make_pruner, make_sampler
-from writer_search.study.search import Plan, Search
+from writer_search.study.loop import Search
 from writer_search.study.store import open_study
+from writer_search.study.supplies import LocalSupply
 from writer_search.study.unfinished import settle_unfinished
 
 EPOCHS = 20
@@ -217,17 +222,18 @@ def search_side(
     study = open_study(directory)
     study.pruner = make_pruner("median", EPOCHS)
     settle_unfinished(study, directory)
-    running_search = Search(study, plan, stop)
+    supply = LocalSupply(study, plan)
+    running_search = Search(plan, stop, supply, Drawing(directory), Events(None))
 
     def trial() -> None:
         running_search.start_next()
-        running = running_search.running[0]
+        running = running_search.runner.running[0]
         for epoch in range(1, reports + 1):
             metrics = {"macro_top1": value_of(running.number, epoch)}
-            running_search.receive_report(
-                running, epoch, metrics | {"train_loss": 1.0, "seconds": 1.0}, again=False
-            )
-        running_search.end_complete(running, metrics)
+            report = Report(epoch, metrics | {"train_loss": 1.0, "seconds": 1.0}, again=False)
+            running_search.hear_report(running, report)
+        del running_search.runner.running[0]
+        running_search.hear_end(running, Complete(metrics))
 
     return running_search, trial
 
@@ -251,7 +257,7 @@ def optuna_side(directory: Path, reports: int = EPOCHS) -> Callable[[], None]:
 
 @contextmanager
 def instant_trials() -> Iterator[None]:
-    with mock.patch.object(search, "ChildProcess", InstantChild), silent():
+    with mock.patch.object(runner, "ChildProcess", InstantChild), silent():
         yield
 
 

@@ -24,8 +24,8 @@ from writer_search.results.rows import trial_dir
 from writer_search.space import default_space
 from writer_search.study.draws import Drawer
 from writer_search.study.shared.fleet import Fleet
-from writer_search.study.shared.search import bury_dead
 from writer_search.study.shared.storage import create_shared_study, find_study, opened_storage
+from writer_search.study.shared.supply import bury_dead
 
 
 def main(storage: BaseStorage, n_trials: int, directory: Path, fault: str) -> None:

@@ -16,7 +16,8 @@ from test_search import Run, run, trials_of
 
 from writer_search.processes import deadlines as batch_system
 from writer_search.processes.deadlines import END_TIME, MARGIN_SECONDS, longest_epoch, stop_time
-from writer_search.study import search as search_module
+from writer_search.study import loop as loop_module
+from writer_search.study import outlook
 
 __all__ = ["run"]  # the fixture
 ROOT = Path(__file__).parents[1]
@@ -43,13 +44,13 @@ def test_no_trial_starts_that_cannot_finish_an_epoch(
 ) -> None:
     assert run(n_trials="1") == 0
     monkeypatch.setenv(END_TIME, str(time.time() + MARGIN_SECONDS + 100))
-    monkeypatch.setattr(search_module, "longest_epoch", lambda evidence: 101.0)
+    monkeypatch.setattr(outlook, "longest_epoch", lambda evidence: 101.0)
     assert run("--requeue_exit_code", "99", n_trials="2") == 99
     assert "stopped before the end of the batch system's job" in capfd.readouterr().err
     assert len(trials_of(tmp_path / "c")) == 1
     assert run(n_trials="2") == 0, "without a code for requeueing it is no failure"
     assert run("--requeue_exit_code", "99", n_trials="1") == 0, "nothing is missing"
-    monkeypatch.setattr(search_module, "longest_epoch", lambda evidence: 9.0)
+    monkeypatch.setattr(outlook, "longest_epoch", lambda evidence: 9.0)
     assert run("--requeue_exit_code", "99", n_trials="2") == 0
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE"] * 2
 
@@ -57,14 +58,14 @@ def test_no_trial_starts_that_cannot_finish_an_epoch(
 def test_running_trial_saves_before_the_job_s_end(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    begin = search_module.Search.start_next
+    begin = loop_module.Search.start_next
 
-    def late(self: search_module.Search) -> None:
+    def late(self: loop_module.Search) -> None:
         begin(self)
         object.__setattr__(self.plan, "stop_at", time.monotonic() + 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_module.Search, "start_next", late)
+        patch.setattr(loop_module.Search, "start_next", late)
         assert run("--requeue_exit_code", "99", n_trials="1", epochs="500", patience="500") == 99
     log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
     assert "cause:  interrupted before the end of the batch system's job (SLURM_JOB_END" in log
@@ -72,7 +73,7 @@ def test_running_trial_saves_before_the_job_s_end(
     assert 0 < done < 500
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(search_module.Search, "start_next", late)
+        patch.setattr(loop_module.Search, "start_next", late)
         flags = ("--requeue_exit_code", "99", "--continue_interrupted")
         assert run(*flags, n_trials="1", epochs="500", patience="500") == 99
     assert "trial 0 was interrupted: a new trial goes on with it" in capfd.readouterr().out

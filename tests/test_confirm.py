@@ -17,11 +17,12 @@ from optuna.trial import TrialState, create_trial
 from test_search import Run, run, snapshot, trials_of
 from test_train import assert_same_weights
 
+from writer_search.processes import runner as runner_module
 from writer_search.results.chosen import chosen_model, read_confirmation
 from writer_search.results.confirmed import Candidate, describe, remove_other_weights, summarise
 from writer_search.results.rows import Row, read_rows
-from writer_search.study import search as search_module
-from writer_search.study.confirm import Repeater, Repetition, candidates_of, seeds_of
+from writer_search.study import loop as loop_module
+from writer_search.study.confirm import Repeater, RepetitionSupply, candidates_of, seeds_of
 from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted
 from writer_search.training.checkpoints import load_model
@@ -51,7 +52,7 @@ def confirm(run: Run, finished: dict[str, Path], tmp_path: Path) -> Run:
 
 @pytest.fixture
 def put_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(search_module, "ChildProcess", RealChild)
+    return lambda: monkeypatch.setattr(runner_module, "ChildProcess", RealChild)
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def test_broken_confirmation_goes_on_and_equals_an_unbroken_one(
     directory, whole = tmp_path / "c", tmp_path / "whole"
     shutil.copytree(finished["directory"], whole)
     assert confirm(checkpoint_dir=str(whole)) == 0
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "signal_search_late"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search_late"}))
     assert confirm() == 143
     put_back()
     assert not (directory / "summary" / "confirmation.json").exists()
@@ -152,7 +153,7 @@ def test_broken_confirmation_goes_on_and_equals_an_unbroken_one(
     )
 
 
-@pytest.mark.parametrize("method", ["launch", "end_complete"])
+@pytest.mark.parametrize("method", ["write_config", "hear_end"])
 def test_confirmation_that_was_killed_goes_on(
     method: str, confirm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,17 +162,17 @@ def test_confirmation_that_was_killed_goes_on(
     class Killed(BaseException):
         pass
 
-    real = getattr(search_module.Search, method)
+    real = getattr(loop_module.Search, method)
 
     def killed(search: Any, trial: Any, *more: Any) -> Any:
-        if isinstance(search, Repetition) and trial.number == 1:
+        if isinstance(search.supply, RepetitionSupply) and trial.number == 1:
             raise Killed
         return real(search, trial, *more)
 
-    monkeypatch.setattr(search_module.Search, method, killed)
+    monkeypatch.setattr(loop_module.Search, method, killed)
     with pytest.raises(Killed):
         confirm()
-    monkeypatch.setattr(search_module.Search, method, real)
+    monkeypatch.setattr(loop_module.Search, method, real)
     directory = tmp_path / "c"
     states = [state for _, state, _ in trials_of(directory / "confirm")]
     assert states == ["COMPLETE", "RUNNING"]
@@ -191,7 +192,7 @@ def test_failed_run_counts_and_is_tried_again_by_the_same_command(
     put_back: Callable[[], None],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "raise_error"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "raise_error"}))
     assert confirm() == 0
     put_back()
     found = read(tmp_path / "c")
@@ -233,7 +234,7 @@ def test_bounded_disk_keeps_the_best_run_of_each(tmp_path: Path) -> None:
 def test_waits_for_the_trials(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "raise_error"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "raise_error"}))
     assert run("--confirm_top", "1", "--evaluate_test") == 0
     assert "Not confirmed yet: that begins when all trials are complete.\n" in (
         capfd.readouterr().out

@@ -31,10 +31,10 @@ from writer_search.config import TrialConfig
 from writer_search.processes import child as worker
 from writer_search.processes import machine, messages
 from writer_search.processes import parent as processes
+from writer_search.processes import runner as runner_module
 from writer_search.processes.messages import PRUNE, STOP
 from writer_search.results.rows import DATABASE, trial_dir
 from writer_search.space import default_space, narrow, parse_fix, suggest
-from writer_search.study import search as search_module
 from writer_search.study.draws import Drawer
 from writer_search.study.store import open_study
 from writer_search.training import checkpoints
@@ -228,7 +228,7 @@ Go = Callable[..., int]
 @pytest.fixture
 def go(lines_root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     monkeypatch.setattr(processes, "ChildProcess", InlineChild)
-    monkeypatch.setattr(search_module, "ChildProcess", InlineChild)
+    monkeypatch.setattr(runner_module, "ChildProcess", InlineChild)
     monkeypatch.setattr(processes, "start_fork_server", lambda: None)
 
     def command(directory: Path, *more: str, n_trials: str) -> int:

@@ -14,9 +14,9 @@ from test_search import Run, run, trials_of
 
 import hyperparameter_search
 from writer_search.common.errors import UserError
+from writer_search.processes import runner as runner_module
 from writer_search.processes.devices import Devices, divide, visible_entries
 from writer_search.processes.machine import _visible_gpus
-from writer_search.study import search as search_module
 from writer_search.study.store import open_study
 
 __all__ = ["run"]  # the fixture
@@ -106,7 +106,7 @@ def on_gpus(run: Run, monkeypatch: pytest.MonkeyPatch) -> Any:
     ask = hyperparameter_search.ask_machine
 
     def command(gpus: list[str], *more: str, **replaced: str) -> tuple[int, Started]:
-        monkeypatch.setattr(search_module, "ChildProcess", started)
+        monkeypatch.setattr(runner_module, "ChildProcess", started)
         monkeypatch.setattr(
             hyperparameter_search,
             "ask_machine",

@@ -14,9 +14,9 @@ import pytest
 from faults import faulty
 from test_search import Run, run
 
+from writer_search.processes import runner as runner_module
 from writer_search.results import events as events_module
 from writer_search.results.events import Events
-from writer_search.study import search as search_module
 
 __all__ = ["run"]  # the fixture
 EVENT = {"event": "trial"}
@@ -50,7 +50,7 @@ def test_ends_of_trials_and_search_are_told(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "raise_error"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "raise_error"}))
     assert run("--on_event", shlex.join(appending)) == 0
     assert capfd.readouterr().err == ""
     failed, complete, end = told()
@@ -74,7 +74,7 @@ def test_end_by_a_signal_is_told_with_its_exit_code(
     told: Callable[[], list[dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "signal_search"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "signal_search"}))
     assert run("--on_event", shlex.join(appending), "--requeue_exit_code", "99") == 99
     trial, end = told()
     assert (trial["state"], end["exit_code"]) == ("FAIL", 99)

@@ -26,10 +26,11 @@ from writer_search.flags import STUDY_NAME
 from writer_search.processes.parent import TrialProcesses
 from writer_search.results.rows import trial_dir
 from writer_search.space import default_space
+from writer_search.study import loop as loop_module
 from writer_search.study.draws import Drawer, params_key
 from writer_search.study.shared import fleet as fleet_module
-from writer_search.study.shared import search as shared_search
 from writer_search.study.shared import storage as storage_module
+from writer_search.study.shared import supply as shared_supply
 from writer_search.study.shared.fleet import Fleet
 from writer_search.study.shared.storage import (
     PatientStorage,
@@ -505,18 +506,18 @@ def test_storage_that_stays_away_leaves_saved_trials(
 ) -> None:
     command, backend = shared
     monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.3)
-    receive = shared_search.SharedSearch.receive_report
+    hear_report = loop_module.Search.hear_report
     hear = TrialProcesses.receive
     sent_meanwhile = [("progress", {"progress": 1.1}), ("threads", {"threads": 1})]
 
-    def cut(self: Any, running: Any, epoch: int, *more: Any) -> None:
-        backend.away = epoch == 1
-        receive(self, running, epoch, *more)
+    def cut(self: Any, running: Any, report: Any) -> None:
+        backend.away = report.epoch == 1
+        hear_report(self, running, report)
 
     def hear_of_it(self: TrialProcesses, connection: Any) -> Any:
         return sent_meanwhile.pop() if backend.away and sent_meanwhile else hear(self, connection)
 
-    monkeypatch.setattr(shared_search.SharedSearch, "receive_report", cut)
+    monkeypatch.setattr(loop_module.Search, "hear_report", cut)
     monkeypatch.setattr(TrialProcesses, "receive", hear_of_it)
     assert command(n_trials="1", epochs="3") == 2
     assert not sent_meanwhile
@@ -530,15 +531,15 @@ def test_trial_that_another_has_recorded_is_given_up(
     shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command, backend = shared
-    receive = shared_search.SharedSearch.receive_report
+    hear_report = loop_module.Search.hear_report
 
-    def bury(self: Any, running: Any, epoch: int, *more: Any) -> None:
+    def bury(self: Any, running: Any, report: Any) -> None:
         if running.number == 0:
             running.trial.set_user_attr("interrupted", True)
-            self.study.tell(0, state=TrialState.FAIL)
-        receive(self, running, epoch, *more)
+            self.supply.study.tell(0, state=TrialState.FAIL)
+        hear_report(self, running, report)
 
-    monkeypatch.setattr(shared_search.SharedSearch, "receive_report", bury)
+    monkeypatch.setattr(loop_module.Search, "hear_report", bury)
     assert command(n_trials="2") == 0
     assert "trial   0 | given up: " in capfd.readouterr().out
     assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
@@ -548,7 +549,7 @@ def test_signs_of_life_are_written_while_trials_run(
     shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, backend = shared
-    monkeypatch.setattr(shared_search, "SIGN_SECONDS", 0.05)
+    monkeypatch.setattr(shared_supply, "SIGN_SECONDS", 0.05)
     signs: list[str] = []
     monkeypatch.setattr(fleet_module, "_now", lambda: signs.append("") or str(len(signs)))
     assert command(n_trials="1", epochs="40") == 0
@@ -566,8 +567,8 @@ def test_search_waits_for_a_dead_one_s_trial_and_takes_its_place(
 ) -> None:
     command, backend = shared
     assert command(n_trials="1") == 0
-    monkeypatch.setattr(shared_search, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(shared_search, "SIGN_SECONDS", 0.1)
+    monkeypatch.setattr(shared_supply, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(shared_supply, "SIGN_SECONDS", 0.1)
     monkeypatch.setattr(fleet_module, "SILENT_SECONDS", 0.5)
     study = optuna.load_study(study_name=STUDY_NAME, storage=backend)
     drawer = Drawer(default_space("cpu", False), "random", 0, salt=[1])
@@ -586,13 +587,13 @@ def test_signal_while_waiting_for_others(
     study = optuna.load_study(study_name=STUDY_NAME, storage=backend)
     drawer = Drawer(default_space("cpu", False), "random", 0, salt=[1])
     assert Fleet(study, drawer, 2, tmp_path / "elsewhere").claim() is not None
-    look = shared_search.SharedSearch.look
+    look = shared_supply.SharedSupply.look
 
-    def signalled(self: Any) -> None:
-        look(self)
+    def signalled(self: Any) -> list[str]:
         os.kill(os.getpid(), signal.SIGTERM)
+        return look(self)
 
-    monkeypatch.setattr(shared_search.SharedSearch, "look", signalled)
+    monkeypatch.setattr(shared_supply.SharedSupply, "look", signalled)
     assert command(n_trials="2") == 143
     assert states_of(backend) == ["COMPLETE", "RUNNING"]
 

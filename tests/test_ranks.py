@@ -20,8 +20,9 @@ from data import LineSet
 from train import TrainingState, training_step
 from writer_search.config import TrialConfig
 from writer_search.processes import parent as processes
+from writer_search.processes import runner as runner_module
+from writer_search.processes.causes import Cause, Kind
 from writer_search.study import draws
-from writer_search.study import search as search_module
 from writer_search.study.store import open_study
 from writer_search.training import evaluation
 from writer_search.training.batches import EpochImages, Lines, strip_on
@@ -146,7 +147,7 @@ def test_trial_of_several_ranks_agrees_with_one(
     size: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: LineSet
 ) -> None:
     """Without batch norm and dropout, which see the images of one rank, up to rounding."""
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "without_batch_norm"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "without_batch_norm"}))
     flags = ["--fix", "dropout=0", "--fix", "mixup_alpha=0.3"]
     assert run(*flags, n_trials="1", checkpoint_dir=str(tmp_path / "one")) == 0
     assert run(*flags, "--gpus_per_trial", str(size), n_trials="1") == 0
@@ -190,10 +191,10 @@ def test_interrupted_ranks_continue_as_if_never_broken(
 ) -> None:
     flags = ["--gpus_per_trial", "2", "--continue_interrupted"]
     assert run(*flags, n_trials="1", checkpoint_dir=str(tmp_path / "whole")) == 0
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: fault}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: fault}))
     assert run(*flags, n_trials="1") == 143
     assert (tmp_path / "c" / "trial_000" / "latest_checkpoint.pth").exists()
-    monkeypatch.setattr(search_module, "ChildProcess", RealChild)
+    monkeypatch.setattr(runner_module, "ChildProcess", RealChild)
     assert run(*flags, n_trials="1") == 0
     assert history_of(tmp_path / "c", 1) == history_of(tmp_path / "whole")
     one, other = weights_of(tmp_path / "c", 1), weights_of(tmp_path / "whole")
@@ -219,7 +220,7 @@ def test_rank_that_fails_ends_the_trial_with_its_own_cause(
     """One search: a rank raises, one is killed, one hangs; the next trial starts by itself."""
     monkeypatch.setattr(processes, "LAST_WORDS_SECONDS", 2.0)
     faults = {0: "rank_1_raises", 1: "rank_1_is_killed", 2: "rank_1_hangs", 3: "raise_error"}
-    monkeypatch.setattr(search_module, "ChildProcess", faulty(faults))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty(faults))
     assert run("--gpus_per_trial", "2", n_trials="5", epochs="1") == 0
     directory = tmp_path / "c"
     assert [state for _, state, _ in trials_of(directory)] == [*["FAIL"] * 4, "COMPLETE"]
@@ -237,7 +238,7 @@ def test_rank_that_fails_ends_the_trial_with_its_own_cause(
 def test_out_of_memory_in_one_rank_halves_the_images_of_all(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "rank_1_out_of_memory"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "rank_1_out_of_memory"}))
     flags = ["--gpus_per_trial", "2", "--fix", "batch_size=16"]
     assert run(*flags, n_trials="1", epochs="3") == 0
     (trial,) = open_study(tmp_path / "c").get_trials()
@@ -287,11 +288,11 @@ class Scripted:
     [
         (([("done", {"metrics": {}})], 0), "done", None),
         (
-            ([("progress", {}), ("failed", {"cause": "rank 0: a cat"})], 0),
+            ([("progress", {}), ("failed", {"cause": Cause(Kind.OTHER, "rank 0: a cat")})], 0),
             "failed",
             "rank 0: a cat",
         ),
-        (([("lost", {"cause": "rank 0: alone"})], 0), "failed", "rank 1: alone"),
+        (([("lost", {"cause": Cause(Kind.OTHER, "rank 0: alone")})], 0), "failed", "rank 1: alone"),
         (([], -9), "died", "rank 0: killed by SIGKILL"),
         (([("report", {})], None), "died", "rank 0: hung"),
     ],
@@ -306,14 +307,17 @@ def test_word_that_another_rank_is_lost_is_traced_to_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(processes, "LAST_WORDS_SECONDS", 0.1)
-    ranks = [Scripted(*others), Scripted([("lost", {"cause": "rank 1: alone"})], 0)]
+    ranks = [
+        Scripted(*others),
+        Scripted([("lost", {"cause": Cause(Kind.OTHER, "rank 1: alone")})], 0),
+    ]
     waiting = iter(ranks)
     job = processes.Job(config, data, tmp_path, 1, ranks=2)
     group = processes.TrialProcesses(job, lambda work, job: next(waiting))  # type: ignore[arg-type, return-value]
     message = group.receive(ranks[1].connection)
     assert message is not None
     assert message[0] == kind
-    assert cause is None or message[1]["cause"].startswith(cause)
+    assert cause is None or message[1]["cause"].text.startswith(cause)
     assert ranks[0].asked == ("hung" in str(cause))
 
 

@@ -73,7 +73,7 @@ def test_search_knows_its_rows_without_reading_all(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / DATABASE)
     assert [row.number for row in rows] == list(range(8))
     assert search.rows == rows
-    assert search.finished()[0] == best_row(rows)
+    assert search.outlook.finished()[0] == best_row(rows)
     assert read_rows(tmp_path / DATABASE, [7, 2]) == [rows[2], rows[7]]
     kept = (tmp_path / "summary" / "trials.csv").read_text()
     write_summary(tmp_path, rows)

@@ -21,9 +21,10 @@ from optuna.trial import TrialState
 
 from hyperparameter_search import main
 from writer_search.common import locks
+from writer_search.processes import runner as runner_module
 from writer_search.results.rows import read_history
 from writer_search.study import draws
-from writer_search.study import search as search_module
+from writer_search.study import loop as loop_module
 from writer_search.study.store import open_study
 
 Run = Callable[..., int]
@@ -259,7 +260,7 @@ def test_bad_trial_fails_and_the_search_goes_on(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     directory = tmp_path / "c"
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: fault}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: fault}))
     assert run(n_trials="3") == 0
     assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "FAIL", "COMPLETE"]
     log = (directory / "trial_001" / "error.log").read_text()
@@ -272,7 +273,7 @@ def test_bad_trial_fails_and_the_search_goes_on(
     printed = capfd.readouterr().out
     assert f"trial   1 | failed: {cause}" in printed
     assert "1 of 3 trials still missing: the same command runs them." in printed
-    monkeypatch.setattr(search_module, "ChildProcess", RealChild)
+    monkeypatch.setattr(runner_module, "ChildProcess", RealChild)
     assert run(n_trials="3") == 0
     states = [state for _, state, _ in trials_of(directory)]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -281,7 +282,7 @@ def test_bad_trial_fails_and_the_search_goes_on(
 def test_trial_that_was_done_when_it_died_is_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "die_when_done"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "die_when_done"}))
     assert run(n_trials="1") == 0
     directory = tmp_path / "c"
     metrics = json.loads((directory / "trial_000" / "metrics.json").read_text())
@@ -291,8 +292,8 @@ def test_trial_that_was_done_when_it_died_is_complete(
 
 
 def test_hanging_trial_is_ended(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "hang"}))
-    monkeypatch.setattr(search_module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "hang"}))
+    monkeypatch.setattr(runner_module, "STOP_SECONDS", 0.2)
     assert run("--trial_timeout", "3", n_trials="2") == 0
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "COMPLETE"]
     log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
@@ -303,7 +304,7 @@ def test_too_many_failures_in_a_row_stop_the_search(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = {**dict.fromkeys(range(1, 9), "raise_error"), 3: "segfault"}
-    monkeypatch.setattr(search_module, "ChildProcess", faulty(broken))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty(broken))
     assert run("--max_consecutive_failed_trials", "3", n_trials="9") == 3
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", *["FAIL"] * 3]
     printed, problems = capfd.readouterr()
@@ -316,7 +317,7 @@ def test_giving_up_is_for_good_while_others_end_well(
 ) -> None:
     """A trial that began before the failures completes after them."""
     faults = {0: "outlast_failures", **dict.fromkeys(range(1, 9), "raise_error")}
-    monkeypatch.setattr(search_module, "ChildProcess", faulty(faults))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty(faults))
     flags = ("--n_jobs", "2", "--max_consecutive_failed_trials", "2")
     assert run(*flags, n_trials="9") == 3
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", "FAIL", "FAIL"]
@@ -328,7 +329,7 @@ def test_giving_up_is_for_good_while_others_end_well(
 def test_nothing_complete_is_exit_1(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "raise_error"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "raise_error"}))
     assert run(n_trials="1") == 1
     assert not (tmp_path / "c" / "summary" / "best_model.pth").exists()
 
@@ -336,7 +337,7 @@ def test_nothing_complete_is_exit_1(
 def test_signal_saves_the_trial_and_ends_the_search(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "signal_search"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search"}))
     assert run(n_trials="3") == 143
     directory = tmp_path / "c"
     assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "FAIL"]
@@ -367,15 +368,15 @@ def test_weights_of_a_pruned_trial_go_when_its_process_has(
 ) -> None:
     """It may be writing a checkpoint while it is told."""
     monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(0))
-    left = search_module.Search.leave
+    hear_end = loop_module.Search.hear_end
     seen = []
 
-    def leave(search: search_module.Search, running: Any, facts: str) -> None:
+    def end(search: loop_module.Search, running: Any, news: Any) -> None:
         (running.job.trial_dir / "best_model.pth").touch()  # the last that its process wrote
-        left(search, running, facts)
+        hear_end(search, running, news)
         seen.append(sorted(path.name for path in running.job.trial_dir.glob("*.pth")))
 
-    monkeypatch.setattr(search_module.Search, "leave", leave)
+    monkeypatch.setattr(loop_module.Search, "hear_end", end)
     assert run("--keep_checkpoints", "1", n_trials="2") == 0
     assert seen == [[], ["best_model.pth", "final_model.pth"]]
 
@@ -423,7 +424,7 @@ def test_threads_leave_the_cores_that_other_programs_use(
 def test_trial_beside_programs_that_came_up_goes_on_with_fewer_threads(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "kept_waiting"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "kept_waiting"}))
     assert run() == 0
     told = [line for line in capfd.readouterr().out.splitlines() if "thread(s) from" in line]
     assert told == ["trial   1 | its threads wait for cores: 2 thread(s) from now on"]
@@ -448,12 +449,12 @@ def test_trial_gets_its_threads_back(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "kept_waiting"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "kept_waiting"}))
     monkeypatch.setattr("hyperparameter_search.SharedCores", EmptiedCores)
     monkeypatch.setattr("hyperparameter_search.usable_cores", lambda: 3)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(
-        search_module, "RunningTrial", partial(search_module.RunningTrial, calm=calm)
+        runner_module, "RunningTrial", partial(runner_module.RunningTrial, calm=calm)
     )
     assert run(n_trials="1", epochs="60") == 0
     printed = capfd.readouterr().out

@@ -32,9 +32,9 @@ from writer_search.common import environment, locks
 from writer_search.config import TrialConfig
 from writer_search.processes import fork_server, messages
 from writer_search.processes import parent as processes
+from writer_search.processes import runner as runner_module
 from writer_search.results.rows import Row, read_history
-from writer_search.study import draws, recovery
-from writer_search.study import search as search_module
+from writer_search.study import draws, recorder, recovery
 from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted
 from writer_search.study.weights import remove_weights
@@ -47,7 +47,7 @@ QUESTION = messages.MachineQuestion("cpu", "none", ("tiny",), False, 1)
 @pytest.fixture
 def put_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """End a test's faults, and nothing else that is patched."""
-    return lambda: monkeypatch.setattr(search_module, "ChildProcess", RealChild)
+    return lambda: monkeypatch.setattr(runner_module, "ChildProcess", RealChild)
 
 
 def complete(directory: Path) -> list[tuple[dict[str, Any], float]]:
@@ -75,7 +75,7 @@ def test_continued_search_equals_an_unbroken_one(
 ) -> None:
     assert run(checkpoint_dir=str(tmp_path / "whole"), n_trials="3") == 0
     faults = dict.fromkeys(range(1, 1 + breaks), fault)
-    monkeypatch.setattr(search_module, "ChildProcess", faulty(faults))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty(faults))
     for _ in range(breaks):
         assert run("--continue_interrupted", n_trials="3") == 143
     put_back()
@@ -104,7 +104,7 @@ def test_trial_is_continued_three_times_at_most(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
 ) -> None:
     killers = dict.fromkeys(range(9), "signal_search_first")
-    monkeypatch.setattr(search_module, "ChildProcess", faulty(killers))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty(killers))
     for _ in range(5):
         assert run("--continue_interrupted", n_trials="1") == 143
     params = params_of(tmp_path / "c")
@@ -140,7 +140,7 @@ def test_trial_is_continued_while_each_break_has_an_epoch_more(
 def test_trial_that_failed_by_itself_is_not_continued(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "raise_error"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "raise_error"}))
     assert run("--continue_interrupted", n_trials="1") == 1
     put_back()
     assert run("--continue_interrupted", n_trials="1") == 0
@@ -152,7 +152,7 @@ def test_trial_that_failed_by_itself_is_not_continued(
 def test_exit_code_of_a_batch_system(
     run: Run, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "signal_search"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "signal_search"}))
     assert run("--requeue_exit_code", "99", n_trials="1") == 99
     put_back()
     assert run("--requeue_exit_code", "99", n_trials="1") == 0
@@ -224,7 +224,7 @@ def test_question_ends_with_the_search() -> None:
 def test_out_of_memory_starts_the_same_trial_with_smaller_batches(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "out_of_memory"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "out_of_memory"}))
     assert run(n_trials="1") == 0
     directory = tmp_path / "c"
     (trial,) = open_study(directory).get_trials()
@@ -239,7 +239,7 @@ def test_out_of_memory_starts_the_same_trial_with_smaller_batches(
 def test_out_of_memory_with_four_images_fails(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "always_out_of_memory"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "always_out_of_memory"}))
     assert run(n_trials="2") == 0
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "COMPLETE"]
     log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
@@ -322,7 +322,7 @@ def test_records_that_a_full_disk_kept_back_are_written_later(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_module, "write_record", full)
+        patch.setattr(recorder, "write_record", full)
         assert run(n_trials="1") == 0
     assert "warning: [Errno 28] No space left on device" in capfd.readouterr().err
     assert not (tmp_path / "c" / "trial_000" / "trial.json").exists()
@@ -341,7 +341,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, lines_root: Path, cache_d
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(2))
-        patch.setattr(search_module, "ChildProcess", faulty({1: "raise_error", 4: "signal_search"}))
+        patch.setattr(runner_module, "ChildProcess", faulty({1: "raise_error", 4: "signal_search"}))
         assert main(argv) == 143
     assert [s for _, s, _ in trials_of(directory)] == [
         "COMPLETE",
@@ -575,7 +575,7 @@ class Hostile:
 def test_hostile_checkpoint_executes_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
 ) -> None:
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({1: "signal_search"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search"}))
     assert run() == 143
     put_back()
     touched = tmp_path / "executed"
@@ -696,7 +696,7 @@ def test_sigterm_to_a_trial_itself_lets_it_save(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Batch systems send it to each process of a job: what is done must reach the disk."""
-    monkeypatch.setattr(search_module, "ChildProcess", faulty({0: "signal_itself"}))
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "signal_itself"}))
     directory = tmp_path / "c"
     more = ("--epochs", "3", "--max_consecutive_failed_trials", "1", "--continue_interrupted")
     assert run(*more, n_trials="2") == 0

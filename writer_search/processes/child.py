@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from train import train
 from writer_search.common.cores import WaitingThreads
 from writer_search.common.text import one_line
+from writer_search.processes.causes import Cause, Kind, of_error
 from writer_search.processes.messages import (
     PRUNE,
     STOP,
@@ -180,15 +181,15 @@ def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
     print(text, file=sys.stderr, flush=True)
     if isinstance(error, DeviceError):
         return "device_failed", {"gpu": error.gpu, "cause": error.cause, "traceback": text}
-    cause = one_line(
-        error if isinstance(error, DivergedError) else f"{type(error).__name__}: {error}"
-    )
-    kind = "lost" if is_lost(error) else "failed"
-    if _is_out_of_memory(error):
-        kind, cause = "out_of_memory", f"out of memory: {one_line(error)}"
+    cause = of_error(error, one_line(f"{type(error).__name__}: {error}"), text)
+    if isinstance(error, DivergedError):
+        cause = Cause(Kind.NOT_FINITE, one_line(error.what), error.epoch, traceback=text)
+    elif _is_out_of_memory(error):
+        cause = Cause(Kind.OUT_OF_MEMORY, f"out of memory: {one_line(error)}", traceback=text)
     if job.ranks > 1:
-        cause = f"rank {job.rank}: {cause}"
-    return kind, {"cause": cause, "traceback": text}
+        cause = replace(cause, text=f"rank {job.rank}: {cause.text}")
+    lost = is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY
+    return "lost" if lost else "failed", {"cause": cause}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

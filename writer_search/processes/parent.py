@@ -3,7 +3,7 @@
 Children are forked from a fork server that has torch imported and no device touched, so that one
 starts in hundredths of a second and a broken one takes nothing with it. A pipe joins each to the
 search process. Up go `(kind, content)` messages: started, progress, report, threads, done, pruned,
-stopped, failed, out_of_memory, device_failed, lost. Down go the orders CONTINUE, PRUNE, STOP
+stopped, failed, device_failed, lost, died. Down go the orders CONTINUE, PRUNE, STOP
 and THREADS. This file imports no torch.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from writer_search.processes.causes import Cause, Kind
 from writer_search.processes.fork_server import _context, _work, start_fork_server
 from writer_search.processes.messages import UNDER_WAY, Job, Message
 
@@ -155,7 +156,9 @@ class TrialProcesses:
                 return None  # it has followed rank 0 to the end
             if job.gpu is not None and rank not in self._started:
                 return "device_failed", {"gpu": job.gpu, "cause": exit_text(code)}
-            return "died", {"cause": self._named(rank, exit_text(code)), "log": job.log}
+            kind = Kind.KILLED if code == -signal.SIGKILL else Kind.OTHER
+            cause = Cause(kind, self._named(rank, exit_text(code)))
+            return "died", {"cause": cause, "log": job.log}
         if message[0] == "started":
             self._started.add(rank)
         elif rank == 0 and message[0] not in UNDER_WAY:
@@ -178,8 +181,8 @@ class TrialProcesses:
             child = self._ranks.pop(other)
             child.ask_where()
             child.end(LAST_WORDS_SECONDS)
-            cause = self._named(other, "hung: the other ranks waited for it in vain")
-            return "died", {"cause": cause, "log": self._jobs[other].log}
+            hung = self._named(other, "hung: the other ranks waited for it in vain")
+            return "died", {"cause": Cause(Kind.OTHER, hung), "log": self._jobs[other].log}
         return "failed", lost
 
     def _named(self, rank: int, text: str) -> str:

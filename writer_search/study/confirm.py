@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,13 @@ from optuna.pruners import NopPruner
 from optuna.trial import Trial, TrialState, create_trial
 
 from writer_search.common.locks import DirectoryLock
+from writer_search.processes.plan import Plan
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
 from writer_search.results.rows import DATABASE, Row, read_rows
-from writer_search.study.search import Search
+from writer_search.study.loop import Search
 from writer_search.study.store import open_study, record_settings
+from writer_search.study.supplies import LocalSupply
 from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 
 RULE = "=" * 70
@@ -109,17 +111,15 @@ def seeds_of(rows: Sequence[Row], *states: str) -> set[int]:
 # ---------------------------------------------------------------------------------------- the run
 
 
-@dataclass
-class Repetition(Search):
-    """Runs a confirmation's trials as a search runs its own."""
+class RepetitionSupply(LocalSupply):
+    """Gives a confirmation's trials as a search's supply gives its own."""
 
-    repeater: Repeater = field(kw_only=True)
+    def __init__(self, study: optuna.Study, plan: Plan, repeater: Repeater) -> None:
+        super().__init__(study, plan)
+        self._repeater = repeater
 
-    def draw(self) -> Trial | None:
-        return self.repeater.ask(self.study)
-
-    def redraw(self) -> None:
-        """Draw nothing: the pictures and the report are of the search that is confirmed."""
+    def _ask(self) -> Trial | None:
+        return self._repeater.ask(self.study)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     record_settings(study, plan.settings)
     study.pruner = NopPruner()  # a mean over the runs that looked good would be no mean
     candidates = candidates_of(finished.rows, top, seeds, plan.seed)
-    repeater = Repeater(finished.study, candidates)
+    repeater = Repeater(finished.supply.study, candidates)
     settled = settle_unfinished(study, directory) + continue_interrupted(study, repeater.seeds)
     rows = read_rows(directory / DATABASE)
     missing = repeater.missing(rows)
@@ -169,8 +169,9 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     print("\n".join(banner(directory, candidates, missing)), flush=True)
     for line in settled:
         print(line, flush=True)
-    search = Repetition(study, own, finished.stop, repeater=repeater)
-    search.events = finished.events
+    supply = RepetitionSupply(study, own, repeater)
+    # Without pictures: those, and the report, are of the search that is confirmed.
+    search = Search(own, finished.stop, supply, None, finished.events)
     search.run()
     runs_left = len(repeater.seeds - seeds_of(search.rows, "COMPLETE", "FAIL"))
     return Confirmation(search, candidates, runs_left)

@@ -12,4 +12,8 @@ class Stopped(Exception):
 
 
 class DivergedError(Exception):
-    """The loss or the model's output is not finite."""
+    """The loss or the model's output is not finite: what, and in which epoch if that is known."""
+
+    def __init__(self, what: str, epoch: int | None = None) -> None:
+        super().__init__(what if epoch is None else f"{what} in epoch {epoch}")
+        self.what, self.epoch = what, epoch

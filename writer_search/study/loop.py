@@ -1,0 +1,318 @@
+"""The loop that owns the study: ask, start a process, hear, tell, until there is no more.
+
+One process, no threads: nothing else writes the database. Trials run in processes of their own
+and talk through pipes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from multiprocessing import connection
+
+from optuna.trial import Trial
+
+from writer_search.common.errors import UserError
+from writer_search.common.files import write_json
+from writer_search.common.signals import StopSignals
+from writer_search.common.text import one_line
+from writer_search.processes.causes import Cause, Kind, by_signal, of_error
+from writer_search.processes.messages import CONTINUE, PRUNE, STOP, Job
+from writer_search.processes.pictures import Drawing
+from writer_search.processes.plan import Plan
+from writer_search.processes.runner import (
+    Complete,
+    Failed,
+    News,
+    Pruned,
+    Report,
+    Runner,
+    RunningTrial,
+)
+from writer_search.results.events import Events
+from writer_search.results.progress import Progress
+from writer_search.results.rows import Row, trial_dir
+from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_epochs
+from writer_search.study.outlook import Outlook
+from writer_search.study.recorder import Recorder
+from writer_search.study.records import distributions_of, finished_value
+from writer_search.study.supplies import RecordedElsewhereError, Supply
+from writer_search.study.unfinished import checkpoint_to_continue
+
+LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
+
+
+@dataclass
+class Search:
+    """Runs a supply's trials until there are no more, a signal comes, or too many fail.
+
+    drawing: what draws the search beside it; None: nothing does.
+    """
+
+    plan: Plan
+    stop: StopSignals
+    supply: Supply
+    drawing: Drawing | None
+    events: Events
+    exhausted: bool = False  # every configuration of a finite space has been drawn
+    deadline: float = field(init=False)  # after which no trial starts
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        complete = sum(row.state == "COMPLETE" for row in self.supply.rows())
+        self.progress = Progress(complete, plan.n_trials, plan.epochs)
+        self.runner = Runner(plan, self.progress, self.write_config)
+        self.recorder = Recorder(plan, self.supply, self.progress, self.events, self.drawing)
+        self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
+        self.deadline = time.monotonic() + (plan.timeout or math.inf)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.recorder.rows
+
+    @property
+    def complete(self) -> int:
+        return self.recorder.complete
+
+    @property
+    def gave_up(self) -> str:
+        return self.recorder.gave_up
+
+    # ----------------------------------------------------------------------------------- the story
+
+    def run(self) -> None:
+        """Run the search. Whatever it raises, no process of it stays behind."""
+        try:
+            self.loop()
+            self.give_up_displaced()
+            if self.drawing is not None:
+                self.drawing.finish(self.stop.wakeup, self.stop.name is not None)
+        except Exception as error:
+            self.rescue(error)
+            raise
+        finally:
+            self.runner.kill_all()
+            if self.drawing is not None:
+                self.drawing.kill()
+            self.progress.close()
+
+    def loop(self) -> None:
+        while True:
+            while self.may_start():
+                self.start_next()
+            if not self.runner.running and (self.is_over() or self.supply.is_done()):
+                return
+            self.wait_for_news()
+
+    def may_start(self) -> bool:
+        if not self.runner.has_room or self.stop.name is not None:
+            return False
+        return bool(self.runner.displaced) or (self.supply.room > 0 and not self.is_over())
+
+    def is_over(self) -> bool:
+        """Tell whether this run starts no more trials, however many are wanted."""
+        return bool(
+            self.stop.name
+            or self.gave_up
+            or self.exhausted
+            or not self.runner.devices.usable
+            or time.monotonic() >= self.deadline
+            or self.outlook.is_too_late()
+        )
+
+    # ---------------------------------------------------------------------------------------- start
+
+    def start_next(self) -> None:
+        """Start a trial whose GPU had failed on another one, or ask for the next trial."""
+        if self.runner.displaced:
+            running = self.runner.displaced.pop(0)
+            try:
+                self.runner.restart(running)
+            except OSError as error:
+                self.end_failed(running.trial, of_error(error, one_line(error)), 0, 0.0)
+            return
+        try:
+            trial = self.supply.next()
+        except SpaceExhaustedError as error:
+            self.exhausted = True
+            self.progress.line(f"the space is exhausted: {error}, all of them different")
+            return
+        if trial is None:
+            return
+        self.progress.start(trial.number)
+        plan = self.plan
+        try:
+            config = config_of(trial, plan.space, plan.settings, plan.seed)
+            directory = trial_dir(plan.checkpoint_dir, trial.number)
+            earlier = checkpoint_to_continue(self.supply.study, plan.checkpoint_dir, trial)
+            self.runner.start(trial, config, directory, earlier)
+        except (OSError, UserError, ValueError) as error:
+            self.end_failed(trial, of_error(error, one_line(error)), 0, 0.0)
+
+    def write_config(self, trial: Trial, job: Job) -> None:
+        """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
+        write_json(
+            job.trial_dir / "config.json",
+            {
+                "number": trial.number,
+                "hyperparameters": trial.params,
+                "distributions": distributions_of(trial),
+                "config": job.config.to_dict(),
+                "config_hash": job.config.hash(),
+                "data_fingerprint": self.plan.data.fingerprint,
+                "user_attrs": trial.user_attrs,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "device": ",".join(job.gpus) or "cpu",
+                "ranks": job.ranks,
+                "threads": job.threads,
+                "micro_batch": job.micro_batch,
+                "settings": self.plan.settings,
+                **self.plan.provenance,
+            },
+        )
+
+    # ----------------------------------------------------------------------------------------- news
+
+    def wait_for_news(self) -> None:
+        """Wait for a message, a signal or a deadline, and act on it."""
+        trials = self.runner.connections()
+        of_drawing = self.drawing.connections if self.drawing is not None else []
+        ready = connection.wait(
+            [*trials, *of_drawing, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
+        )
+        if self.stop.wakeup in ready:
+            self.stop.wakeup.recv(4096)
+        if self.stop.name is not None:
+            self.runner.stop_all(by_signal(self.stop.name))
+        for pipe in trials.keys() & set(ready):
+            self.hear(trials[pipe], pipe)
+        if self.drawing is not None and any(pipe in ready for pipe in of_drawing):
+            self.drawing.receive()
+        self.watch_the_clock()
+
+    def seconds_to_next_deadline(self) -> float:
+        soonest = min(self.runner.next_deadline(), self.supply.next_deadline(self.runner.has_room))
+        left = max(0.0, soonest - time.monotonic())
+        return min(LONGEST_WAIT, left, self.events.seconds_to_next_deadline())
+
+    def watch_the_clock(self) -> None:
+        self.events.look()
+        self.runner.watch_the_clock()
+        under_way = [*self.runner.running.values(), *self.runner.displaced]
+        told = [running.trial for running in under_way if not running.pruned]
+        lines, gone, has_news = self.supply.tend(told, self.runner.has_room)
+        for line in lines:
+            self.progress.line(line)
+        if has_news:
+            self.recorder.read()
+        for running in under_way:
+            if running.number in gone:
+                self.let_go(running)
+
+    def hear(self, running: RunningTrial, pipe: connection.Connection) -> None:
+        """Hear a trial's message, and record what it says."""
+        try:
+            news = self.runner.receive(running, pipe)
+            if isinstance(news, Report):
+                self.hear_report(running, news)
+            elif news is not None:
+                self.hear_end(running, news)
+        except RecordedElsewhereError:
+            self.let_go(running)
+
+    def let_go(self, running: RunningTrial) -> None:
+        """End a trial that another search has taken for dead and recorded."""
+        self.runner.drop(running)
+        self.recorder.let_go(running)
+
+    def hear_report(self, running: RunningTrial, report: Report) -> None:
+        """Store an epoch's value and answer whether the trial goes on."""
+        epoch, value = report.epoch, float(report.metrics["macro_top1"])
+        if epoch > running.epoch:
+            self.recorder.report(running.trial, value, epoch)
+        running.epoch, running.progress = max(epoch, running.epoch), float(epoch)
+        if report.again:
+            running.epochs_before = epoch
+        if running.best is None or value > running.best:
+            running.best, running.best_epoch = value, epoch
+        # What is done is not pruned. A pruner goes through all trials, also to say: too early.
+        is_last = epoch >= self.plan.epochs or epoch - running.best_epoch >= self.plan.patience
+        is_judged = not is_last and epoch >= warm_up_epochs(self.plan.epochs)
+        if running.stop_cause is None and is_judged and running.trial.should_prune():
+            running.pruned = True
+            self.recorder.tell_pruned(running, self.numbers())
+        running.child.order(PRUNE if running.pruned else STOP if running.stop_cause else CONTINUE)
+        if not report.again:
+            facts = self.outlook.epoch_facts(value, report.metrics)
+            self.progress.epoch(running.number, epoch, facts)
+
+    # ----------------------------------------------------------------------------------------- ends
+
+    def hear_end(self, running: RunningTrial, end: News) -> None:
+        """Record how a trial ended."""
+        if isinstance(end, Pruned):
+            self.recorder.end_pruned(running, self.numbers())
+            return
+        value: float | None
+        if isinstance(end, Complete):
+            value = float(end.metrics["macro_top1"])
+            if not math.isfinite(value):
+                end = Failed(Cause(Kind.NOT_FINITE, f"the trial's value is {value}"))
+                value = None
+        else:
+            value = finished_value(running.job.trial_dir)  # it was done: only its word was lost
+        if value is not None:
+            self.recorder.end_complete(running, value, self.numbers())
+            return
+        assert isinstance(end, Failed)
+        seconds = time.monotonic() - running.started
+        self.end_failed(running.trial, end.cause, running.epoch, seconds)
+
+    def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:
+        if self.stop.name is not None and not cause.is_interruption:
+            # Once a stop was asked for, whatever ends a trial is part of the stop.
+            cause = Cause(Kind.SIGNAL, str(cause), traceback=cause.traceback)
+        self.recorder.end_failed(trial, cause, epochs, seconds, self.numbers())
+
+    def numbers(self) -> list[int]:
+        """Give the numbers of the trials that run."""
+        return [running.number for running in self.runner.running.values()]
+
+    def give_up_displaced(self) -> None:
+        """Record the trials that no GPU is left for, or that a signal came before."""
+        for running in self.runner.displaced:
+            cause = by_signal(self.stop.name) if self.stop.name else self.runner.no_device()
+            assert cause is not None, "a displaced trial is started again where a device is left"
+            self.end_failed(running.trial, cause, 0, 0.0)
+        self.runner.displaced.clear()
+
+    def rescue(self, error: Exception) -> None:
+        """Let running trials save and end when the loop itself has failed, and record them.
+
+        What cannot be recorded stays marked as running, and is recorded by the next start, or by
+        whoever sees that this search is gone.
+        """
+        cause = Cause(Kind.SEARCH_FAILED, f"interrupted: the search failed ({one_line(error)})")
+        can_record = self.supply.can_record_after(error)
+        self.runner.stop_all(cause)
+        while self.runner.running:
+            trials = self.runner.connections()
+            left = self.runner.next_deadline() - time.monotonic()
+            for pipe in connection.wait(list(trials), timeout=max(0.0, left)):
+                running = trials[pipe]  # type: ignore[index]
+                news = self.runner.receive(running, pipe)  # type: ignore[arg-type]
+                if isinstance(news, Report):
+                    running.child.order(STOP)
+                elif news is not None and can_record:
+                    can_record = self.recorded(running, news)
+            self.runner.watch_the_clock()
+
+    def recorded(self, running: RunningTrial, end: News) -> bool:
+        """Try to record an end after an error; tell whether it could be done."""
+        try:
+            self.hear_end(running, end)
+        except Exception:  # most likely what ended the loop
+            return False
+        return True

@@ -1,0 +1,76 @@
+"""What a running search says of itself: the best value so far, how long it still takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from writer_search.common.text import duration, percent
+from writer_search.processes.deadlines import longest_epoch
+from writer_search.processes.plan import Plan
+from writer_search.processes.runner import Runner
+from writer_search.results.estimate import Timed, finished_epochs, range_text, seconds_left
+from writer_search.results.rows import Row, best_row
+from writer_search.study.recorder import Recorder
+from writer_search.study.supplies import Supply
+
+
+class Outlook:
+    """Reads the recorded rows and the running trials; changes nothing."""
+
+    def __init__(self, plan: Plan, supply: Supply, recorder: Recorder, runner: Runner) -> None:
+        self._plan, self._supply = plan, supply
+        self._recorder, self._runner = recorder, runner
+        self._judged: tuple[list[Row], tuple[Row | None, list[Timed]]] | None = None
+
+    def finished(self) -> tuple[Row | None, list[Timed]]:
+        """Give the best complete trial, and how long trials took; sought once for given rows."""
+        rows = self._recorder.rows
+        if self._judged is None or self._judged[0] is not rows:
+            self._judged = rows, (best_row(rows), finished_epochs(rows))
+        return self._judged[1]
+
+    def is_too_late(self) -> bool:
+        """Tell whether the batch system's job ends before one more epoch could."""
+        if self._plan.stop_at == math.inf:
+            return False
+        running = [(r.epoch - r.epochs_before, seconds) for r, seconds in self._running()]
+        seconds = longest_epoch([*self.finished()[1], *running])
+        return time.monotonic() + seconds >= self._plan.stop_at
+
+    def epoch_facts(self, value: float, metrics: dict[str, Any]) -> str:
+        """Say what an epoch has brought, for its line."""
+        return " | ".join(
+            [
+                f"loss {metrics['train_loss']:.3f}",
+                f"val macro top-1 {percent(value)}",
+                f"best {self.best_text()}",
+                f"{duration(metrics['seconds'])}",
+                f"left {range_text(self._time_left())}",
+            ]
+        )
+
+    def best_text(self) -> str:
+        best = self.finished()[0]
+        values = [(r.best, -r.number) for r, _ in self._running() if r.best is not None]
+        if best is not None and best.value is not None:
+            values.append((best.value, -best.number))
+        if not values:
+            return "none yet"
+        value, negative = max(values)
+        return f"{percent(value)} (trial {-negative})"
+
+    def _time_left(self) -> tuple[float, float] | None:
+        running = [(r.progress, seconds) for r, seconds in self._running()]
+        return seconds_left(
+            self.finished()[1],
+            running,
+            self._supply.room,
+            self._plan.epochs,
+            len(self._plan.slots),
+        )
+
+    def _running(self) -> list[tuple[Any, float]]:
+        now = time.monotonic()
+        return [(r, now - r.started) for r in self._runner.running.values()]

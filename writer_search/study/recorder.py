@@ -1,0 +1,169 @@
+"""Records how trials end (study, trial.json, error.log, tables) and says so in a line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial, TrialState
+
+from writer_search.common.text import duration, one_line, percent
+from writer_search.processes.causes import Cause
+from writer_search.processes.pictures import Drawing
+from writer_search.processes.plan import Plan
+from writer_search.processes.runner import RunningTrial
+from writer_search.results.events import Events, trial_event
+from writer_search.results.progress import Progress
+from writer_search.results.rows import Row, trial_dir
+from writer_search.results.tables import SummaryFiles
+from writer_search.study.records import write_error_log, write_record
+from writer_search.study.supplies import RecordedElsewhereError, Supply
+from writer_search.study.weights import remove_weights
+
+Result = TypeVar("Result")
+
+
+class Recorder:
+    """Tells the study of each end, brings the files up to date, and counts failures in a row.
+
+    drawing: what draws the search; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        supply: Supply,
+        progress: Progress,
+        events: Events,
+        drawing: Drawing | None,
+    ) -> None:
+        self.rows: list[Row] = supply.rows()  # as of the last change
+        self.gave_up = ""  # why; for good, whatever the trials do that still run
+        self._plan, self._supply, self._study = plan, supply, supply.study
+        self._progress, self._events, self._drawing = progress, events, drawing
+        self._summary = SummaryFiles(plan.checkpoint_dir)
+        self._failures: list[Cause] = []  # in a row
+        self._without_weights: set[int] = set()  # trials whose weights were deleted
+
+    @property
+    def complete(self) -> int:
+        return sum(row.state == "COMPLETE" for row in self.rows)
+
+    def read(self) -> None:
+        """Read all trials anew."""
+        self.rows = self._supply.rows()
+
+    def report(self, trial: Trial, value: float, epoch: int) -> None:
+        """Store an epoch's value. Raises RecordedElsewhereError."""
+        try:
+            trial.report(value, epoch)
+        except UpdateFinishedTrialError:
+            raise RecordedElsewhereError from None
+
+    def end_complete(self, running: RunningTrial, value: float, others: Collection[int]) -> None:
+        """Record a complete trial. others: the trials that still run."""
+        self._failures.clear()
+        self._tell(running.trial, TrialState.COMPLETE, running.epoch, others, value)
+        self._say(running, f"complete | val macro top-1 {percent(value)}", others)
+
+    def tell_pruned(self, running: RunningTrial, others: Collection[int]) -> None:
+        """Record that a trial is not worth finishing.
+
+        At once: a search killed from here on leaves a pruned trial, not a lost one.
+        """
+        self._tell(running.trial, TrialState.PRUNED, running.epoch, others)
+
+    def end_pruned(self, running: RunningTrial, others: Collection[int]) -> None:
+        """Note that a pruned trial's process has ended."""
+        self._failures.clear()
+        self._say(running, f"pruned at epoch {running.epoch}", others)
+
+    def end_failed(
+        self, trial: Trial, cause: Cause, epochs: int, seconds: float, others: Collection[int]
+    ) -> None:
+        """Record a trial that failed by itself, or that was interrupted, after so many epochs."""
+        trial.set_user_attr("failure", str(cause))
+        if cause.is_interruption:
+            trial.set_user_attr("interrupted", True)
+        directory = trial_dir(self._plan.checkpoint_dir, trial.number)
+        self.attempt(
+            lambda: write_error_log(
+                directory,
+                str(cause),
+                epoch=epochs or None,
+                traceback=cause.traceback,
+                advice=cause.advice,
+            )
+        )
+        self._tell(trial, TrialState.FAIL, epochs, others)
+        self._remove_weights(others)
+        if not cause.is_interruption:
+            self._count(cause)
+        facts = f"failed: {one_line(cause)} | {duration(seconds)}"
+        self._progress.end(trial.number, facts, self.complete)
+
+    def _count(self, cause: Cause) -> None:
+        self._failures.append(cause)
+        number = len(self._failures)
+        if number >= self._plan.max_consecutive_failed_trials:
+            ((commonest, _),) = Counter(failure.same for failure in self._failures).most_common(1)
+            self.gave_up = (
+                f"{number} failed trials in a row; common cause: {one_line(commonest[1])}"
+            )
+
+    def let_go(self, running: RunningTrial) -> None:
+        """Say that another search has recorded a trial of this one."""
+        self._progress.end(
+            running.number,
+            "given up: this search had shown no sign of life, and another one has recorded it",
+            self.complete,
+        )
+
+    def _say(self, running: RunningTrial, facts: str, others: Collection[int]) -> None:
+        self._remove_weights(others)
+        seconds = time.monotonic() - running.started
+        self._progress.end(running.number, f"{facts} | {duration(seconds)}", self.complete)
+
+    def _tell(
+        self,
+        trial: Trial,
+        state: TrialState,
+        epochs: int,
+        others: Collection[int],
+        value: float | None = None,
+    ) -> None:
+        """Tell the study, and bring the summary up to date. Raises RecordedElsewhereError."""
+        directory = self._plan.checkpoint_dir
+        try:
+            trial.set_user_attr("epochs", epochs)
+            told = self._study.tell(trial.number, value, state=state)
+        except (UpdateFinishedTrialError, ValueError):
+            if not self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+                raise
+            raise RecordedElsewhereError from None
+        self.rows = self._supply.rows(self.rows, [trial.number, *others])
+        # The database has it. What a full disk keeps from being written now is written later.
+        self.attempt(lambda: write_record(directory, told))
+        self.attempt(lambda: self._summary.write(self.rows))
+        if self._drawing is not None:
+            self._drawing.request()
+        self._events.send(trial_event(directory, trial.number, self.rows, self._plan.n_trials))
+
+    def _remove_weights(self, running: Collection[int]) -> None:
+        """Delete weights that nobody needs; of a trial whose process still writes them, later."""
+        directory, kept = self._plan.checkpoint_dir, self._plan.kept_models
+        if kept is not None:
+            removed = self._without_weights
+            self.attempt(lambda: remove_weights(directory, self.rows, kept, set(running), removed))
+
+    def attempt(self, write: Callable[[], Result]) -> Result | None:
+        """Write or delete a file that is not worth the search: say so where it cannot be done."""
+        try:
+            return write()
+        except OSError as error:
+            print(f"warning: {one_line(error)}", file=sys.stderr, flush=True)
+            return None

@@ -1,0 +1,73 @@
+"""The state of a search that several machines share, from its storage alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from writer_search.results.estimate import finished_epochs, seconds_left
+from writer_search.results.status import RunningStatus, Status, silence
+from writer_search.study.shared.storage import (
+    is_surplus,
+    rows_of,
+)
+
+
+def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) -> Status:
+    """Describe a search from its storage alone."""
+    trials = study.get_trials(deepcopy=False)
+    recorded = study.user_attrs
+    run = recorded.get("run", {"n_trials": 0, "checkpoint_dir": "."})
+    epochs = int(recorded.get("settings", {}).get("epochs", 0))
+    rows = rows_of(trials)
+    times = {row.number: row.seconds or 0.0 for row in rows}
+    running = [
+        _running(trial, times[trial.number])
+        for trial in trials
+        if trial.state == TrialState.RUNNING and not is_surplus(trial)
+    ]
+    left = None
+    if running:
+        progress = [(float(trial.epoch), trial.epoch_seconds) for trial in running]
+        complete = sum(row.state == "COMPLETE" for row in rows)
+        to_start = max(0, run["n_trials"] - len(running) - complete)
+        left = seconds_left(finished_epochs(rows), progress, to_start, epochs, len(running))
+    return Status(
+        heading=f"{where}: {len(running)} trial(s) running",
+        checkpoint_dir=checkpoint_dir or Path(run["checkpoint_dir"]),
+        active=bool(running),
+        holder=None,
+        n_trials=run["n_trials"],
+        epochs=epochs,
+        rows=rows,
+        running=running,
+        left=left,
+    )
+
+
+def _running(trial: FrozenTrial, seconds: float) -> RunningStatus:
+    values = trial.intermediate_values
+    best = max(values.values(), default=None)
+    owner = trial.user_attrs.get("owner")
+    silent = None if owner is None else _seconds_silent(trial)  # by its host's clock and ours
+    return RunningStatus(
+        number=trial.number,
+        epoch=max(values, default=0),
+        value=values[max(values)] if values else None,
+        best=best,
+        best_epoch=min((e for e, value in values.items() if value == best), default=None),
+        seconds=seconds,
+        epoch_seconds=seconds,
+        silent_seconds=silent,
+        stalled=bool(silence(silent)),
+        host=None if owner is None else str(owner["host"]),
+        note="of no search that lives" if owner is None else silence(silent),
+    )
+
+
+def _seconds_silent(trial: FrozenTrial) -> float:
+    sign = datetime.fromisoformat(trial.user_attrs["alive"])
+    return max(0.0, (datetime.now(UTC) - sign).total_seconds())
