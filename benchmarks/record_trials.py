@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks import common
 from data import find_lines
 from writer_search.common.files import write_text
-from writer_search.results.rows import DATABASE, read_history, read_rows, trial_dir
+from writer_search.results.rows import DATABASE, read_database, read_history, trial_dir
 
 TABLE = Path(__file__).parent / "recorded_trials.json"
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
@@ -128,7 +128,7 @@ def trials_of(directory: Path) -> list[dict[str, Any]]:
                 for epoch in read_history(trial_dir(directory, row.number))
             ],
         }
-        for row in read_rows(directory / DATABASE)
+        for row in read_database(directory / DATABASE).rows
         if row.state in ("COMPLETE", "PRUNED")
     ]
 

@@ -47,7 +47,7 @@ from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Complete, Report
 from writer_search.results.events import Events
-from writer_search.results.rows import DATABASE, read_rows
+from writer_search.results.rows import DATABASE, read_database
 from writer_search.results.status import read_status, status_text
 from writer_search.results.tables import write_summary
 from writer_search.space import Space, default_space, suggest
@@ -301,9 +301,9 @@ def opening(directory: Path, size: int) -> dict[str, float]:
     def open_it() -> None:
         study = open_study(directory)
         settle_unfinished(study, directory)
-        assert len(read_rows(directory / DATABASE)) == size
+        assert len(read_database(directory / DATABASE).rows) == size
 
-    rows = read_rows(directory / DATABASE)
+    rows = read_database(directory / DATABASE).rows
     sides = {
         "open": open_it,
         "status": lambda: status_text(read_status(directory)),

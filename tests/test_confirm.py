@@ -20,7 +20,7 @@ from test_train import assert_same_weights
 from writer_search.processes import runner as runner_module
 from writer_search.results.chosen import chosen_model, read_confirmation
 from writer_search.results.confirmed import Candidate, describe, remove_other_weights, summarise
-from writer_search.results.rows import Row, read_rows
+from writer_search.results.rows import Row, read_database
 from writer_search.study import loop as loop_module
 from writer_search.study.confirm import Repeater, RepetitionSupply, candidates_of, seeds_of
 from writer_search.study.store import open_study
@@ -77,7 +77,7 @@ def test_best_are_trained_again_and_the_winner_is_published(
     assert "Completed runs: 0 of 4\n" in printed
     found = read(directory)
     ranked = sorted(
-        (row for row in read_rows(directory / "optuna_study.db") if row.value is not None),
+        (row for row in read_database(directory / "optuna_study.db").rows if row.value is not None),
         key=lambda row: (-(row.value or 0), row.number),
     )
     assert [entry["trial"] for entry in found["candidates"]] == [r.number for r in ranked[:2]]

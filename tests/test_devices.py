@@ -12,11 +12,11 @@ import torch
 from faults import RealChild
 from test_search import Run, run, trials_of
 
-import hyperparameter_search
 from writer_search.common.errors import UserError
 from writer_search.processes import runner as runner_module
 from writer_search.processes.devices import Devices, divide, visible_entries
 from writer_search.processes.machine import _visible_gpus
+from writer_search.study import preparation
 from writer_search.study.store import open_study
 
 __all__ = ["run"]  # the fixture
@@ -103,12 +103,12 @@ class Started:
 def on_gpus(run: Run, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the command on a machine with GPUs of these names."""
     started = Started()
-    ask = hyperparameter_search.ask_machine
+    ask = preparation.ask_machine
 
     def command(gpus: list[str], *more: str, **replaced: str) -> tuple[int, Started]:
         monkeypatch.setattr(runner_module, "ChildProcess", started)
         monkeypatch.setattr(
-            hyperparameter_search,
+            preparation,
             "ask_machine",
             lambda *arguments: ask(*arguments) | {"gpus": gpus},
         )

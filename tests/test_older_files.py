@@ -15,7 +15,7 @@ import pytest
 
 from hyperparameter_search import main
 from train import main as train_main
-from writer_search.results.rows import read_history, read_rows
+from writer_search.results.rows import read_database, read_history
 
 ASSET = Path(__file__).parent / "assets" / "search_of_november_2026.tar.gz"
 FIXED = ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8", "precision=float32")
@@ -39,7 +39,7 @@ def argv(*more: str) -> list[str]:
 
 
 def states(search_dir: Path) -> list[str]:
-    return [row.state for row in read_rows(search_dir / "optuna_study.db")]
+    return [row.state for row in read_database(search_dir / "optuna_study.db").rows]
 
 
 def test_a_search_goes_on_from_its_old_checkpoints(
@@ -59,10 +59,10 @@ def test_a_search_goes_on_from_its_old_checkpoints(
 
 
 def test_old_trials_rebuild_the_study(search_dir: Path) -> None:
-    before = read_rows(search_dir / "optuna_study.db")
+    before = read_database(search_dir / "optuna_study.db").rows
     (search_dir / "optuna_study.db").unlink()
     assert main(["--checkpoint_dir", "search", "--recover"]) == 0
-    after = read_rows(search_dir / "optuna_study.db")
+    after = read_database(search_dir / "optuna_study.db").rows
     assert [row.params for row in after] == [row.params for row in before]
     assert [row.value for row in after] == [row.value for row in before]
 

@@ -16,12 +16,11 @@ from writer_search.results.pictures import figures
 from writer_search.results.pictures import trials as plots
 from writer_search.results.pictures.trials import (
     PICTURES,
-    copied_trials,
     draw_all,
     draw_curves,
     draw_missing_curves,
 )
-from writer_search.results.rows import DATABASE, trial_dir
+from writer_search.results.rows import DATABASE, read_database, trial_dir
 
 HOSTILE = ["$x_1$", "a" * 300, "line\nbreak", "<b>&amp;", "فارسی", "\udcff\x00"]
 
@@ -33,7 +32,7 @@ def is_whole_picture(path: Path) -> bool:
 
 
 def draw(directory: Path) -> list[str]:
-    return draw_all(directory, copied_trials(directory / DATABASE))
+    return draw_all(directory, read_database(directory / DATABASE).trials)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_drawing_only_reads_the_database(drawn: tuple[Path, list[str]], tmp_path
     shutil.copy(drawn[0] / DATABASE, directory)
     (directory / DATABASE).chmod(0o444)
     before = (directory / DATABASE).read_bytes()
-    trials = copied_trials(directory / DATABASE)
+    trials = read_database(directory / DATABASE).trials
     assert [trial.number for trial in trials] == list(range(16))
     assert (directory / DATABASE).read_bytes() == before
     assert [path.name for path in directory.iterdir()] == [DATABASE]
@@ -110,7 +109,7 @@ def test_without_matplotlib_a_line_says_so(tmp_path: Path, monkeypatch: pytest.M
 def test_curves_of_finished_trials_are_drawn_once(
     drawn: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    trials = copied_trials(drawn[0] / DATABASE)[:2]
+    trials = read_database(drawn[0] / DATABASE).trials[:2]
     for number in (0, 1):
         shutil.copytree(trial_dir(drawn[0], number), trial_dir(tmp_path, number))
     (tmp_path / "trial_001" / "curves.png").write_bytes(b"there")

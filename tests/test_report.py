@@ -20,7 +20,7 @@ from searches import make_search
 from writer_search.common.files import read_json, write_json
 from writer_search.common.text import percent
 from writer_search.results.report import ranges, report_html, standard_error, write_report
-from writer_search.results.rows import DATABASE, best_row, read_rows, read_study, trial_dir
+from writer_search.results.rows import DATABASE, best_row, read_database, trial_dir
 from writer_search.study.store import open_study
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "فارسی", "\udcff"]
@@ -55,7 +55,8 @@ class Page(HTMLParser):
 
 def page_of(directory: Path, notes: tuple[str, ...] = ()) -> str:
     database = directory / DATABASE
-    return report_html(directory, read_rows(database), read_study(database), notes)
+    reading = read_database(database)
+    return report_html(directory, reading.rows, reading.recorded, notes)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_result_comes_first_and_every_trial_follows(search: Path) -> None:
     text = page_of(search, ("slices.png: needs 3 complete trials",))
     page = Page(text)
-    rows = read_rows(search / DATABASE)
+    rows = read_database(search / DATABASE).rows
     best = best_row(rows)
     assert best is not None
     assert page.tags[0] == ("html", {"lang": "en"})
@@ -116,7 +117,8 @@ def test_hostile_texts_are_shown_as_they_are(search: Path) -> None:
 def test_report_is_written_whole_and_over_the_last(search: Path) -> None:
     database = search / DATABASE
     for _ in range(2):
-        write_report(search, read_rows(database), read_study(database))
+        reading = read_database(database)
+        write_report(search, reading.rows, reading.recorded)
     assert (search / "summary" / "report.html").read_text().rstrip().endswith("</html>")
     assert not list((search / "summary").glob(".*"))
 
@@ -258,7 +260,7 @@ def test_in_a_browser(width: int, search: Path, browser: str, tmp_path: Path) ->
     assert seen["sideways"] == 0, "nothing but tables and pictures scrolls sideways"
     assert seen["images"] == [4]
     assert not seen["alerted"]
-    rows = {row.number: row.value for row in read_rows(search / DATABASE)}
+    rows = {row.number: row.value for row in read_database(search / DATABASE).rows}
     assert seen["before"] == sorted(rows)
     complete = sorted((n for n in rows if rows[n] is not None), key=lambda n: rows[n] or 0.0)
     assert seen["up"][: len(complete)] == complete

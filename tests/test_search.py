@@ -405,8 +405,8 @@ def test_threads_leave_the_cores_that_other_programs_use(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("hyperparameter_search.SharedCores", FakeCores)
-    monkeypatch.setattr("hyperparameter_search.usable_cores", lambda: 7)
+    monkeypatch.setattr("writer_search.study.preparation.SharedCores", FakeCores)
+    monkeypatch.setattr("writer_search.study.preparation.usable_cores", lambda: 7)
     if asked is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
     assert run("--n_jobs", "2", n_trials="3") == 0
@@ -450,8 +450,8 @@ def test_trial_gets_its_threads_back(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "kept_waiting"}))
-    monkeypatch.setattr("hyperparameter_search.SharedCores", EmptiedCores)
-    monkeypatch.setattr("hyperparameter_search.usable_cores", lambda: 3)
+    monkeypatch.setattr("writer_search.study.preparation.SharedCores", EmptiedCores)
+    monkeypatch.setattr("writer_search.study.preparation.usable_cores", lambda: 3)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(
         runner_module, "RunningTrial", partial(runner_module.RunningTrial, calm=calm)

@@ -21,17 +21,13 @@ from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from writer_search.common.text import one_line
 from writer_search.processes.fork_server import weigh_session
 from writer_search.processes.messages import Message, obey_in_thread
 from writer_search.processes.parent import ChildProcess, exit_text
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-    from writer_search.results.rows import Row
+from writer_search.results.rows import DATABASE, Reading, Row, read_database
 
 DRAW = "draw"
 HURRY = "hurry"  # rest no more, and give way no more: no trial is left
@@ -41,14 +37,12 @@ LAST_SECONDS = 120.0  # what the last drawing may take, when no trial runs any m
 MOST_CRASHES = 3  # in a row, after which the pictures are given up
 MOST_WAITING = 2  # orders: one may be drawn already, by the next one what is new since then
 
-Reading = tuple["list[FrozenTrial]", "list[Row]", dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Source:
     """Where to read a search, and write what is drawn.
 
-    read: gives the study's trials, the same as rows, and what the study recorded about itself.
+    read: reads the study, in the drawing process.
     """
 
     checkpoint_dir: Path
@@ -66,7 +60,9 @@ class Drawing:
     def __init__(self, checkpoint_dir: Path, read: Callable[[], Reading] | None = None) -> None:
         """read: for a study that is elsewhere; the drawing process imports it by name."""
         self.notes: list[str] = []
-        self._source = Source(checkpoint_dir, read or partial(read_local, checkpoint_dir))
+        self._source = Source(
+            checkpoint_dir, read or partial(read_database, checkpoint_dir / DATABASE)
+        )
         self._child: ChildProcess | None = None
         self._waiting = 0  # orders that no drawing has answered
         self._again = False  # another is to be sent, once one is answered
@@ -247,12 +243,3 @@ def draw(source: Source) -> list[str]:
     # Last: after an older version's search there are hundreds.
     draw_missing_curves(source.checkpoint_dir, trials)
     return notes
-
-
-def read_local(checkpoint_dir: Path) -> Reading:
-    """Read the study in a checkpoint directory for the pictures."""
-    from writer_search.results.pictures.trials import copied_trials
-    from writer_search.results.rows import DATABASE, read_rows, read_study
-
-    database = checkpoint_dir / DATABASE
-    return copied_trials(database), read_rows(database), read_study(database)

@@ -1,4 +1,4 @@
-"""Several searches side by side, from their files alone. Imports neither torch nor Optuna."""
+"""Several searches side by side, from their files alone. Imports no torch."""
 
 from __future__ import annotations
 

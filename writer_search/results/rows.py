@@ -1,7 +1,4 @@
-"""Reads a search's database and files, and keeps its summary: table of trials, best trial.
-
-Imports neither torch nor Optuna, so that `--status` answers at once.
-"""
+"""Reads a search: its database, and the files of its trials."""
 
 from __future__ import annotations
 
@@ -9,15 +6,19 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
+from writer_search.flags import STUDY_NAME
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 DATABASE = "optuna_study.db"
 UNFINISHED = ("RUNNING", "WAITING")
@@ -66,13 +67,46 @@ def best_row(rows: Sequence[Row]) -> Row | None:
 # ----------------------------------------------------------------------------- reading a database
 
 
-@contextmanager
-def _readable(database: Path) -> Iterator[sqlite3.Connection]:
-    """Open a database for reading only. Raises sqlite3.DatabaseError, also for broken contents."""
-    with _opened(database) as connection:
+class Reading(NamedTuple):
+    """What a database holds: Optuna's trials, the same for people, the study's user attributes."""
+
+    trials: list[FrozenTrial]
+    rows: list[Row]
+    recorded: dict[str, Any]
+
+
+def read_database(database: Path) -> Reading:
+    """Read a study from a copy of its database in memory.
+
+    Optuna opens a database to write, and only the search process may write this one. Raises
+    sqlite3.DatabaseError when it is damaged, UserError when it is of another version of Optuna.
+    """
+    import optuna
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import StaticPool
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with closing(sqlite3.connect(":memory:", check_same_thread=False)) as memory:
+        with _opened(database) as connection:
+            connection.backup(memory)
+        if not memory.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return Reading([], [], {})  # killed before Optuna made its tables
         try:
-            yield connection
-        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            storage = optuna.storages.RDBStorage(
+                "sqlite://", engine_kwargs={"creator": lambda: memory, "poolclass": StaticPool}
+            )
+            if not storage.get_all_studies():  # killed before Optuna made the study
+                return Reading([], [], {})
+            study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+            trials = study.get_trials(deepcopy=False)
+            return Reading(trials, rows_of(trials), study.user_attrs)
+        except RuntimeError as error:  # Optuna's word on another version of its tables
+            raise UserError(f"{database}: {one_line(error)}") from None
+        except (
+            *(OptunaError, SQLAlchemyError, ValueError, LookupError, TypeError),
+            *(ArithmeticError, AttributeError, AssertionError),
+        ) as error:
             raise sqlite3.DatabaseError(f"its contents make no sense: {error!r}") from error
 
 
@@ -99,62 +133,8 @@ def _opened(database: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def copy_database(database: Path, target: sqlite3.Connection) -> None:
-    """Copy a database, also a live one, without writing to it."""
-    with _readable(database) as connection:
-        connection.backup(target)
-
-
 def _quoted(path: Path) -> str:
     return str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-
-
-def read_study(database: Path) -> dict[str, Any]:
-    """Read what the study recorded about itself; empty where it has recorded nothing."""
-    with _readable(database) as connection:
-        try:
-            found = connection.execute("SELECT key, value_json FROM study_user_attributes")
-            return {key: json.loads(value_json) for key, value_json in found}
-        except sqlite3.OperationalError:  # killed before Optuna made its tables
-            return {}
-
-
-def read_rows(database: Path, numbers: Collection[int] | None = None) -> list[Row]:
-    """Read trials of the study, in order: all, or those that have the numbers."""
-    chosen = "" if numbers is None else f" WHERE t.number IN ({_listed(numbers)})"
-    with _readable(database) as connection:
-        try:
-            trials = connection.execute(
-                "SELECT t.trial_id, t.number, t.state, v.value, t.datetime_start,"
-                " t.datetime_complete FROM trials t LEFT JOIN trial_values v USING (trial_id)"
-                f"{chosen} ORDER BY t.number"
-            ).fetchall()
-        except sqlite3.OperationalError:
-            return []
-        # By id, which the tables have an index for.
-        chosen = "" if numbers is None else f" WHERE trial_id IN ({_listed(t[0] for t in trials)})"
-        params: dict[int, dict[str, Any]] = {}
-        for trial_id, name, value, distribution in connection.execute(
-            f"SELECT trial_id, param_name, param_value, distribution_json FROM trial_params{chosen}"
-        ):
-            params.setdefault(trial_id, {})[name] = _external(value, distribution)
-        attributes: dict[int, dict[str, Any]] = {}
-        for trial_id, key, value_json in connection.execute(
-            f"SELECT trial_id, key, value_json FROM trial_user_attributes{chosen}"
-        ):
-            attributes.setdefault(trial_id, {})[key] = json.loads(value_json)
-        return [
-            Row(
-                number,
-                state,
-                value if state == "COMPLETE" else None,
-                params.get(trial_id, {}),
-                _utc(started),
-                _utc(ended),
-                attributes.get(trial_id, {}),
-            )
-            for trial_id, number, state, value, started, ended in trials
-        ]
 
 
 def read_recorded(checkpoint_dir: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -163,26 +143,37 @@ def read_recorded(checkpoint_dir: Path) -> tuple[list[Row], dict[str, Any]]:
     if not database.exists():
         raise UserError(f"{checkpoint_dir} holds no search ({DATABASE} is not there)")
     try:
-        return read_rows(database), read_study(database)
+        reading = read_database(database)
     except sqlite3.DatabaseError as error:
         raise UserError(f"{database} cannot be read: {one_line(error)}") from None
+    return reading.rows, reading.recorded
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    return ",".join(map(str, numbers))
+def is_surplus(trial: FrozenTrial) -> bool:
+    """Tell a trial that was withdrawn before it began: other searches had been quicker."""
+    return bool(trial.user_attrs.get("surplus"))
 
 
-def _external(value: float, distribution: str) -> Any:
-    """Turn Optuna's stored number into the parameter's value."""
-    described = json.loads(distribution)
-    if described["name"] == "CategoricalDistribution":
-        return described["attributes"]["choices"][int(value)]
-    return int(value) if described["name"] == "IntDistribution" else value
+def rows_of(trials: Iterable[FrozenTrial]) -> list[Row]:
+    """Turn a study's trials into rows for people; those withdrawn before they began are none."""
+    return [
+        Row(
+            trial.number,
+            trial.state.name,
+            trial.value if trial.state.name == "COMPLETE" else None,
+            trial.params,
+            _aware(trial.datetime_start),
+            _aware(trial.datetime_complete),
+            trial.user_attrs,
+        )
+        for trial in trials
+        if not is_surplus(trial)
+    ]
 
 
-def _utc(stored: str | None) -> datetime | None:
-    """Optuna stores naive UTC."""
-    return datetime.fromisoformat(stored).replace(tzinfo=UTC) if stored else None
+def _aware(naive_local: datetime | None) -> datetime | None:
+    """Optuna's trials carry naive local times."""
+    return naive_local.astimezone(UTC) if naive_local else None
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:

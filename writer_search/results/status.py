@@ -1,7 +1,7 @@
 """The state of a search, from its files alone: as a table, as JSON, or watched.
 
 Works while the search runs, after it, and on a copy of the directory elsewhere, also one that
-cannot be written. Imports neither torch nor Optuna, so that it answers at once.
+cannot be written. It imports no torch.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from writer_search.common.locks import DirectoryLock
 from writer_search.processes.plan import Plan
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
-from writer_search.results.rows import DATABASE, Row, read_rows
+from writer_search.results.rows import DATABASE, Row, rows_of
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study, record_settings
 from writer_search.study.supplies import LocalSupply
@@ -154,7 +154,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     candidates = candidates_of(finished.rows, top, seeds, plan.seed)
     repeater = Repeater(finished.supply.study, candidates)
     settled = settle_unfinished(study, directory) + continue_interrupted(study, repeater.seeds)
-    rows = read_rows(directory / DATABASE)
+    rows = rows_of(study.get_trials(deepcopy=False))
     missing = repeater.missing(rows)
     n_trials = sum(row.state == "COMPLETE" for row in rows) + missing
     study.set_user_attr("run", {"n_trials": n_trials, "n_jobs": len(plan.slots)})

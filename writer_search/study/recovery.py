@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_dict, sync_directory
 from writer_search.common.text import one_line
-from writer_search.results.rows import DATABASE, read_history, read_rows, trial_dir
+from writer_search.results.rows import DATABASE, read_database, read_history, trial_dir
 from writer_search.study.records import finished_value
 from writer_search.study.store import open_study
 
@@ -54,7 +54,7 @@ def find_damage(checkpoint_dir: Path) -> str | None:
         return "is empty beside trial directories" if numbers else None
     try:
         problem = _check(database)
-        known = {row.number for row in read_rows(database)}
+        known = {row.number for row in read_database(database).rows}
     except (sqlite3.DatabaseError, ValueError) as error:  # SQLite's own words may be broken text
         return f"is damaged ({one_line(error)})"
     if problem:

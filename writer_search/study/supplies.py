@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import Trial
 
 from writer_search.processes.plan import Plan
-from writer_search.results.rows import DATABASE, Row, read_rows
+from writer_search.results.rows import Row, rows_of
 from writer_search.study.draws import Drawer
 
 
@@ -62,7 +62,6 @@ class LocalSupply:
     def __init__(self, study: optuna.Study, plan: Plan) -> None:
         self.study = study
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
-        self._database = plan.checkpoint_dir / DATABASE
         complete = sum(row.state == "COMPLETE" for row in self.rows())
         self.room = max(0, plan.n_trials - complete)
 
@@ -78,8 +77,10 @@ class LocalSupply:
         return True
 
     def rows(self, known: Sequence[Row] = (), changed: Collection[int] | None = None) -> list[Row]:
-        read = read_rows(self._database, changed)
-        rows = {row.number: row for row in [*known, *read]}
+        trials = self.study.get_trials(deepcopy=False)
+        if changed is not None:
+            trials = [trials[number] for number in changed]
+        rows = {row.number: row for row in [*known, *rows_of(trials)]}
         return [rows[number] for number in sorted(rows)]
 
     def can_record_after(self, error: Exception) -> bool:

@@ -8,10 +8,8 @@ trials marked, the best trial in one colour throughout, legible with 300 trials.
 from __future__ import annotations
 
 import math
-import sqlite3
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +21,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.pool import StaticPool
 
 from writer_search.common.files import read_json
 from writer_search.common.text import shown_value
-from writer_search.flags import STUDY_NAME
 from writer_search.results.pictures.figures import (
     ACCURACY,
     BLUE,
@@ -49,7 +45,7 @@ from writer_search.results.pictures.figures import (
     whole_numbers,
 )
 from writer_search.results.pictures.writers import confusion_picture, writers_picture
-from writer_search.results.rows import copy_database, home_of, read_history, trial_dir
+from writer_search.results.rows import home_of, read_history, trial_dir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,20 +118,6 @@ def draw_missing_curves(checkpoint_dir: Path, trials: Sequence[FrozenTrial]) -> 
 def draw_curves(directory: Path) -> str | None:
     """Draw a trial's history.jsonl into its curves.png; return why it was not drawn, if so."""
     return try_to_draw(directory / "curves.png", lambda: _curves(directory))
-
-
-def copied_trials(database: Path) -> list[FrozenTrial]:
-    """Read the trials from a copy in memory.
-
-    Optuna opens a database to write, and only the search process may write this one.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with closing(sqlite3.connect(":memory:", check_same_thread=False)) as memory:
-        copy_database(database, memory)
-        storage = optuna.storages.RDBStorage(
-            "sqlite://", engine_kwargs={"creator": lambda: memory, "poolclass": StaticPool}
-        )
-        return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials()
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -23,9 +23,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from writer_search.common.locks import SharedLock, holder_is_dead
-from writer_search.results.rows import home_of, trial_dir
+from writer_search.results.rows import home_of, is_surplus, trial_dir
 from writer_search.study.draws import Drawer, params_key
-from writer_search.study.shared.storage import is_surplus
 from writer_search.study.unfinished import continuations, settle
 
 SIGN_SECONDS = 60.0  # between two signs of life of a running trial

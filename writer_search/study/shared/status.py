@@ -9,18 +9,16 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from writer_search.results.estimate import finished_epochs, seconds_left
+from writer_search.results.rows import is_surplus, rows_of
 from writer_search.results.status import RunningStatus, Status, silence
-from writer_search.study.shared.storage import (
-    is_surplus,
-    rows_of,
-)
 
 
 def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) -> Status:
     """Describe a search from its storage alone."""
     trials = study.get_trials(deepcopy=False)
     recorded = study.user_attrs
-    run = recorded.get("run", {"n_trials": 0, "checkpoint_dir": "."})
+    run = recorded.get("run", {})
+    n_trials = int(run.get("n_trials", 0))
     epochs = int(recorded.get("settings", {}).get("epochs", 0))
     rows = rows_of(trials)
     times = {row.number: row.seconds or 0.0 for row in rows}
@@ -33,14 +31,14 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     if running:
         progress = [(float(trial.epoch), trial.epoch_seconds) for trial in running]
         complete = sum(row.state == "COMPLETE" for row in rows)
-        to_start = max(0, run["n_trials"] - len(running) - complete)
+        to_start = max(0, n_trials - len(running) - complete)
         left = seconds_left(finished_epochs(rows), progress, to_start, epochs, len(running))
     return Status(
         heading=f"{where}: {len(running)} trial(s) running",
-        checkpoint_dir=checkpoint_dir or Path(run["checkpoint_dir"]),
+        checkpoint_dir=checkpoint_dir or Path(run.get("checkpoint_dir", ".")),
         active=bool(running),
         holder=None,
-        n_trials=run["n_trials"],
+        n_trials=n_trials,
         epochs=epochs,
         rows=rows,
         running=running,

@@ -12,9 +12,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from typing import Any, cast
@@ -24,14 +23,13 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, get_storage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 
 from writer_search.common.errors import UserError
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
-from writer_search.results.rows import Row
+from writer_search.results.rows import Reading, is_surplus, rows_of
 
 PATIENCE_SECONDS = 300.0  # so long an outage in the middle of a search is waited out
 CALL_SECONDS = 120.0  # a gRPC call that takes longer has lost its server
@@ -329,38 +327,11 @@ def settings_of(storage: BaseStorage, name: str) -> dict[str, Any] | None:
     return None
 
 
-def is_surplus(trial: FrozenTrial) -> bool:
-    """Tell a trial that was withdrawn before it began: other searches had been quicker."""
-    return bool(trial.user_attrs.get("surplus"))
-
-
-def rows_of(trials: Sequence[FrozenTrial]) -> list[Row]:
-    """Turn a study's trials into rows for people; those withdrawn before they began are none."""
-    return [
-        Row(
-            trial.number,
-            trial.state.name,
-            trial.value if trial.state == TrialState.COMPLETE else None,
-            trial.params,
-            _aware(trial.datetime_start),
-            _aware(trial.datetime_complete),
-            trial.user_attrs,
-        )
-        for trial in trials
-        if not is_surplus(trial)
-    ]
-
-
-def read_shared(url: str, name: str) -> tuple[list[FrozenTrial], list[Row], dict[str, Any]]:
+def read_shared(url: str, name: str) -> Reading:
     """Read a study in a shared storage for the pictures, in a process of its own."""
     with opened_storage(url) as storage:
         study = find_study(storage, name)
         if study is None:
-            return [], [], {}
+            return Reading([], [], {})
         trials = [t for t in study.get_trials(deepcopy=False) if not is_surplus(t)]
-        return trials, rows_of(trials), study.user_attrs
-
-
-def _aware(naive_local: datetime | None) -> datetime | None:
-    """Optuna's trials carry naive local times."""
-    return naive_local.astimezone(UTC) if naive_local else None
+        return Reading(trials, rows_of(trials), study.user_attrs)

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial
 
-from writer_search.results.rows import Row
+from writer_search.results.rows import Row, rows_of
 from writer_search.study.shared.fleet import SIGN_SECONDS, Fleet
-from writer_search.study.shared.storage import StorageUnreachableError, rows_of
+from writer_search.study.shared.storage import StorageUnreachableError
 
 # Between two looks at what the others do, for a search that has a place free: soon at first.
 FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 10.0
