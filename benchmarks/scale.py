@@ -31,7 +31,7 @@ import numpy as np
 import optuna
 from optuna.pruners import MedianPruner
 
-from tests.servers import PostgreSQL, grpc_proxy
+from tests.servers import PostgreSQL
 from writer_search.flags import STUDY_NAME
 from writer_search.space import default_space
 from writer_search.study.draws import Drawer, params_key
@@ -55,12 +55,7 @@ def server(kind: str) -> Iterator[str]:
         return
     postgresql = PostgreSQL(max_connections=1200)
     try:
-        url = postgresql.make_database("scale")
-        if kind == "postgresql":
-            yield url
-        else:
-            with grpc_proxy(url) as proxy:
-                yield proxy
+        yield postgresql.make_database("scale")
     finally:
         postgresql.remove()
 
@@ -218,7 +213,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--storage", choices=("sqlite", "postgresql", "grpc"), required=True)
+    parser.add_argument("--storage", choices=("sqlite", "postgresql"), required=True)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring")
     parser.add_argument("--trial_seconds", type=float, default=1200.0, help="of a real trial")

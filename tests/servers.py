@@ -1,4 +1,4 @@
-"""A real PostgreSQL, and Optuna's gRPC proxy before it, for the tests of shared storages."""
+"""A real PostgreSQL, for the tests of shared storages."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ import pwd
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 PASSWORD = "p@ss/w%rd"  # with all that has to be quoted in a URL
 QUOTED = "p%40ss%2Fw%25rd"
-PROXY = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import optuna
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-storage = optuna.storages.get_storage(sys.argv[1])
-optuna.storages.run_grpc_proxy_server(storage, host="127.0.0.1", port=int(sys.argv[2]))
-"""
 
 
 def free_port() -> int:
@@ -107,31 +95,3 @@ class PostgreSQL:
         )
         log = self._directory / "log"
         assert done.returncode == 0, log.read_text() if log.exists() else program
-
-
-@contextmanager
-def grpc_proxy(url: str) -> Iterator[str]:
-    """Run Optuna's proxy before a database; gives the URL for --storage."""
-    with grpc_process(url) as (proxy, _):
-        yield proxy
-
-
-@contextmanager
-def grpc_process(url: str) -> Iterator[tuple[str, int]]:
-    """Run Optuna's proxy before a database; gives the URL for --storage, and the process's id."""
-    pytest.importorskip("grpc", reason="grpcio is not installed")
-    port = free_port()
-    with subprocess.Popen([sys.executable, "-c", PROXY, url, str(port)]) as server:
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    assert server.poll() is None, "the proxy did not start"
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
-            yield f"grpc://127.0.0.1:{port}", server.pid
-        finally:
-            server.terminate()

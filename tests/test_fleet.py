@@ -364,7 +364,6 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, flaky: Flaky) -> None:
         ("mysql://u:a:b/c@d@host:3306/x", "mysql://u:***@host:3306/x", {"a:b/c@d"}),
         ("postgresql://host/x?password=pw%21&a=b", "postgresql://host/x?password=***&a=b", None),
         ("postgresql://me@host/x", "postgresql://me@host/x", set()),
-        ("grpc://host:13000", "grpc://host:13000", set()),
     ],
 )
 def test_password_is_found_and_hidden(url: str, shown: str, secrets: set[str] | None) -> None:
@@ -383,8 +382,8 @@ def test_password_is_found_and_hidden(url: str, shown: str, secrets: set[str] | 
         ("postgresql+psycopg://me:s3cr@t@host:port/lines", "is no URL of a storage"),
         ("nosuch://me:s3cr@t@host/lines", "is no URL of a storage"),
         ("sqlite:///x.db", "SQLite is for one search and the default without --storage"),
-        ("grpc://127.0.0.1", "expected grpc://host:port"),
-        ("grpc://127.0.0.1:99999999", "expected grpc://host:port"),
+        ("grpc://127.0.0.1:13000", "is no URL of a storage"),
+        ("mysql://me:s3cr%40t@host/lines", "only PostgreSQL is supported|no URL of a storage"),
     ],
 )
 def test_storage_that_cannot_be_used_is_told_in_a_line(
@@ -399,15 +398,7 @@ def test_storage_that_cannot_be_used_is_told_in_a_line(
     assert not (tmp_path / "c").exists()
 
 
-def test_missing_driver_is_named(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(storage_module, "import_module", missing)
-    assert run("--storage", "grpc://127.0.0.1:9") == 2
-    assert "pip install grpcio protobuf" in capfd.readouterr().err
+def test_study_name_needs_a_storage(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("--study_name", "x") == 2
     assert "--study_name is of a study in a --storage" in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Several searches at once on a real PostgreSQL, and on Optuna's gRPC proxy before it."""
+"""Several searches at once on a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,19 +16,16 @@ from subprocess import PIPE
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from servers import PASSWORD, QUOTED, PostgreSQL, grpc_process, grpc_proxy
+from servers import PASSWORD, QUOTED, PostgreSQL
 from test_search import Run, run
 
 from writer_search.flags import STUDY_NAME
 from writer_search.processes.pictures import Drawing
 from writer_search.study.draws import params_key
-from writer_search.study.shared import storage as storage_module
 from writer_search.study.shared.storage import (
-    create_shared_study,
     find_study,
     is_surplus,
     opened_storage,
-    settings_of,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -83,18 +78,13 @@ def run_claimers(url: str, n_trials: int, directory: Path, faults: list[str]) ->
     return [json.loads(text) for text in said if text]
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "grpc"])
 def test_claims_at_once_keep_to_the_budget_and_never_draw_twice(
-    kind: str, postgresql: PostgreSQL, tmp_path: Path
+    postgresql: PostgreSQL, tmp_path: Path
 ) -> None:
     """The tables are made, and the study created, by all at once too."""
-    url = postgresql.make_database(f"claims_{kind}")
+    url = postgresql.make_database("claims")
     faults = ["none", "none", "interrupt", "die"]
-    if kind == "grpc":
-        with grpc_proxy(url) as proxy:
-            said = run_claimers(proxy, 24, tmp_path / "c", faults)
-    else:
-        said = run_claimers(url, 24, tmp_path / "c", faults)
+    said = run_claimers(url, 24, tmp_path / "c", faults)
     trials = trials_at(url)
     states = [trial.state for trial in trials]
     assert states.count(TrialState.COMPLETE) == 24
@@ -109,22 +99,6 @@ def test_claims_at_once_keep_to_the_budget_and_never_draw_twice(
     assert len(set(fresh)) == len(fresh) == 24
     started = [number for one in said for number in one["started"]]
     assert len(set(started)) == len(started)
-
-
-def test_a_proxy_that_falls_silent_is_given_up_and_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A stopped process keeps its connections: a call would wait for ever."""
-    database = f"sqlite:///{tmp_path / 'study.db'}"
-    with grpc_process(database) as (url, server), opened_storage(url) as storage:
-        assert create_shared_study(storage, STUDY_NAME, {"epochs": 7})
-        monkeypatch.setattr(storage_module, "CALL_SECONDS", 0.5)
-        os.kill(server, signal.SIGSTOP)
-        threading.Timer(2.0, os.kill, (server, signal.SIGCONT)).start()
-        began = time.monotonic()
-        assert settings_of(storage, STUDY_NAME) == {"epochs": 7}
-        assert 1.5 < time.monotonic() - began < 30
-    assert capfd.readouterr().err.count(f"warning: {url} cannot be reached") == 1
 
 
 @pytest.mark.slow
@@ -250,18 +224,3 @@ def test_four_searches_on_postgresql_one_of_them_killed_and_the_server_restarted
     assert continued.user_attrs["owner"]["pid"] != failed[0].user_attrs["owner"]["pid"]
     said = "".join(log.read_text() for log in logs.iterdir())
     assert f"trial {failed[0].number} was cut off at epoch" in said
-
-
-@pytest.mark.slow
-def test_four_searches_on_the_grpc_proxy(
-    postgresql: PostgreSQL, lines_root: Path, tmp_path: Path
-) -> None:
-    url = postgresql.make_database("four_by_proxy")
-    directories = [tmp_path / f"node_{number}" for number in range(4)]
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    with grpc_proxy(url) as proxy, commands(proxy, lines_root, directories, logs) as searches:
-        codes = [search.process.wait() for search in searches]
-    assert codes == [0, 0, 0, 0], "".join(log.read_text() for log in logs.iterdir())
-    trials = check_whole(url, directories, logs)
-    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * N_TRIALS

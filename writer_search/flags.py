@@ -259,8 +259,7 @@ def _add_machine_flags(group: Any) -> None:
     group.add_argument(
         "--storage",
         metavar="URL",
-        help="share the study with searches on other machines: postgresql+psycopg://user@host/db, "
-        "mysql+pymysql://user@host/db, or grpc://host:port, Optuna's proxy "
+        help="share the study with searches on other machines: postgresql+psycopg://user@host/db "
         "(default: SQLite in --checkpoint_dir, for one search)",
     )
     group.add_argument(

@@ -1,27 +1,20 @@
-"""A storage that several searches share: opening it, patience with it, and its password.
-
-A URL of SQLAlchemy (PostgreSQL, MySQL) or grpc://host:port, Optuna's own proxy.
-"""
+"""A PostgreSQL storage that several searches share: opening it, patience with it, its password."""
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from typing import Any, cast
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, get_storage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from sqlalchemy import exc
 from sqlalchemy.engine import make_url
@@ -31,8 +24,8 @@ from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 from writer_search.results.rows import Reading, is_surplus, rows_of
 
+EXAMPLE = "postgresql+psycopg://user@host/database"
 PATIENCE_SECONDS = 300.0  # so long an outage in the middle of a search is waited out
-CALL_SECONDS = 120.0  # a gRPC call that takes longer has lost its server
 HURRIED_SECONDS = 5.0  # the same once a signal has asked for the end
 SETTINGS_SECONDS = 60.0  # so long a study may stand without settings while its creator lives
 RACES = 20  # processes that make the tables at once see each other's half-made ones
@@ -87,80 +80,11 @@ def opened_storage(url: str, stop: StopSignals | None = None) -> Iterator[BaseSt
     server that does not answer.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if url.startswith("grpc:"):
-        proxy = _open_proxy(url)
-        backend, close = cast(BaseStorage, proxy), proxy.close
-    else:
-        database = _open_database(url)
-        backend, close = get_storage(database), database.engine.dispose  # with Optuna's cache
-    try:
-        yield cast(BaseStorage, PatientStorage(backend, url, stop))
+    database = _open_database(url)
+    try:  # with Optuna's cache
+        yield cast(BaseStorage, PatientStorage(get_storage(database), url, stop))
     finally:
-        close()
-
-
-class TimedProxy:
-    """Optuna's client of its gRPC proxy, whose calls may wait for ever, with an end to waiting.
-
-    The connection of a call that has no answer after CALL_SECONDS is closed, which ends the call as
-    an outage does; the next call has a new connection.
-    """
-
-    def __init__(self, host: str, port: int) -> None:
-        self._host, self._port = host, port
-        self._proxy = self._connected()
-
-    def _connected(self) -> GrpcStorageProxy:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return GrpcStorageProxy(host=self._host, port=self._port)
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self._proxy, name)
-        if name.startswith("__") or not callable(attribute):
-            return attribute
-        return partial(self._timed, name)
-
-    def _timed(self, name: str, *args: Any, **named: Any) -> Any:
-        proxy = self._proxy
-
-        def give_up() -> None:
-            self._proxy = self._connected()
-            proxy.close()
-
-        timer = threading.Timer(CALL_SECONDS, give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            return getattr(proxy, name)(*args, **named)
-        finally:
-            timer.cancel()
-
-
-def _open_proxy(url: str) -> TimedProxy:
-    # The search process starts programs (git), never forks itself.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if not host or not port or parts.path.strip("/"):
-        raise UserError(f"--storage {shown_url(url)}: expected grpc://host:port")
-    try:
-        for module in ("grpc", "google.protobuf"):
-            import_module(module)
-    except ImportError:
-        raise UserError(
-            "--storage grpc://… needs grpcio and protobuf: pip install grpcio protobuf"
-        ) from None
-    proxy = TimedProxy(host, port)
-    try:
-        proxy.wait_server_ready(timeout=10)
-    except ConnectionError:
-        proxy.close()
-        raise UserError(f"--storage {url} cannot be reached: nobody answers there") from None
-    return proxy
+        database.engine.dispose()
 
 
 def _open_database(url: str) -> RDBStorage:
@@ -169,15 +93,16 @@ def _open_database(url: str) -> RDBStorage:
         dialect = make_url(url).get_dialect()
     except (exc.ArgumentError, ValueError, ImportError):
         raise UserError(
-            f"--storage {shown} is no URL of a storage: expected for example "
-            "postgresql+psycopg://user@host/database, mysql+pymysql://… or grpc://host:port; "
+            f"--storage {shown} is no URL of a storage: expected for example {EXAMPLE}; "
             "special characters in a password are written as %40"
         ) from None
     if dialect.name == "sqlite":
         raise UserError(
             f"--storage {shown}: SQLite is for one search and the default without --storage; "
-            "several need PostgreSQL, MySQL or Optuna's gRPC proxy"
+            "several need PostgreSQL"
         )
+    if dialect.name != "postgresql":
+        raise UserError(f"--storage {shown}: only PostgreSQL is supported: {EXAMPLE}")
     engine: dict[str, Any] = {"pool_pre_ping": True}
     if dialect.driver in ("psycopg", "psycopg2"):
         engine["connect_args"] = KEEPALIVE
@@ -186,8 +111,7 @@ def _open_database(url: str) -> RDBStorage:
             return RDBStorage(url, engine_kwargs=engine)
         except ImportError:
             raise UserError(
-                f"--storage {shown} needs its driver: pip install 'psycopg[binary]' for "
-                "postgresql+psycopg://…, pip install pymysql for mysql+pymysql://…"
+                f"--storage {shown} needs its driver: pip install 'psycopg[binary]'"
             ) from None
         except (exc.SQLAlchemyError, StorageInternalError, RuntimeError, AssertionError) as error:
             if attempt == RACES - 1 or not _may_be_a_race(error):
@@ -281,11 +205,6 @@ def is_outage(error: BaseException) -> bool:
         return True
     if isinstance(cause, exc.DBAPIError):
         return bool(cause.connection_invalidated)
-    code = getattr(error, "code", None)  # of a grpc.RpcError; grpc need not be installed
-    if type(error).__module__.startswith("grpc") and callable(code):
-        # UNKNOWN: the proxy is there and its own database is not.
-        names = ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED")
-        return getattr(code(), "name", "") in names
     return False
 
 
