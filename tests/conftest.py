@@ -12,6 +12,7 @@ import torch
 from data import LineSet, find_lines, load_lines
 from writer_search.config import TrialConfig
 from writer_search.demo import make_lines
+from writer_search.training.checkpoints import Checkpoints, SaveTimes
 
 LINE_HEIGHT = 16
 REAL_LINES = Path(__file__).parents[2] / "shared" / "data" / "latin_hands"
@@ -84,6 +85,18 @@ def config() -> TrialConfig:
         crop_width=32,
         batch_size=8,
     )
+
+
+@pytest.fixture
+def save_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trials in this process save before each batch, and wait until that is on the disk."""
+    real = Checkpoints.save
+
+    def save(files: Checkpoints, contents: Any, *, at_once: bool = False) -> None:
+        real(files, contents, at_once=True)
+
+    monkeypatch.setattr(SaveTimes, "is_due", lambda times: True)
+    monkeypatch.setattr(Checkpoints, "save", save)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class SearchLine:
         """Raise Stopped when the search asked for it; tell it now and then how far this is."""
         self._has_trained = True
         if self._stop.is_set():
+            self.send("progress", progress=progress)
             raise Stopped
         now = time.monotonic()
         if now - self._last_progress > PROGRESS_SECONDS:
@@ -104,7 +105,7 @@ def run_trial(connection: Connection, job: Job) -> None:
         try:
             metrics = _train(job, line)
             assert metrics is not None, "a search has validation lines"
-            kind, content = "done", {"metrics": asdict(metrics)}
+            kind, content = "done", {"metrics": metrics.row()}
         except BaseException as error:
             kind, content = _outcome(error, job)
         if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
