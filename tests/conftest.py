@@ -90,13 +90,18 @@ def config() -> TrialConfig:
 @pytest.fixture
 def save_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trials in this process save before each batch, and wait until that is on the disk."""
-    real = Checkpoints.save
+    save, end_epoch = Checkpoints.save, Checkpoints.end_epoch
 
-    def save(files: Checkpoints, contents: Any, *, at_once: bool = False) -> None:
-        real(files, contents, at_once=True)
+    def save_and_wait(files: Checkpoints, contents: Any, **_: Any) -> None:
+        save(files, contents, at_once=True)
+
+    def end_and_wait(files: Checkpoints, *more: Any) -> None:
+        end_epoch(files, *more)
+        files.wait()
 
     monkeypatch.setattr(SaveTimes, "is_due", lambda times: True)
-    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
+    monkeypatch.setattr(Checkpoints, "end_epoch", end_and_wait)
 
 
 @pytest.fixture(scope="session")
