@@ -32,8 +32,9 @@ from writer_search.processes.messages import (
     TestQuestion,
     obey_in_thread,
 )
+from writer_search.training.evaluation import windows_at_once
 from writer_search.training.metrics import Metrics
-from writer_search.training.outcomes import DivergedError, Pruned, Stopped
+from writer_search.training.outcomes import IN_VALIDATION, DivergedError, Pruned, Stopped
 from writer_search.training.ranks import is_lost, join
 from writer_search.training.test_split import measure_test_split
 
@@ -189,8 +190,11 @@ def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
         cause = Cause(Kind.OUT_OF_MEMORY, f"out of memory: {one_line(error)}", traceback=text)
     if job.ranks > 1:
         cause = replace(cause, text=f"rank {job.rank}: {cause.text}")
-    lost = is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY
-    return "lost" if lost else "failed", {"cause": cause}
+    if is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY:
+        return "lost", {"cause": cause}
+    if IN_VALIDATION in getattr(error, "__notes__", ()):
+        return "failed", {"cause": cause, "at_once": windows_at_once(job.micro_batch)}
+    return "failed", {"cause": cause}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
