@@ -186,6 +186,11 @@ def signal_search_late(connection: Connection, job: Any) -> None:
     _signal_at(connection, job, 5)
 
 
+def signal_search_next(connection: Connection, job: Any) -> None:
+    """Send the search process SIGTERM after one batch."""
+    _signal_at(connection, job, 1)
+
+
 def signal_search_first(connection: Connection, job: Any) -> None:
     """Send the search process SIGTERM before the first batch."""
     _signal_at(connection, job, 0)

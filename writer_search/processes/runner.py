@@ -68,7 +68,7 @@ class RunningTrial:
 
     @property
     def has_advanced(self) -> bool:
-        return self.progress > self.begun
+        return self.progress > self.begun or self.epoch > self.epochs_before
 
 
 @dataclass(frozen=True)
