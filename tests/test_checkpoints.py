@@ -117,8 +117,8 @@ def test_what_a_save_costs_is_measured(
     monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
     with Checkpoints(tmp_path, config, data) as files:
         files.save(contents, at_once=True)
-    assert 0.3 <= files._times._cost < 0.5
-    assert files._times._took >= 0.6
+    assert 0.3 <= files.times._cost < 0.5
+    assert files.times._took >= 0.6
 
 
 def test_short_trial_saves_no_state_and_a_stop_saves_at_once(

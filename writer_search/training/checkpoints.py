@@ -57,13 +57,19 @@ class SaveTimes:
         self._took = 0.0  # from the copy to the disk
         self._began = self._asked = time.monotonic()
 
+    def interval(self, batch: float = 0.0) -> float:
+        """Give the seconds from one save to the next, with batches that take so long.
+
+        A kill may also cost the batch to come, and what is still on its way to the disk.
+        """
+        cheap = max(LEAST_SECONDS, self._cost / self._share)
+        return min(cheap, MOST_SECONDS - self._took - batch)
+
     def is_due(self) -> bool:
         """Tell it before a batch; to be asked before each one."""
         now = time.monotonic()
         batch, self._asked = now - self._asked, now
-        interval = max(LEAST_SECONDS, self._cost / self._share)
-        # A kill may also cost the batch to come, and what is still on its way to the disk.
-        return now - self._began >= min(interval, MOST_SECONDS - self._took - batch)
+        return now - self._began >= self.interval(batch)
 
     def begin(self) -> None:
         self._began = time.monotonic()
@@ -150,7 +156,7 @@ class Checkpoints:
     ) -> None:
         self._trial_dir, self._config, self._data = trial_dir, config, data
         self._is_writer = is_writer
-        self._times = SaveTimes(expected / ASSUMED_RATE)
+        self.times = SaveTimes(expected / ASSUMED_RATE)
         self._history_times = SaveTimes(0.0, SHARE_OF_HISTORY)
         self._host = TensorCopies(device, on_host=True)
         self._kept = TensorCopies(device, on_host=False)
@@ -203,7 +209,7 @@ class Checkpoints:
         """
         if not self._is_writer:
             return False
-        due = self._times.is_due()
+        due = self.times.is_due()
         if self._writing is not None and self._writing.done():
             self.wait()
         return due and self._writing is None and (epoch, step) != self._saved
@@ -214,7 +220,7 @@ class Checkpoints:
         `contents` gives it, on each rank. Raises what this or the last writing raised.
         """
         self.wait()
-        self._times.begin()
+        self.times.begin()
         started = time.perf_counter()
         state = contents()
         here = state["epoch"], state["step"]
@@ -266,7 +272,7 @@ class Checkpoints:
             (self._trial_dir / PREVIOUS).unlink(missing_ok=True)
         # What the thread computes is taken from the training: all of it where no core is free.
         cost = waited + copying + time.thread_time() - computed
-        self._times.end(cost, waited + time.perf_counter() - started)
+        self.times.end(cost, waited + time.perf_counter() - started)
 
     def _write_best(self, weights: dict[str, Any], row: dict[str, Any]) -> None:
         path, previous = self._trial_dir / BEST, self._trial_dir / PREVIOUS
