@@ -193,8 +193,8 @@ def test_example_script_under_a_stand_in_for_slurm(
             told.setdefault(trial.strip(), []).append(int(rest.split("/")[0]))
     preempted, killed, last = (told[f"trial   {number}"] for number in range(3))
     assert killed[0] == preempted[-1] + 1, "no epoch was trained twice"
-    # One that was just done may not have reached the disk when the job was killed.
-    assert last[0] in (killed[-1], killed[-1] + 1)
+    # What was done in the last second or so had not been saved when the job was killed.
+    assert killed[0] <= last[0] <= killed[-1] + 1
     for epochs in (preempted, killed, last):
         assert epochs == list(range(epochs[0], epochs[-1] + 1))
 
