@@ -38,13 +38,8 @@ from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
 from writer_search.flags import parse_train_args
-from writer_search.training.batches import (
-    EpochImages,
-    Lines,
-    epoch_order,
-    strip_on,
-)
-from writer_search.training.checkpoints import Checkpoints, load_model, save_model
+from writer_search.training.batches import EpochImages, Lines, epoch_order, strip_on
+from writer_search.training.checkpoints import LATEST, PREVIOUS, Checkpoints, load_model, save_model
 from writer_search.training.evaluation import evaluate
 from writer_search.training.metrics import Metrics
 from writer_search.training.optimisation import (
@@ -94,9 +89,10 @@ def train(
 
     `report(epoch, metrics)` is called after each epoch, epochs counted from 1; `check(progress)`
     before each batch, progress in epochs. Either may raise to end the trial: the state is then in
-    `latest_checkpoint.pth`. `continue_from` is a trial directory whose checkpoint to go on from:
-    the epochs in it are reported again, none is trained again, and the result is what it would
-    have been without the break. `micro_batch` bounds how many images are on a device at once;
+    `latest_checkpoint.pth`, and so it is once a minute or more often (`SaveTimes`), whatever ends
+    the process. `continue_from` is a trial directory whose checkpoint to go on from: the epochs in
+    it are reported again, none is trained again, and the result is what it would have been without
+    the break. `micro_batch` bounds how many images are on a device at once;
     gradients are accumulated to the same batch. `last_epoch` ends the training early, on the
     learning rates of the whole. Without validation lines all epochs are trained, no epoch is the
     best, and None is returned. `ranks` are the processes that train this trial together, each
@@ -107,41 +103,49 @@ def train(
     metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
     """
     trial_dir.mkdir(parents=True, exist_ok=True)
-    report, check = ranks.shared(report, Pruned, Stopped), ranks.shared(check, Stopped)
+    report = ranks.shared(report, Pruned, Stopped)
     place = torch.device(device)
     strip = strip_on(data, place)
     training, validation = (Lines.of(data, split, strip, place) for split in ("train", "val"))
     state = TrainingState.start(config, len(data.writers), place, ranks)
     steps = steps_per_epoch(config, len(training))
 
-    with Checkpoints(trial_dir, config, data, ranks.is_first) as checkpoints:
+    with Checkpoints(trial_dir, config, data, ranks.is_first, place, state.nbytes) as checkpoints:
         if continue_from is not None:
             state.load(checkpoints.take_over(continue_from))
             for row in state.history:  # whoever judges the trial has to know what it had shown
                 report(row["epoch"], row)
+        check = saving(check, checkpoints, state)
         while not is_finished(state, config, last_epoch):
-            started = time.perf_counter()
-            steps_before = state.step
+            state.started = time.perf_counter()
             try:
                 train_epoch(state, config, training, steps, check, micro_batch)
-                metrics = validate(state, config, validation, data.writers, check)
-            except Stopped:
-                ranks.add_up(state.loss_sum)
-                checkpoints.save(state.contents())
-                checkpoints.wait()
-                raise
-            seconds = time.perf_counter() - started
-            images = (state.step - steps_before) * min(config.batch_size, len(training))
-            end_epoch(state, config, checkpoints, metrics, steps, seconds, images)
-            try:
+                metrics = validate(state, config, validation, data.writers, check, micro_batch)
+                end_epoch(state, config, checkpoints, metrics, steps, len(training))
                 report(state.epoch, state.history[-1])
             except (Pruned, Stopped):
                 # Nothing is saved by giving up what is done.
                 if not is_finished(state, config, last_epoch):
-                    checkpoints.wait()
+                    checkpoints.save(state.contents, at_once=True)
                     raise
-        checkpoints.wait()
+        checkpoints.finish(state.history, state.best)
     return finish(state, config, data, trial_dir)
+
+
+def saving(check: Check, checkpoints: Checkpoints, state: TrainingState) -> Check:
+    """Give a check that also saves the state, on all ranks, when it is time to."""
+
+    def check_and_ask(progress: float) -> bool:
+        check(progress)
+        return checkpoints.is_due(state.epoch, state.step)
+
+    is_due = state.ranks.shared(check_and_ask, Stopped)
+
+    def check_and_save(progress: float) -> None:
+        if is_due(progress):
+            checkpoints.save(state.contents)
+
+    return check_and_save
 
 
 def train_epoch(
@@ -253,11 +257,11 @@ def end_epoch(
     checkpoints: Checkpoints,
     metrics: Metrics | None,
     steps: int,
-    seconds: float,
-    images: int,
+    num_lines: int,
 ) -> None:
-    """Note the epoch's metrics, keep the model when it is the best so far, save the state."""
-    epoch = state.epoch + 1
+    """Note the epoch's metrics, and keep the model when it is the best so far."""
+    epoch, seconds = state.epoch + 1, state.seconds_of_epoch()
+    images = steps * min(config.batch_size, num_lines)
     state.ranks.add_up(state.loss_sum)
     row = {
         "epoch": epoch,
@@ -270,11 +274,12 @@ def end_epoch(
     }
     state.history.append(row)
     state.epoch = epoch
+    state.seconds = 0.0
     state.loss_sum.zero_()
     is_best = metrics is not None and (state.best is None or _merit(row) > _merit(state.best))
     if is_best and metrics is not None:
-        state.best = {**row, "confusion": metrics.confusion}
-    checkpoints.save(state.contents(), is_best)
+        state.best = {**row, "confusion": torch.from_numpy(metrics.confusion)}
+    checkpoints.end_epoch(state.history, state.average if is_best else None)
 
 
 def _merit(row: dict[str, Any]) -> tuple[float, float]:
@@ -293,27 +298,32 @@ def finish(
         _write_results(state, config, data, trial_dir)
     if state.best is None:
         return None
-    return Metrics(**{name: state.best[name] for name in Metrics.__dataclass_fields__})
+    found = {name: state.best[name] for name in Metrics.__dataclass_fields__}
+    return Metrics(**found | {"confusion": found["confusion"].numpy()})
 
 
 def _write_results(
     state: TrainingState, config: TrialConfig, data: LineSet, trial_dir: Path
 ) -> None:
     """Write the last model and the metrics; metrics.json last, since it says that all is there."""
-    final = state.history[-1]
+    final, best = state.history[-1], state.best
     save_model(trial_dir / "final_model.pth", state.average, config, data, final)
+    if best is not None:
+        counts = best["confusion"].tolist()
+        best = {**best, "confusion": {"writers": list(data.writers), "counts": counts}}
     write_json(
         trial_dir / "metrics.json",
         {
-            "value": state.best["macro_top1"] if state.best is not None else None,
-            "best": state.best,
+            "value": best["macro_top1"] if best is not None else None,
+            "best": best,
             "final": final,
             "epochs": state.epoch,
             "config_hash": config.hash(),
             "data_fingerprint": data.fingerprint,
         },
     )
-    (trial_dir / "latest_checkpoint.pth").unlink(missing_ok=True)
+    for name in (LATEST, PREVIOUS):  # nobody goes on from here
+        (trial_dir / name).unlink(missing_ok=True)
 
 
 def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | None = None) -> bool:
@@ -333,13 +343,15 @@ def validate(
     lines: Lines,
     writers: tuple[str, ...],
     check: Check,
+    micro_batch: int | None = None,
 ) -> Metrics | None:
     """Measure the average of the weights on the validation lines; None where there are none."""
     state.ranks.buffers_of_first(state.average)
     if not len(lines):
         return None
     progress = state.epoch + 1
-    return evaluate(state.average, config, lines, writers, lambda: check(progress), state.ranks)
+    each = (lambda: check(progress), state.ranks, micro_batch)
+    return evaluate(state.average, config, lines, writers, *each)
 
 
 def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
@@ -364,13 +376,23 @@ class TrainingState:
     loss_sum: Tensor  # (), float64 so that it is exact in any order: of the epoch's steps so far
     step: int = 0  # steps done in all
     epoch: int = 0  # epochs done, validation included
+    seconds: float = 0.0  # that this epoch had taken before a break
     best: dict[str, Any] | None = None  # the best epoch's row of the history, and its confusion
     history: list[dict[str, Any]] = field(default_factory=list)
     ranks: Ranks = ALONE
+    started: float = field(default_factory=time.perf_counter)  # this epoch, or its rest
 
     @cached_property
     def pairs(self) -> TensorPairs:
         return TensorPairs.of(self.average, self.model)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model, its average and the optimiser's two moments."""
+        return 4 * sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def seconds_of_epoch(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
 
     @classmethod
     def start(
@@ -392,11 +414,12 @@ class TrainingState:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "loss_sum": self.loss_sum,
+            "loss_sum": self.ranks.total(self.loss_sum),
             "step": self.step,
             "epoch": self.epoch,
+            "seconds": self.seconds_of_epoch(),
             "best": self.best,
-            "history": self.history,
+            "history": list(self.history),
         }
 
     def load(self, contents: dict[str, Any]) -> None:
@@ -405,7 +428,10 @@ class TrainingState:
         self.average.load_state_dict(contents["average"])
         self.optimizer.load_state_dict(contents["optimizer"])
         self.step, self.epoch = contents["step"], contents["epoch"]
+        self.seconds = contents.get("seconds", 0.0)  # an earlier version did not note it
         self.best, self.history = contents["best"], contents["history"]
+        if self.best is not None and isinstance(self.best["confusion"], dict):  # the same
+            self.best["confusion"] = torch.tensor(self.best["confusion"]["counts"])
         if self.ranks.is_first:  # it is the sum over the ranks
             self.loss_sum.copy_(contents["loss_sum"])
 

@@ -4,10 +4,13 @@
 
 Measures images/s of the program's epoch (train.train_epoch on cached lines: order, crops,
 augmentation, training step, moving average) and of the same model, loss and optimiser on one batch
-that stays where it is (the ceiling), in alternation. Then the same model fed the obvious way.
+that stays where it is (the ceiling), in alternation. Also of the epoch while a state saved at its
+start is written: what that takes longer, by the interval between saves, is what saving costs. Then
+the same model fed the obvious way.
 
 JSON: ratio: epoch / ceiling on the CPU, first backbone and batch size; cpu_ratio: the same of CPU
-time, which holds on a busy machine too. squeezed_ratio and
+time, which holds on a busy machine too. saving_ratio: share of the training time that saving takes,
+cpu_saving_ratio: of its CPU time. squeezed_ratio and
 padded_ratio: images/s of the two obvious ways / ceiling, as a whole epoch with its training.
 The padded way trains on images 17 times as large.
 """
@@ -15,6 +18,7 @@ The padded way trains on images 17 times as large.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -41,6 +45,7 @@ from writer_search.training.batches import (
     epoch_order,
     strip_on,
 )
+from writer_search.training.checkpoints import Checkpoints
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,13 +83,15 @@ def measure_device(
         for batch_size in common.default_batch_sizes(device, args.batch_sizes):
             config = common.trial_config(device, backbone, batch_size=batch_size)
             data = common.decoded(root, cache_dir, config.line_height)
-            bench = Bench(config, data, root, device)
-            rates = bench.rates(args)
+            with tempfile.TemporaryDirectory() as trial_dir:
+                bench = Bench(config, data, root, device, Path(trial_dir))
+                rates = bench.rates(args)
             name = f"{backbone} x {batch_size}, {config.precision}"
             rows.append([name, *rates.values()])
             ratios.append(rates)
             parts.append([name, *bench.parts(args.rounds).values()])
-    header = ["", "epoch", "ceiling", "ratio", "of CPU", "squeezed", "ratio", "padded", "ratio"]
+    header = ["", "epoch", "ceiling", "ratio", "of CPU", "saving, s", "each, s", "ratio", "of CPU"]
+    header += ["squeezed", "ratio", "padded", "ratio"]
     common.print_table(f"{device}: images/s", header, rows)
     header = ["", "step", "crops", "photometry", "geometry", "noise", "average", "draws"]
     common.print_table(
@@ -96,12 +103,15 @@ def measure_device(
 class Bench:
     """One configuration on one device: its sides, and the parts of its epoch."""
 
-    def __init__(self, config: TrialConfig, data: LineSet, root: Path, device: str) -> None:
+    def __init__(
+        self, config: TrialConfig, data: LineSet, root: Path, device: str, trial_dir: Path
+    ) -> None:
         self.config, self.data, self.root, self.device = config, data, root, device
         place = torch.device(device)
         self.lines = Lines.of(data, "train", strip_on(data, place), place)
         self.state = train.TrainingState.start(config, len(data.writers), place)
         self.fixed_state = train.TrainingState.start(config, len(data.writers), place)
+        self.files = Checkpoints(trial_dir, config, data, device=place, expected=self.state.nbytes)
         # A batch with all that is drawn for it.
         self.drawn = self.draw(torch.arange(config.batch_size)[None] % len(self.lines))
         self.images, self.labels = self.drawn.batch(0)
@@ -114,6 +124,14 @@ class Bench:
         self.state.step = self.state.epoch * steps
         train.train_epoch(self.state, self.config, self.lines, steps, lambda progress: None)
         self.state.epoch += 1
+
+    def saved(self, steps: int) -> None:
+        """Train as much while a state is written, with a new best model."""
+        self.state.best = {"epoch": self.state.epoch, "confusion": torch.zeros(1)}
+        self.files.end_epoch([], self.state.average)
+        self.files.save(self.state.contents)
+        self.epoch(steps)
+        self.files.wait()
 
     def resident(self, steps: int) -> None:
         """Take as many steps on one batch."""
@@ -131,15 +149,29 @@ class Bench:
     def rates(self, args: argparse.Namespace) -> dict[str, float | None]:
         """Give images/s of all sides, and their ratios to the ceiling."""
         steps = min(args.steps, train.steps_per_epoch(self.config, len(self.lines)))
-        sides = {"epoch": lambda: self.epoch(steps), "ceiling": lambda: self.resident(steps)}
+        sides = {
+            "epoch": lambda: self.epoch(steps),
+            "saved": lambda: self.saved(steps),
+            "ceiling": lambda: self.resident(steps),
+        }
         seconds, cpu_seconds = common.alternate(sides, args.rounds, self.device)
         images = steps * self.config.batch_size
         ceiling = images / median(seconds["ceiling"])
+        cost, cpu_cost = (
+            median(b - a for a, b in zip(of["epoch"], of["saved"], strict=True))
+            for of in (seconds, cpu_seconds)
+        )
+        interval = self.files.times.interval(median(seconds["epoch"]) / steps)
         rates: dict[str, float | None] = {
             "epoch": images / median(seconds["epoch"]),
             "ceiling": ceiling,
             "ratio": common.ratio(seconds["ceiling"], seconds["epoch"]),
             "cpu_ratio": common.ratio(cpu_seconds["ceiling"], cpu_seconds["epoch"]),
+            "saving_seconds": cost,
+            "saving_interval": interval,
+            "saving_ratio": cost / interval,
+            # Of as many cores as there are threads.
+            "cpu_saving_ratio": cpu_cost / torch.get_num_threads() / interval,
         }
         for name, most in (("squeezed", args.obvious_steps), ("padded", args.padded_steps)):
             rate = self.obvious_rate(name, most, args.workers) if most else None

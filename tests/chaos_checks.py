@@ -176,15 +176,15 @@ def check_histories(directory: Path, trials: Sequence[Seen], epochs: int) -> lis
 
 
 def check_continuations(trials: Sequence[Seen], at_end: bool) -> list[str]:
-    """Each interrupted trial is followed once, but not after three in a row without a new epoch."""
+    """Each interrupted trial is followed once, but not after three in a row that saved no more."""
     wrong = []
     follows = Counter(trial.attributes.get("continues") for trial in trials)
     for trial in trials:
         if trial.state != "FAIL" or "seed" not in trial.attributes:
             continue
-        done = [max(seen.steps, default=0) for seen in chain_of(trials, trial)]
-        lately = done[-MOST_CONTINUATIONS:]
-        was_last = len(done) > MOST_CONTINUATIONS and max(lately) <= max(done[:-MOST_CONTINUATIONS])
+        lately = chain_of(trials, trial)[1:][-MOST_CONTINUATIONS:]
+        in_vain = [seen for seen in lately if not seen.attributes.get("advanced")]
+        was_last = len(in_vain) == MOST_CONTINUATIONS
         is_due = bool(trial.attributes.get("interrupted")) and not was_last
         if follows[trial.number] > is_due or (at_end and follows[trial.number] != is_due):
             wrong.append(f"{follows[trial.number]} trials continue trial {trial.number}: {trial}")

@@ -152,6 +152,23 @@ def out_of_memory(connection: Connection, job: Any) -> None:
     worker.run_trial(connection, job)
 
 
+def out_of_memory_in_validation(connection: Connection, job: Any) -> None:
+    """Out of memory with more than eight windows at once."""
+    import torch
+
+    from writer_search.processes import child as worker
+
+    real_gather = evaluation.gather
+
+    def gather(lines: Any, place: Any, crop_width: int) -> Any:
+        if len(place) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real_gather(lines, place, crop_width)
+
+    evaluation.gather = gather
+    worker.run_trial(connection, job)
+
+
 def always_out_of_memory(connection: Connection, job: Any) -> None:
     import torch
 
@@ -184,6 +201,11 @@ def signal_itself(connection: Connection, job: Any) -> None:
 def signal_search_late(connection: Connection, job: Any) -> None:
     """Send the search process SIGTERM in the second epoch."""
     _signal_at(connection, job, 5)
+
+
+def signal_search_next(connection: Connection, job: Any) -> None:
+    """Send the search process SIGTERM after one batch."""
+    _signal_at(connection, job, 1)
 
 
 def signal_search_first(connection: Connection, job: Any) -> None:

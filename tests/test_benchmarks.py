@@ -46,6 +46,7 @@ def test_epoch(result: Any) -> None:
     )
     assert found["ratio"] > 0
     assert found["cpu_ratio"] > 0
+    assert "saving_ratio" in found
     assert found["squeezed_ratio"] > 0
     assert found["padded_ratio"] is None
 

@@ -1,21 +1,35 @@
-"""Checkpoints are written behind the training: what for, what is in them, what fails."""
+"""Checkpoints are written behind the training: when, what is in them, what fails."""
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import train as train_module
 from data import LineSet
 from train import train
 from writer_search.config import TrialConfig
+from writer_search.results.rows import read_history
 from writer_search.training import checkpoints
-from writer_search.training.checkpoints import Checkpoints
-from writer_search.training.outcomes import Stopped
+from writer_search.training.checkpoints import BEST, LATEST, Checkpoints, SaveTimes, TensorCopies
+from writer_search.training.metrics import Metrics
+from writer_search.training.outcomes import Pruned, Stopped
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Ends a training where it stands, as SIGKILL does."""
 
 
 @pytest.fixture
@@ -24,25 +38,135 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     gate = threading.Event()
     real = checkpoints.write_tensors
 
-    def write_tensors(path: Path, content: dict[str, Any]) -> None:
-        if path.name == "latest_checkpoint.pth":
+    def write_tensors(path: Path, *more: Any) -> None:
+        if path.name == LATEST:
             assert gate.wait(60)
-        real(path, content)
+        real(path, *more)
 
     monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
     return gate
 
 
-def test_training_goes_on_while_the_disk_is_slow_and_changes_nothing_that_is_written(
-    data: LineSet, config: TrialConfig, tmp_path: Path, gate: threading.Event
+def save_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let trials save their state after so many steps, and at no other time."""
+
+    def is_due(files: Checkpoints, epoch: int, step: int) -> bool:
+        return step in steps and (epoch, step) != files._saved
+
+    monkeypatch.setattr(Checkpoints, "is_due", is_due)
+
+
+# ------------------------------------------------------------------------------------------- when
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def first_due(self, times: SaveTimes, batch: float) -> float:
+        """Give the seconds after which a state is saved, with batches that take so long."""
+        times.begin()
+        started = self.now
+        while True:
+            self.now += batch
+            if times.is_due():
+                return self.now - started
+
+
+@pytest.mark.parametrize(
+    ("cost", "interval"), [(0.0, 1.0), (0.005, 1.0), (0.05, 5.0), (0.3, 30.0), (4.0, 60.0)]
+)
+def test_a_state_is_saved_at_a_hundredth_of_the_time_once_a_minute_at_least(
+    cost: float, interval: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first epoch's state reaches the disk when the second one is half done; all is equal."""
-    progress: list[float] = []
+    clock = Clock(monkeypatch)
+    assert clock.first_due(SaveTimes(cost), 0.01) == pytest.approx(interval, abs=0.03)
+    times = SaveTimes(50.0)
+    times.end(cost, 0.0)
+    assert clock.first_due(times, 0.01) == pytest.approx(interval, abs=0.03), "as measured"
+
+
+def test_a_minute_holds_with_slow_batches_and_slow_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill loses what was done since the last state that had reached the disk was copied."""
+    clock = Clock(monkeypatch)
+    times = SaveTimes(4.0)
+    assert clock.first_due(times, 26.0) == 52.0, "one batch more would have been 78 s"
+    times.end(4.0, 20.0)
+    assert clock.first_due(times, 1.0) == 39.0, "20 s until it is on the disk, a batch of 1 s"
+    assert clock.first_due(times, 90.0) == 90.0, "no batch is divided"
+
+
+def test_what_a_save_costs_is_measured(
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that training waits for the copy, and what the thread computes."""
+
+    def contents() -> dict[str, Any]:
+        time.sleep(0.2)
+        return {"average": {}, "history": [], "epoch": 0, "step": 1, "best": None}
+
+    def write_tensors(*_: Any) -> None:
+        time.sleep(0.3)  # the disk: it costs the training nothing
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
+            pass
+
+    monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
+    with Checkpoints(tmp_path, config, data) as files:
+        files.save(contents, at_once=True)
+    assert 0.3 <= files.times._cost < 0.5
+    assert files.times._took >= 0.6
+
+
+def test_short_trial_saves_no_state_and_a_stop_saves_at_once(
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs of hundredths of a second: each state would cost more than an epoch."""
+    written: list[str] = []
+    real = checkpoints.write_tensors
+
+    def write_tensors(path: Path, *more: Any) -> None:
+        written.append(path.name)
+        real(path, *more)
+
+    monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
+    monkeypatch.setattr(checkpoints, "LEAST_SECONDS", 60.0)  # this machine may be busy
+    train(config, data, tmp_path / "whole")
+    assert LATEST not in written
+    assert written.count(BEST) == 1, "the best of all epochs"
+    for outcome in (Pruned, Stopped):
+
+        def report(epoch: int, row: dict[str, Any], outcome: type[Exception] = outcome) -> None:
+            raise outcome
+
+        directory = tmp_path / outcome.__name__
+        with pytest.raises(outcome):
+            train(config, data, directory, report)
+        assert torch.load(directory / LATEST, weights_only=True)["epoch"] == 1
+        assert torch.load(directory / BEST, weights_only=True)["epoch"] == 1
+        assert len((directory / "history.jsonl").read_text().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------- what
+
+
+def test_training_goes_on_while_the_disk_is_slow_and_changes_nothing_that_is_written(
+    data: LineSet,
+    config: TrialConfig,
+    tmp_path: Path,
+    gate: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A state of the first epoch reaches the disk when the second is half done; all is equal."""
     written: list[dict[str, Any]] = []
+    steps = train_module.steps_per_epoch(config, len(data.select("train")))
+    save_at(monkeypatch, steps - 1)
 
     def check(now: float) -> None:
-        progress.append(now)
-        latest = tmp_path / "slow" / "latest_checkpoint.pth"
+        latest = tmp_path / "slow" / LATEST
         if 1 < now < 2 and not gate.is_set():
             assert not latest.exists()
             gate.set()
@@ -53,10 +177,11 @@ def test_training_goes_on_while_the_disk_is_slow_and_changes_nothing_that_is_wri
             written.append(torch.load(latest, weights_only=True))
 
     train(config, data, tmp_path / "slow", check=check)
-    assert written[0]["epoch"] == 1
+    assert (written[0]["epoch"], written[0]["step"]) == (0, steps - 1)
+    save_at(monkeypatch)
     with pytest.raises(Stopped):
-        train(config, data, tmp_path / "stopped", report=stop)
-    at_once = torch.load(tmp_path / "stopped" / "latest_checkpoint.pth", weights_only=True)
+        train(config, data, tmp_path / "stopped", check=stop_at((steps - 1) / steps))
+    at_once = torch.load(tmp_path / "stopped" / LATEST, weights_only=True)
     for part in ("model", "average"):
         for name, tensor in at_once[part].items():
             assert torch.equal(written[0][part][name], tensor), name
@@ -65,31 +190,170 @@ def test_training_goes_on_while_the_disk_is_slow_and_changes_nothing_that_is_wri
             assert torch.equal(written[0]["optimizer"]["state"][number][name], tensor)
 
 
-def stop(epoch: int, row: dict[str, Any]) -> None:
-    raise Stopped
+def stop_at(progress: float) -> Any:
+    def check(now: float) -> None:
+        if now >= progress:
+            raise Stopped
+
+    return check
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_a_state_that_cannot_be_written_ends_the_trial(
-    epoch: int,
+def test_killed_after_any_saved_state_a_trial_comes_to_the_same_result(
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within an epoch: SIGKILL some batches after the state was saved, and go on."""
+    monkeypatch.setattr(train_module, "AVERAGE_STEPS", 2)
+    config = replace(config, batch_size=4, epochs=3, patience=3, dropout=0.3, mixup_alpha=0.2)
+    whole = train(config, data, tmp_path / "whole")
+    steps = train_module.steps_per_epoch(config, len(data.select("train")))
+    wanted = torch.load(tmp_path / "whole" / "final_model.pth", weights_only=True)["model"]
+    for saved in range(1, 3 * steps + 1):
+        save_at(monkeypatch, saved)
+
+        def check(progress: float, saved: int = saved) -> None:
+            if progress >= (saved + 2) / steps:
+                raise Killed
+
+        directory, trained = tmp_path / f"killed_{saved}", []
+        if saved + 2 < 3 * steps:
+            with pytest.raises(Killed):
+                train(config, data, directory, check=check)
+        else:
+            with pytest.raises(Stopped):
+                train(config, data, directory, check=stop_at(saved / steps))
+        assert torch.load(directory / LATEST, weights_only=True)["step"] == saved
+        metrics = train(
+            *(config, data, directory),
+            check=trained.append,
+            continue_from=directory,
+        )
+        assert metrics == whole
+        assert min(trained) * steps >= saved, "what was saved is not trained again"
+        found = torch.load(directory / "final_model.pth", weights_only=True)["model"]
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), name
+        rows = read_history(directory)
+        assert [row["epoch"] for row in rows] == [1, 2, 3]
+
+
+def test_an_epoch_s_seconds_are_those_of_all_its_parts(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    config = replace(config, epochs=1)
+
+    def check(progress: float) -> None:
+        time.sleep(0.3)
+        if progress > 0.5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path, check=check)
+    train(config, data, tmp_path, continue_from=tmp_path)
+    (row,) = read_history(tmp_path)
+    assert row["seconds"] >= 0.6
+    images = config.batch_size * train_module.steps_per_epoch(config, len(data.select("train")))
+    assert row["images_per_second"] == pytest.approx(images / row["seconds"], rel=0.01)
+
+
+@pytest.mark.parametrize("k", range(14))
+def test_best_model_is_the_checkpoint_s_wherever_a_kill_comes(
+    k: int,
     data: LineSet,
     config: TrialConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    save_each_batch: None,
 ) -> None:
-    """The last one, too; and what is there already stays whole."""
+    """Where what is trained again comes out differently, as on a GPU, and is never as good."""
+    config = replace(config, epochs=4, patience=4)
+    values: Iterator[float] = iter([0.4, 0.5, 0.6, 0.3])
+
+    def scripted(*_: Any, **__: Any) -> Metrics:
+        return Metrics(next(values), None, 0.0, 0.0, 1.0, {}, np.zeros((4, 4), np.int32))
+
+    monkeypatch.setattr(train_module, "evaluate", scripted)
+    real, moved = os.replace, iter(range(1000))
+
+    def dying(source: Any, target: Any) -> None:
+        if str(target).endswith(".pth") and next(moved) == k:
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(Killed):
+            train(config, data, tmp_path / "killed")
+    values = iter([0.2, 0.2, 0.2, 0.2])
+    for directory in (tmp_path / "other", tmp_path / "killed"):
+        go_on = tmp_path / "killed" if (tmp_path / "killed" / LATEST).exists() else None
+        with pytest.raises(Stopped):
+            train(config, data, directory, check=stop_at(0.0), continue_from=go_on)
+        values = iter([0.2, 0.2, 0.2, 0.2])
+        train(config, data, directory, continue_from=directory)
+        best = json.loads((directory / "metrics.json").read_text())["best"]
+        model = torch.load(directory / BEST, weights_only=True)
+        assert model["epoch"] == best["epoch"]
+        assert model["metrics"]["macro_top1"] == best["macro_top1"]
+        assert sorted(path.name for path in directory.glob("*.pth")) == [BEST, "final_model.pth"]
+
+
+def test_copies_are_apart_and_their_memory_is_used_again() -> None:
+    copies = TensorCopies(CPU, on_host=True)
+    rows = [{"epoch": 1}]
+    weight = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    with torch.inference_mode():  # as in a validation
+        first = copies.take({"model": {"weight": weight}, "history": rows, "step": 3})
+    copied = first["model"]["weight"]
+    weight += 1
+    assert torch.equal(copied + 1, weight)
+    assert copied.stride() == weight.stride()
+    assert first["history"] is rows, "plain values are not copied"
+    second = copies.take({"model": {"weight": weight}})
+    assert second["model"]["weight"] is copied
+    assert torch.equal(copied, weight)
+
+
+# ------------------------------------------------------------------------------------- what fails
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_state_that_cannot_be_written_ends_the_trial(
+    step: int,
+    data: LineSet,
+    config: TrialConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_each_batch: None,
+) -> None:
+    """What is there already stays whole."""
     real = checkpoints.write_tensors
 
-    def write_tensors(path: Path, content: dict[str, Any]) -> None:
-        if path.name == "latest_checkpoint.pth" and content["epoch"] == epoch:
+    def write_tensors(path: Path, content: dict[str, Any], *more: Any) -> None:
+        if path.name == LATEST and content["step"] == step:
             raise OSError(28, "No space left on device")
-        real(path, content)
+        real(path, content, *more)
 
     monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
     with pytest.raises(OSError, match="No space left"):
         train(config, data, tmp_path)
     assert not (tmp_path / "metrics.json").exists()
-    assert (tmp_path / "latest_checkpoint.pth").exists() == (epoch == 2)
+    assert torch.load(tmp_path / LATEST, weights_only=True)["step"] == step - 1
+
+
+def test_a_failed_writing_is_told_before_the_next_batch(
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a minute later, when the next state is saved."""
+
+    def write_tensors(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
+    with Checkpoints(tmp_path, config, data) as files:
+        files.save(lambda: {"history": [], "epoch": 0, "step": 1, "best": None})
+        files._thread.submit(int).result()  # all before it is done
+        with pytest.raises(OSError, match="No space left"):
+            files.is_due(0, 2)
 
 
 def test_a_trial_that_is_stopped_ends_when_all_is_on_the_disk(
@@ -102,23 +366,36 @@ def test_a_trial_that_is_stopped_ends_when_all_is_on_the_disk(
 
     with pytest.raises(Stopped):
         train(config, data, tmp_path, check=check)
-    saved = torch.load(tmp_path / "latest_checkpoint.pth", weights_only=True)
+    saved = torch.load(tmp_path / LATEST, weights_only=True)
     assert saved["epoch"] == 1
     assert saved["step"] > 0
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_no_more_than_one_state_waits_for_the_disk(
-    data: LineSet, config: TrialConfig, tmp_path: Path, gate: threading.Event
+    data: LineSet,
+    config: TrialConfig,
+    tmp_path: Path,
+    gate: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A disk slower than the epochs holds training up, not the memory."""
-    contents = {"average": {}, "history": [], "epoch": 1}
-    with Checkpoints(tmp_path, config, data) as writer:
-        writer.save(contents)
-        second = threading.Thread(target=writer.save, args=(contents,))
-        second.start()
-        second.join(0.3)
-        assert second.is_alive()
+    """Where a disk is slow, less is saved: neither training nor memory pays for it."""
+    monkeypatch.setattr(SaveTimes, "is_due", lambda times: True)
+    steps = iter(range(100))
+
+    def contents() -> dict[str, Any]:
+        return {"history": [], "epoch": 0, "step": next(steps), "best": None}
+
+    with Checkpoints(tmp_path, config, data) as files:
+        assert files.is_due(0, 1)
+        files.save(contents)
+        assert not files.is_due(0, 2)
+        stop = threading.Thread(target=lambda: files.save(contents, at_once=True))
+        stop.start()
+        stop.join(0.3)
+        assert stop.is_alive(), "a stop waits for what is being written, and for its own state"
         gate.set()
-        second.join(60)
-        assert not second.is_alive()
+        stop.join(60)
+        assert not stop.is_alive()
+        assert torch.load(tmp_path / LATEST, weights_only=True)["step"] == 1
+        assert files.is_due(0, 3)

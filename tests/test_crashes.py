@@ -136,10 +136,9 @@ class Epochs:
                 self.again.append((config.seed, state.epoch + 1))
             real_epoch(state, config, *more)
 
-        def save(files: Any, contents: dict[str, Any], is_best: bool = False) -> None:
-            real_save(files, contents, is_best)
-            files.wait()  # each step has its turn: what is beside the point may be in any order
-            self.saved.add((files._config.seed, contents["epoch"]))
+        def save(files: Any, *more: Any, **named: Any) -> None:
+            real_save(files, *more, **named)  # and wait: see `save_each_batch`
+            self.saved.add((files._config.seed, files._saved[0]))
 
         patch.setattr(train_module, "train_epoch", train_epoch)
         patch.setattr(checkpoints.Checkpoints, "save", save)
@@ -246,6 +245,7 @@ def test_crash_at_each_step(
     data: LineSet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    save_each_batch: None,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """From an empty directory: break off at the first step, go on to the second, and so on.

@@ -18,7 +18,7 @@ import train as train_module
 from data import LineSet
 from train import train
 from writer_search.config import TrialConfig
-from writer_search.training import batches, checkpoints, evaluation
+from writer_search.training import batches, evaluation
 from writer_search.training.batches import EpochImages, Lines
 from writer_search.training.checkpoints import load_model
 from writer_search.training.outcomes import Stopped
@@ -39,11 +39,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     evaluate: Any = train_module.evaluate
     monkeypatch.setattr(train_module, "evaluate", torch.no_grad()(evaluate.__wrapped__))
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
-    write = checkpoints.write_tensors
-    # A subclass of tensors is nothing that a checkpoint may hold.
-    monkeypatch.setattr(
-        checkpoints, "write_tensors", lambda path, held: write(path, checkpoints._copied(held))
-    )
     with FarDevice():
         yield FAR.type
 

@@ -332,7 +332,10 @@ def test_ranks_are_told_only_what_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyError):
         first()
     Ranks(1, 2).shared(call, ValueError, KeyError)()
-    assert sent == [2, 0]
+    assert sent == [3, 0]
     with pytest.raises(KeyError):
         Ranks(0, 2).shared(call, ValueError)()
-    assert sent == [2, 0], "what is not foreseen ends this rank, and with it the others"
+    assert sent == [3, 0], "what is not foreseen ends this rank, and with it the others"
+    assert Ranks(0, 2).shared(lambda: True, ValueError)() is True
+    assert Ranks(0, 2).shared(lambda: False, ValueError)() is False
+    assert sent == [3, 0, 1, 0]

@@ -26,6 +26,7 @@ from test_crashes import Crash, crash_before
 from test_search import PruneTrial, Run, arguments, params_of, run, snapshot, trials_of
 from torch import nn
 
+from data import LineSet
 from hyperparameter_search import main
 from train import TrainingState, training_step
 from writer_search.common import environment, locks
@@ -36,7 +37,7 @@ from writer_search.processes import runner as runner_module
 from writer_search.results.rows import Row, read_history
 from writer_search.study import draws, recorder, recovery
 from writer_search.study.store import open_study
-from writer_search.study.unfinished import continue_interrupted
+from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 from writer_search.study.weights import remove_weights
 
 __all__ = ["run"]  # the fixture
@@ -137,6 +138,35 @@ def test_trial_is_continued_while_each_break_has_an_epoch_more(
     assert len([t for t in study.trials if t.state == TrialState.FAIL]) == breaks
 
 
+@pytest.mark.parametrize(
+    ("advanced", "breaks"),
+    [
+        ([False, True, True, True, True, True], 6),  # within one epoch
+        ([False, False, True, False, False, False, True], 6),
+        ([False, False, False, False, True], 4),
+    ],
+)
+def test_trial_is_continued_while_each_break_has_a_batch_more(
+    advanced: list[bool], breaks: int, tmp_path: Path
+) -> None:
+    """The search is killed each time: what the trial has saved is all there is to tell."""
+    study = open_study(tmp_path)
+    study.enqueue_trial({}, user_attrs={"draw": 0, "seed": 1})
+    for number, has_saved in enumerate(advanced):
+        if not any(trial.state == TrialState.WAITING for trial in study.trials):
+            break
+        trial = study.ask()
+        directory = tmp_path / f"trial_{trial.number:03d}"
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        if has_saved:
+            (directory / "latest_checkpoint.pth").touch()
+        settle_unfinished(study, tmp_path)
+        assert len(continue_interrupted(study)) == (number + 1 < breaks or breaks == len(advanced))
+    states = [trial.state for trial in study.trials]
+    assert states.count(TrialState.FAIL) == breaks
+
+
 def test_trial_that_failed_by_itself_is_not_continued(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
 ) -> None:
@@ -234,6 +264,35 @@ def test_out_of_memory_starts_the_same_trial_with_smaller_batches(
     assert config["micro_batch"] == 4
     assert config["config"]["batch_size"] == 8, "the sampler's configuration is untouched"
     assert "out of memory: started again with 4 images at once" in capfd.readouterr().out
+
+
+def test_out_of_memory_in_validation_halves_its_windows_before_the_training_s_batch(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "out_of_memory_in_validation"}))
+    assert run(n_trials="1") == 0
+    (trial,) = open_study(tmp_path / "c").get_trials()
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs["micro_batch"] == 8, "a whole batch of the training"
+    printed = capfd.readouterr().out
+    for windows in (32, 16, 8):
+        assert f"out of memory: started again with {windows} images at once" in printed
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "at_once", "half"),
+    [(None, None, 4), (None, 64, 32), (32, None, 4), (32, 32, 16), (8, None, 4), (4, None, None)],
+)
+def test_what_was_at_once_is_halved(
+    micro_batch: int | None,
+    at_once: int | None,
+    half: int | None,
+    config: TrialConfig,
+    data: LineSet,
+    tmp_path: Path,
+) -> None:
+    job = processes.Job(config, data, tmp_path, 1, micro_batch=micro_batch)
+    assert runner_module.smaller_batch(job, at_once) == half
 
 
 def test_out_of_memory_with_four_images_fails(

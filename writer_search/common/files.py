@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], object], previous: Path | None = None
+) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    previous: where to keep the file that was in its place, if any.
 
     A reader sees the old file or the new one, also after a power cut: the contents reach the disk
     before the name does, and the name before this returns.
@@ -24,6 +28,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from writer_search.processes.messages import (
     TestQuestion,
     obey_in_thread,
 )
+from writer_search.training.evaluation import windows_at_once
 from writer_search.training.metrics import Metrics
-from writer_search.training.outcomes import DivergedError, Pruned, Stopped
+from writer_search.training.outcomes import IN_VALIDATION, DivergedError, Pruned, Stopped
 from writer_search.training.ranks import is_lost, join
 from writer_search.training.test_split import measure_test_split
 
@@ -82,6 +83,7 @@ class SearchLine:
         """Raise Stopped when the search asked for it; tell it now and then how far this is."""
         self._has_trained = True
         if self._stop.is_set():
+            self.send("progress", progress=progress)
             raise Stopped
         now = time.monotonic()
         if now - self._last_progress > PROGRESS_SECONDS:
@@ -104,7 +106,7 @@ def run_trial(connection: Connection, job: Job) -> None:
         try:
             metrics = _train(job, line)
             assert metrics is not None, "a search has validation lines"
-            kind, content = "done", {"metrics": asdict(metrics)}
+            kind, content = "done", {"metrics": metrics.row()}
         except BaseException as error:
             kind, content = _outcome(error, job)
         if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
@@ -188,8 +190,11 @@ def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
         cause = Cause(Kind.OUT_OF_MEMORY, f"out of memory: {one_line(error)}", traceback=text)
     if job.ranks > 1:
         cause = replace(cause, text=f"rank {job.rank}: {cause.text}")
-    lost = is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY
-    return "lost" if lost else "failed", {"cause": cause}
+    if is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY:
+        return "lost", {"cause": cause}
+    if IN_VALIDATION in getattr(error, "__notes__", ()):
+        return "failed", {"cause": cause, "at_once": windows_at_once(job.micro_batch)}
+    return "failed", {"cause": cause}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

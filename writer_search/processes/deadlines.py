@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 END_TIME = "SLURM_JOB_END_TIME"  # Unix seconds, from Slurm 23.02 on
+SAVED_SECONDS = 60.0  # a trial's state is saved as often, at least
 MARGIN_SECONDS = 60.0  # before the end: by then trials are told to save and stop
 
 

@@ -33,6 +33,7 @@ class Plan:
     kept_models: int | None  # so many trials keep their weights, the best; None: all
     provenance: dict[str, Any]  # for config.json
     on_event: tuple[str, ...] | None = None  # the command that is told of each trial's end
+    continues: bool = False  # interrupted trials, by itself
     cores: SharedCores | None = None  # shared with other programs; None: `threads` stand
 
     @property

@@ -49,6 +49,7 @@ class RunningTrial:
     epoch: int = 0  # epochs done
     epochs_before: int = 0  # of these, what was trained before a break
     progress: float = 0.0  # epochs done, with a fraction
+    begun: float = math.inf  # the progress that it began with
     best: float | None = None
     best_epoch: int = 0
     pruned: bool = False
@@ -64,6 +65,10 @@ class RunningTrial:
     @property
     def number(self) -> int:
         return int(self.trial.number)
+
+    @property
+    def has_advanced(self) -> bool:
+        return self.progress > self.begun or self.epoch > self.epochs_before
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,7 @@ class Runner:
         elif kind == "progress":
             running.heard = now
             running.progress = content["progress"]
+            running.begun = min(running.begun, running.progress)
             self._progress.advance(running.number, running.progress)
         elif kind == "report":
             running.heard = now
@@ -245,7 +251,7 @@ class Runner:
         """Act on a trial's last message, or on its death without one."""
         may_restart = running.stop_cause is None
         if kind == "failed" and may_restart and content["cause"].kind is Kind.OUT_OF_MEMORY:
-            smaller = smaller_batch(running.job)
+            smaller = smaller_batch(running.job, content.get("at_once"))
             if smaller is not None:
                 try:
                     self._start_smaller(running, smaller)
@@ -373,9 +379,13 @@ class Runner:
                 running.child.kill()
 
 
-def smaller_batch(job: Job) -> int | None:
-    """Give half of what a trial had on a device at once; None when that is too little."""
-    half = (job.micro_batch or -(-job.config.batch_size // job.ranks)) // 2
+def smaller_batch(job: Job, at_once: int | None = None) -> int | None:
+    """Give half of what a trial had on a device at once; None when that is too little.
+
+    at_once: how much that was, where it was no batch of the training.
+    """
+    share = -(-job.config.batch_size // job.ranks)
+    half = (at_once or min(share, job.micro_batch or share)) // 2
     return half if half >= SMALLEST_BATCH else None
 
 

@@ -164,6 +164,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
         checkpoint_dir=directory,
         n_trials=n_trials,
         kept_models=None,
+        continues=True,
         timeout=None if math.isinf(left) else max(left, 1e-9),
     )
     print("\n".join(banner(directory, candidates, missing)), flush=True)

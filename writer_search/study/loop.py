@@ -39,7 +39,7 @@ from writer_search.study.outlook import Outlook
 from writer_search.study.recorder import Recorder
 from writer_search.study.records import distributions_of, finished_value
 from writer_search.study.supplies import RecordedElsewhereError, Supply
-from writer_search.study.unfinished import checkpoint_to_continue
+from writer_search.study.unfinished import checkpoint_to_continue, has_saved
 
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
 
@@ -268,6 +268,9 @@ class Search:
             return
         assert isinstance(end, Failed)
         seconds = time.monotonic() - running.started
+        if end.cause.is_interruption and "continues" in running.trial.user_attrs:
+            advanced = running.has_advanced and has_saved(running.job.trial_dir)
+            running.trial.set_user_attr("advanced", advanced)
         self.end_failed(running.trial, end.cause, running.epoch, seconds)
 
     def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:

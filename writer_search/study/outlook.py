@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from writer_search.common.text import duration, percent
-from writer_search.processes.deadlines import longest_epoch
+from writer_search.processes.deadlines import SAVED_SECONDS, longest_epoch
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Runner
 from writer_search.results.estimate import Timed, finished_epochs, range_text, seconds_left
@@ -32,11 +32,16 @@ class Outlook:
         return self._judged[1]
 
     def is_too_late(self) -> bool:
-        """Tell whether the batch system's job ends before one more epoch could."""
+        """Tell whether the batch system's job ends before one more epoch could.
+
+        Where trials are continued, a part of an epoch is worth as much as another.
+        """
         if self._plan.stop_at == math.inf:
             return False
         running = [(r.epoch - r.epochs_before, seconds) for r, seconds in self._running()]
         seconds = longest_epoch([*self.finished()[1], *running])
+        if self._plan.continues:
+            seconds = min(seconds, SAVED_SECONDS)
         return time.monotonic() + seconds >= self._plan.stop_at
 
     def epoch_facts(self, value: float, metrics: dict[str, Any]) -> str:

@@ -251,6 +251,7 @@ def make_plan(
         max_consecutive_failed_trials=args.max_consecutive_failed_trials,
         kept_models=args.keep_checkpoints,
         on_event=args.on_event,
+        continues=args.continue_interrupted,
         provenance={**provenance(args.data_root, machine), "command": public_command(args)},
     )
 

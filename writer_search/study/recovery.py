@@ -21,6 +21,7 @@ from writer_search.common.text import one_line
 from writer_search.results.rows import DATABASE, read_database, read_history, trial_dir
 from writer_search.study.records import finished_value
 from writer_search.study.store import open_study
+from writer_search.study.unfinished import has_saved
 
 MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
 WAY_OUT = "--recover rebuilds it from the trial directories, the damaged file is kept beside it"
@@ -223,6 +224,7 @@ def _from_config(directory: Path, number: int) -> FrozenTrial:
         attributes |= {
             "failure": f"cut off without a word at epoch {epoch}",
             "interrupted": True,
+            "advanced": has_saved(directory),
         }
     started = datetime.fromisoformat(config["started"]).astimezone().replace(tzinfo=None)
     trial = FrozenTrial(

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from writer_search.results.rows import home_of, read_history, trial_dir
 from writer_search.study.records import finished_value, tell, write_error_log, write_record
 
-# In a row without one epoch more: what ends a trial so often is the trial itself.
+# In a row without one batch more: what ends a trial so often is the trial itself.
 MAX_CONTINUATIONS = 3
 
 
@@ -67,8 +67,15 @@ def settle(
     handle.set_user_attr("epochs", epochs)
     handle.set_user_attr("failure", cause)
     handle.set_user_attr("interrupted", True)
+    if (directory / "config.json").exists():  # it may be on another machine, out of reach
+        handle.set_user_attr("advanced", has_saved(directory))
     tell(study, checkpoint_dir, trial.number, TrialState.FAIL)
     return f"trial {trial.number} was cut off at epoch {min(epochs + 1, most)}: recorded as failed"
+
+
+def has_saved(directory: Path) -> bool:
+    """Tell whether a trial has saved a state of its own, beyond the one that it went on from."""
+    return (directory / "latest_checkpoint.pth").exists()
 
 
 def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:
@@ -91,7 +98,7 @@ def continuations(
 ) -> Iterator[FrozenTrial]:
     """Give a trial to follow each interrupted one, with its hyperparameters and seed.
 
-    Once for each interruption, but not after MAX_CONTINUATIONS in a row that brought no epoch more.
+    Once for each interruption, but not after MAX_CONTINUATIONS in a row that brought it no further.
     A trial that failed by itself is not followed.
     """
     # A fleet, whose trials run at once, starts no waiting one: it came with a copied study.
@@ -123,10 +130,14 @@ def continuations(
 
 
 def _in_vain(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
-    """Count the continuations in a row, up to this trial, that brought no epoch more."""
+    """Count the continuations in a row, up to this trial, that brought it no further."""
     chain = [trial, *_continued_by(trials, trial)]
-    done = [link.user_attrs.get("epochs", 0) for link in reversed(chain)]
-    return len(done) - 1 - done.index(max(done))
+    epochs = [link.user_attrs.get("epochs", 0) for link in chain]
+    for number, link in enumerate(chain[:-1]):
+        # Earlier versions noted whole epochs alone, as does who cannot see a trial's files.
+        if link.user_attrs.get("advanced", epochs[number] > max(epochs[number + 1 :])):
+            return number
+    return len(chain) - 1
 
 
 def _continued_by(

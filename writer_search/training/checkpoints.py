@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils.serialization import config as serialization
 
 from data import PREPROCESSING, LineSet
 from model import WriterModel
@@ -26,28 +29,139 @@ from writer_search.config import TrialConfig
 
 CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result
 
+LATEST, BEST = "latest_checkpoint.pth", "best_model.pth"
+PREVIOUS = "previous_best_model.pth"  # until a checkpoint names the new one
+
+LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two saved states
+SHARE = 0.01  # of the training time that saving its state may take
+SHARE_OF_HISTORY = 0.001
+CPU = torch.device("cpu")
+ASSUMED_RATE = 200 * 2**20  # bytes a second; the first copy, into new memory, was about as slow
+
 
 class CheckpointMismatchError(Exception):
     """A checkpoint belongs to another configuration or to other data."""
+
+
+# ------------------------------------------------------------------------------- when to save
+
+
+class SaveTimes:
+    """Decides when a state is saved: as often as costs a share of the training, or each minute.
+
+    cost: the seconds that a save is expected to cost the training, until one has been measured.
+    """
+
+    def __init__(self, cost: float, share: float = SHARE) -> None:
+        self._cost, self._share = cost, share
+        self._took = 0.0  # from the copy to the disk
+        self._began = self._asked = time.monotonic()
+
+    def interval(self, batch: float = 0.0) -> float:
+        """Give the seconds from one save to the next, with batches that take so long.
+
+        A kill may also cost the batch to come, and what is still on its way to the disk.
+        """
+        cheap = max(LEAST_SECONDS, self._cost / self._share)
+        return min(cheap, MOST_SECONDS - self._took - batch)
+
+    def is_due(self) -> bool:
+        """Tell it before a batch; to be asked before each one."""
+        now = time.monotonic()
+        batch, self._asked = now - self._asked, now
+        return now - self._began >= self.interval(batch)
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def end(self, cost: float, took: float) -> None:
+        """Note what a save has cost the training, and how long it took to be on the disk."""
+        self._cost, self._took = cost, took
+
+
+class TensorCopies:
+    """Copies tensors into memory that each copy uses again: new memory takes ten times as long.
+
+    source: the device that they are on. From a GPU they come in one go into page-locked memory,
+    while the training goes on, and are there when `wait` returns. on_host: where the copies are.
+    """
+
+    def __init__(self, source: torch.device, *, on_host: bool) -> None:
+        self._source, self._on_host = source, on_host
+        self._copies: dict[tuple[Any, ...], Tensor] = {}
+        self._events: list[torch.cuda.Event] = []
+
+    @torch.inference_mode(False)  # a validation may be under way, the next copy in none
+    @torch.no_grad()
+    def take(self, contents: dict[Any, Any]) -> dict[Any, Any]:
+        """Give dictionaries within dictionaries with their tensors copied, all else as it is."""
+        if self._source.type != "cuda":
+            return self._taken(contents, ())  # type: ignore[no-any-return]
+        with torch.cuda.device(self._source):
+            self._events = [_event(), _event()]
+            self._events[0].record()
+            taken: dict[Any, Any] = self._taken(contents, ())
+            self._events[1].record()
+        return taken
+
+    def _taken(self, value: Any, place: tuple[Any, ...]) -> Any:
+        if isinstance(value, dict):
+            return {key: self._taken(item, (*place, key)) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        copy = self._copies.get(place)
+        if copy is None or copy.shape != value.shape:
+            device = CPU if self._on_host else value.device
+            pinned = self._on_host and value.is_cuda
+            copy = torch.empty_like(value, device=device, pin_memory=pinned, requires_grad=False)
+            self._copies[place] = copy
+        return copy.copy_(value, non_blocking=True)
+
+    def wait(self) -> float:
+        """Wait until the copies are there; give the seconds that a GPU spent on them."""
+        if not self._events:
+            return 0.0
+        before, after = self._events
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1000
+
+
+def _event() -> torch.cuda.Event:
+    """Make an event that is waited for asleep."""
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 
 
 class Checkpoints:
-    """Writes a trial's state behind its training: latest_checkpoint.pth, the best model, history.
+    """Saves a trial's state while it trains: latest_checkpoint.pth, the best model, the history.
 
-    What is to be written is copied, and a thread writes it: training waits only where the disk
-    takes longer than an epoch. (With a ResNet-50 that was 2.5 s an epoch on a disk of 180 MB/s.)
-    So what kills the process may cost the epoch that was just done, and never a file: each appears
-    whole, and they do in order. The `with` block ends once all is written. Of ranks one writes.
+    What is to be written is copied, and a thread writes it: training waits for the copy, and, where
+    the disk takes longer than `SaveTimes` allows, less is saved. Each file appears whole, and they
+    do in order. The best model is kept in memory until a state is saved that has it for its best,
+    so that both advance together. The `with` block ends once all is written. Of ranks one writes.
+
+    device: where the state is.   expected: its bytes, as far as they are known before the first.
     """
 
     def __init__(
-        self, trial_dir: Path, config: TrialConfig, data: LineSet, is_writer: bool = True
+        self,
+        trial_dir: Path,
+        config: TrialConfig,
+        data: LineSet,
+        is_writer: bool = True,
+        device: torch.device = CPU,
+        expected: int = 0,
     ) -> None:
         self._trial_dir, self._config, self._data = trial_dir, config, data
         self._is_writer = is_writer
+        self.times = SaveTimes(expected / ASSUMED_RATE)
+        self._history_times = SaveTimes(0.0, SHARE_OF_HISTORY)
+        self._host = TensorCopies(device, on_host=True)
+        self._kept = TensorCopies(device, on_host=False)
+        self._best: dict[str, Any] | None = None  # what best_model.pth does not have yet
+        self._saved: tuple[int, int] | None = None  # epoch and step of the last state
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
 
@@ -63,23 +177,77 @@ class Checkpoints:
         Raises CheckpointMismatchError when it belongs to another configuration or other data, and
         FileNotFoundError when there is none.
         """
-        checkpoint = load_checked(old_dir / "latest_checkpoint.pth", self._config, self._data)
-        if self._is_writer and old_dir != self._trial_dir and checkpoint["best"] is not None:
-            load_checked(old_dir / "best_model.pth", self._config, self._data)
-            content = (old_dir / "best_model.pth").read_bytes()
-            write_whole(self._trial_dir / "best_model.pth", lambda file: file.write(content))
+        checkpoint = load_checked(old_dir / LATEST, self._config, self._data)
+        if self._is_writer and checkpoint["best"] is not None:
+            source, own = self._best_of(old_dir, checkpoint["best"]), self._trial_dir / BEST
+            if source != own:
+                content = source.read_bytes()
+                write_whole(own, lambda file: file.write(content))
+        if self._is_writer:
+            (self._trial_dir / PREVIOUS).unlink(missing_ok=True)
             write_history(self._trial_dir, checkpoint["history"])
+        self._saved = checkpoint["epoch"], checkpoint["step"]
         return checkpoint
 
-    def save(self, contents: dict[str, Any], is_best: bool = False) -> None:
-        """Have a state written; is_best: with its average, the best model so far.
+    def _best_of(self, old_dir: Path, best: dict[str, Any]) -> Path:
+        """Find the best model that belongs to a checkpoint: a kill may have come between them."""
+        row = without_confusion(best)
+        for name in (PREVIOUS, BEST):
+            if name == BEST or (old_dir / name).exists():
+                model = load_checked(old_dir / name, self._config, self._data)
+                if model["metrics"] == row:
+                    return old_dir / name
+        # An earlier version wrote the model first. The epochs up to it are trained again.
+        return old_dir / BEST
+
+    # ---------------------------------------------------------------------------------- training
+
+    def is_due(self, epoch: int, step: int) -> bool:
+        """Tell, before each batch, whether to save the state, which has come so far.
 
         Raises what the last writing raised: a state that cannot be saved ends the trial.
         """
+        if not self._is_writer:
+            return False
+        due = self.times.is_due()
+        if self._writing is not None and self._writing.done():
+            self.wait()
+        return due and self._writing is None and (epoch, step) != self._saved
+
+    def save(self, contents: Callable[[], dict[str, Any]], *, at_once: bool = False) -> None:
+        """Have a state written; at_once: it is on the disk when this returns.
+
+        `contents` gives it, on each rank. Raises what this or the last writing raised.
+        """
+        self.wait()
+        self.times.begin()
+        started = time.perf_counter()
+        state = contents()
+        here = state["epoch"], state["step"]
+        is_there = here == self._saved and (self._trial_dir / LATEST).exists()
+        if self._is_writer and not is_there:
+            taken = self._host.take({"state": state, "best": self._best})
+            self._best, self._saved = None, here
+            waited = time.perf_counter() - started
+            self._writing = self._thread.submit(self._write, waited, **taken)
+        if at_once:
+            self.wait()
+
+    def end_epoch(self, history: list[dict[str, Any]], best: WriterModel | None) -> None:
+        """Have the history written, for `--status`; keep the model in mind if it is the best."""
+        if best is not None and self._is_writer:
+            self._best = self._kept.take(best.state_dict())
+        if self._is_writer and self._writing is None and self._history_times.is_due():
+            self._history_times.begin()
+            self._writing = self._thread.submit(self._write_history, list(history))
+
+    def finish(self, history: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
+        """Write what of the best model and the history is not there; a last state has no use."""
         self.wait()
         if self._is_writer:
-            checkpoint = {**_copied(contents), **_binding(self._config, self._data)}
-            self._writing = self._thread.submit(self._write, checkpoint, is_best)
+            if self._best is not None and best is not None:
+                self._write_best(self._best, best)
+            write_history(self._trial_dir, history)
 
     def wait(self) -> None:
         """Wait until all is on the disk. Raises what its writing raised."""
@@ -87,24 +255,38 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write(self, checkpoint: dict[str, Any], is_best: bool) -> None:
+    # ----------------------------------------------------------------------------- in the thread
+
+    def _write(self, waited: float, state: dict[str, Any], best: dict[str, Any] | None) -> None:
         # The checkpoint last: what it says is the best, and has been, is there then.
-        history = checkpoint["history"]
-        if is_best:
-            path = self._trial_dir / "best_model.pth"
-            _write_model(path, checkpoint["average"], self._config, self._data, history[-1])
-        if history:
-            write_history(self._trial_dir, history)
-        write_tensors(self._trial_dir / "latest_checkpoint.pth", checkpoint)
+        started, computed = time.perf_counter(), time.thread_time()
+        copying = self._host.wait()
+        if best is not None:
+            self._write_best(best, state["best"])
+        write_history(self._trial_dir, state["history"])
+        checkpoint = {**state, **_binding(self._config, self._data)}
+        # No reader of ours looks at check sums, which take most of the time.
+        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            write_tensors(self._trial_dir / LATEST, checkpoint)
+        if best is not None:
+            (self._trial_dir / PREVIOUS).unlink(missing_ok=True)
+        # What the thread computes is taken from the training: all of it where no core is free.
+        cost = waited + copying + time.thread_time() - computed
+        self.times.end(cost, waited + time.perf_counter() - started)
+
+    def _write_best(self, weights: dict[str, Any], row: dict[str, Any]) -> None:
+        path, previous = self._trial_dir / BEST, self._trial_dir / PREVIOUS
+        _write_model(path, weights, self._config, self._data, without_confusion(row), previous)
+
+    def _write_history(self, history: list[dict[str, Any]]) -> None:
+        computed = time.thread_time()
+        write_history(self._trial_dir, history)
+        self._history_times.end(time.thread_time() - computed, 0.0)
 
 
-def _copied(value: Any) -> Any:
-    """Copy tensors in dictionaries and lists to the host, where nothing changes them."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+def without_confusion(best: dict[str, Any]) -> dict[str, Any]:
+    """Give the best epoch's row as the history has it."""
+    return {name: value for name, value in best.items() if name != "confusion"}
 
 
 def load_checked(path: Path, config: TrialConfig, data: LineSet) -> dict[str, Any]:
@@ -129,17 +311,22 @@ def save_model(
 
 
 def _write_model(
-    path: Path, weights: dict[str, Any], config: TrialConfig, data: LineSet, row: dict[str, Any]
+    path: Path,
+    weights: dict[str, Any],
+    config: TrialConfig,
+    data: LineSet,
+    row: dict[str, Any],
+    previous: Path | None = None,
 ) -> None:
     saved = {
-        "model": weights,
+        "model": {name: tensor.cpu() for name, tensor in weights.items()},
         "writers": list(data.writers),
         "epoch": row["epoch"],
         "metrics": row,
         "preprocessing": PREPROCESSING,
         **_binding(config, data),
     }
-    write_tensors(path, saved)
+    write_tensors(path, saved, previous)
 
 
 def load_model(path: Path) -> tuple[WriterModel, TrialConfig, tuple[str, ...]]:
@@ -215,8 +402,8 @@ class _ErrorKeeper:
         self._file.flush()
 
 
-def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write what `torch.load` reads, whole. Raises OSError."""
+def write_tensors(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """Write what `torch.load` reads, whole; see `write_whole`. Raises OSError."""
 
     def write(file: BinaryIO) -> None:
         keeper = _ErrorKeeper(file)
@@ -227,7 +414,7 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
                 raise keeper.error from None
             raise
 
-    write_whole(path, write)
+    write_whole(path, write, previous)
 
 
 def write_history(trial_dir: Path, history: list[dict[str, Any]]) -> None:

@@ -19,10 +19,15 @@ from writer_search.training.metrics import Metrics, compute_metrics
 from writer_search.training.optimisation import (
     autocast,
 )
-from writer_search.training.outcomes import DivergedError
+from writer_search.training.outcomes import IN_VALIDATION, DivergedError
 from writer_search.training.ranks import ALONE, Ranks
 
-EVALUATION_BATCH = 64
+EVALUATION_BATCH = 64  # windows at once, where no smaller micro-batch bounds them
+
+
+def windows_at_once(micro_batch: int | None) -> int:
+    """Give how many windows are on a device at once in a validation."""
+    return min(EVALUATION_BATCH, micro_batch or EVALUATION_BATCH)
 
 
 @torch.inference_mode()
@@ -33,12 +38,19 @@ def evaluate(
     writers: tuple[str, ...],
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    micro_batch: int | None = None,
 ) -> Metrics:
     """Measure a model on all lines of a split, each covered whole by windows.
 
-    Raises DivergedError when the output is not finite.
+    micro_batch: the most windows on a device at once. Raises DivergedError when the output is not
+    finite; a note on any error says where it was raised.
     """
-    logits = line_logits(model, config, lines, len(writers), check, ranks).double().cpu()
+    try:
+        logits = line_logits(model, config, lines, len(writers), check, ranks, micro_batch)
+        logits = logits.double().cpu()
+    except Exception as error:
+        error.add_note(IN_VALIDATION)
+        raise
     # Rank 0's for all: a last bit that differs would let one rank go on and another end.
     logits = ranks.of_first(logits)
     if not logits.isfinite().all():
@@ -55,6 +67,7 @@ def line_logits(
     num_writers: int,
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    micro_batch: int | None = None,
 ) -> Tensor:
     """Average each line's logits over its windows: (lines, writers), float32.
 
@@ -65,7 +78,8 @@ def line_logits(
     place = places(lines, line, offsets)
     by_window = torch.zeros(len(line), num_writers, device=device)
     model = for_inference(model)
-    parts = torch.split(torch.arange(len(line), device=line.device), EVALUATION_BATCH)
+    every = torch.arange(len(line), device=line.device)
+    parts = torch.split(every, windows_at_once(micro_batch))
     for turn in range(0, len(parts), ranks.size):
         check()
         for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ class Metrics:
     macro_top5: the same for the first five guesses; None with five writers or fewer.
     micro_top1: share of all lines. page_macro_top1: pages instead of lines.
     loss: mean cross-entropy of lines. per_writer: each writer's share, writers with lines only.
-    confusion: the model's `writers`, and `counts` of lines by [true writer][guessed writer].
+    confusion: counts of lines by [true writer, guessed writer], int32; not compared by `==`.
     """
 
     macro_top1: float
@@ -28,11 +28,12 @@ class Metrics:
     page_macro_top1: float
     loss: float
     per_writer: dict[str, float]
-    confusion: dict[str, Any]
+    confusion: NDArray[np.int32] = field(compare=False)
 
     def row(self) -> dict[str, Any]:
         """Give what every epoch keeps: all but the confusion, 40,000 numbers of 200 writers."""
-        return {name: value for name, value in asdict(self).items() if name != "confusion"}
+        names = (each.name for each in fields(self) if each.name != "confusion")
+        return {name: getattr(self, name) for name in names}
 
 
 def compute_metrics(
@@ -63,17 +64,16 @@ def compute_metrics(
         per_writer={
             writers[w]: float(share) for w, share in zip(measured, per_writer, strict=True)
         },
-        confusion={"writers": list(writers), "counts": _confusion(labels, guesses, len(writers))},
+        confusion=_confusion(labels, guesses, len(writers)),
     )
 
 
 def _confusion(
     labels: NDArray[np.int64], guesses: NDArray[np.int64], num_writers: int
-) -> list[list[int]]:
+) -> NDArray[np.int32]:
     """Count lines by (true writer, guessed writer)."""
     flat = np.bincount(labels * num_writers + guesses, minlength=num_writers**2)
-    counts: list[list[int]] = flat.reshape(num_writers, num_writers).tolist()
-    return counts
+    return flat.reshape(num_writers, num_writers).astype(np.int32)
 
 
 def _mean_by(

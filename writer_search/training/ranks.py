@@ -53,35 +53,44 @@ class Ranks:
     def largest_share(self, batch: int) -> int:
         return -(-batch // self.size)
 
-    def shared(self, call: Callable[P, None], *outcomes: type[Exception]) -> Callable[P, None]:
+    def shared(self, call: Callable[P, T], *outcomes: type[Exception]) -> Callable[P, T]:
         """Let rank 0 alone make a call, and all ranks raise which of `outcomes` it raises there.
 
+        `call` gives True, False or None; True is given to all.
         The word goes through the CPUs: waiting for it waits for no device.
         """
         if self.size == 1:
             return call
 
-        def call_on_first(*arguments: P.args, **named: P.kwargs) -> None:
+        def call_on_first(*arguments: P.args, **named: P.kwargs) -> bool:
             raised: Exception | None = None
+            answer = False
             if self.is_first:
                 try:
-                    call(*arguments, **named)
+                    answer = call(*arguments, **named) is True
                 except outcomes as error:
                     raised = error
-            code = torch.tensor(0 if raised is None else 1 + outcomes.index(type(raised)))
+            code = torch.tensor(int(answer) if raised is None else 2 + outcomes.index(type(raised)))
             # Not a broadcast, which rank 0 would leave without knowing that the others are there.
             dist.all_reduce(code, dist.ReduceOp.MAX)
             if raised is not None:
                 raise raised
-            if code > 0:
-                raise outcomes[int(code) - 1]
+            if code > 1:
+                raise outcomes[int(code) - 2]
+            return bool(code)
 
-        return call_on_first
+        return call_on_first  # type: ignore[return-value]
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all ranks."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Give a tensor's sum over all ranks, and leave the tensor as it is."""
+        total = tensor.clone()
+        self.add_up(total)
+        return total
 
     def of_first(self, value: T) -> T:
         """Give rank 0's value, any that can be pickled, to all ranks."""
