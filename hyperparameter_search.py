@@ -219,7 +219,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     search.drawing.write_report(rows, search.supply.study.user_attrs)
     print("\n".join([RULE, *lines, *search.drawing.notes, RULE]))
     if search.stop.name is not None:
-        raise Interrupted(search.stop.name, began=True)
+        raise Interrupted(search.stop.name, began=True, unsaved=last.recorder.unsaved)
     if last.gave_up:
         print(
             f"error: stopped after {last.gave_up}; mend it, and the same command goes on",
@@ -231,8 +231,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         return EXIT_FAILURES
     if last.complete < last.plan.n_trials and last.outlook.is_too_late():
         print(
-            "stopped before the end of the batch system's job: everything is saved; the same "
-            "command goes on",
+            f"stopped before the end of the batch system's job: "
+            f"{saved_text(last.recorder.unsaved)}; the same command goes on",
             file=sys.stderr,
         )
         if args.requeue_exit_code is not None:
@@ -370,7 +370,7 @@ def _main(argv: Sequence[str]) -> int:
         return EXIT_USAGE
     except Interrupted as error:
         command = shlex.join([Path(sys.executable).name, *sys.argv])
-        what = "everything is saved" if error.began else "before the search began"
+        what = saved_text(error.unsaved) if error.began else "before the search began"
         print(
             f"stopped by {error}: {what}; to go on, run the same command: "
             f"{hidden(command, storage)}",
@@ -382,6 +382,14 @@ def _main(argv: Sequence[str]) -> int:
             raise
         print(hidden(traceback.format_exc(), storage), file=sys.stderr)
         return EXIT_NOTHING_COMPLETE
+
+
+def saved_text(unsaved: Sequence[int]) -> str:
+    """Say whether all running trials saved their state when they were stopped."""
+    if not unsaved:
+        return "everything is saved"
+    trials = ", ".join(map(str, unsaved))
+    return f"trial {trials} did not stop in time: only its last saved state, if any, is there"
 
 
 def show_status(args: argparse.Namespace) -> int:

@@ -128,6 +128,23 @@ def signal_search(connection: Connection, job: Any) -> None:
     _signal_at(connection, job, 2)
 
 
+def signal_search_and_hang(connection: Connection, job: Any) -> None:
+    """Send the search process SIGTERM in the second epoch, and answer nothing any more."""
+    from writer_search.processes import child as worker
+
+    calls = iter(range(10**9))
+    real_check = worker.SearchLine.check
+
+    def check(line: Any, progress: float) -> None:
+        if next(calls) == 5:
+            os.kill(job_parent(job), signal.SIGTERM)
+            time.sleep(60)
+        real_check(line, progress)
+
+    worker.SearchLine.check = check  # type: ignore[method-assign]
+    worker.run_trial(connection, job)
+
+
 def job_parent(job: Any) -> int:
     """Find the search process by its lock file."""
     holder = (job.trial_dir.parent / "search.lock").read_text()

@@ -22,9 +22,11 @@ from optuna.trial import TrialState
 from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.processes import runner as runner_module
+from writer_search.processes.runner import Report, RunningTrial
 from writer_search.results.rows import read_history
 from writer_search.study import draws
 from writer_search.study import loop as loop_module
+from writer_search.study.loop import Search
 from writer_search.study.store import open_study
 
 Run = Callable[..., int]
@@ -298,6 +300,40 @@ def test_hanging_trial_is_ended(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "COMPLETE"]
     log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
     assert "ran longer than --trial_timeout 3 s at epoch 1" in log
+
+
+def test_what_a_stop_did_not_save_is_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "signal_search_and_hang"}))
+    monkeypatch.setattr(runner_module, "STOP_SECONDS", 0.5)
+    assert run(n_trials="1") == 143
+    problems = capfd.readouterr().err
+    assert "stopped by SIGTERM: trial 0 did not stop in time: only its last saved" in problems
+    assert "everything is saved" not in problems
+    assert "did not save" in (tmp_path / "c" / "trial_000" / "error.log").read_text()
+
+
+def test_an_error_in_the_loop_saves_and_records_what_runs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 1's report is what the loop fails over; trial 0 is a healthy neighbour."""
+    real = loop_module.Search.hear_report
+
+    def hear_report(search: Search, running: RunningTrial, report: Report) -> None:
+        if running.number == 1 and report.epoch == 2:
+            raise ZeroDivisionError("a bug")
+        real(search, running, report)
+
+    monkeypatch.setattr(loop_module.Search, "hear_report", hear_report)
+    with pytest.raises(ZeroDivisionError):
+        run("--n_jobs", "2", n_trials="2", epochs="60")
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "FAIL"]
+    for name in ("trial_000", "trial_001"):
+        directory = tmp_path / "c" / name
+        assert (directory / "latest_checkpoint.pth").exists()
+        error = (directory / "error.log").read_text()
+        assert "interrupted: the search failed (a bug)" in error
 
 
 def test_too_many_failures_in_a_row_stop_the_search(

@@ -8,6 +8,7 @@ import random
 import shutil
 import statistics
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,15 @@ from searches import make_search
 from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.results import status as status_module
-from writer_search.results.estimate import T80, Range, range_text, seconds_left
-from writer_search.results.rows import trial_dir
+from writer_search.results.estimate import (
+    T80,
+    Range,
+    finished_epochs,
+    range_text,
+    seconds_left,
+    unbroken,
+)
+from writer_search.results.rows import Row, trial_dir
 from writer_search.results.status import read_status, status_json, status_text, watch
 from writer_search.study.store import open_study
 
@@ -184,26 +192,40 @@ def test_watch_prints_once_where_nobody_watches(
 
 
 def test_nothing_is_estimated_from_nothing() -> None:
-    assert seconds_left([], [(0.0, 100.0)], 3, 10, 1) is None
+    assert seconds_left([], [(0.0, 100.0)], 3, 10, 1, 30) is None
     assert range_text(None) == "not known yet"
 
 
 def test_one_running_trial_gives_what_its_limits_allow() -> None:
-    low, high = seconds_left([], [(2.0, 20.0)], 1, 10, 1) or (0, 0)
-    assert (low, high) == (3 * 10.0, 8 * 10.0 + 100.0)
+    low, high = seconds_left([], [(2.0, 20.0)], 1, 10, 1, 30) or (0, 0)
+    assert (low, high) == (10.0 + 3 * 10.0, 8 * 10.0 + 100.0)
+
+
+def test_no_trial_ends_before_its_patience_or_the_pruner_s() -> None:
+    assert (seconds_left([], [(3.0, 30.0)], 0, 100, 1, 20) or (0, 0))[0] == (21 - 3) * 10.0
+    assert (seconds_left([], [(3.0, 30.0)], 0, 100, 1, 8) or (0, 0))[0] == (9 - 3) * 10.0
+
+
+def test_what_was_trained_before_a_break_did_not_take_the_seconds_after_it() -> None:
+    assert unbroken(60.0, 50.0, 100.0) == (60.0, 600.0)
+    assert unbroken(50.0, 50.0, 7.0) == (0.0, 0.0), "it tells nothing yet"
+    ended = datetime(2026, 1, 1, tzinfo=UTC)
+    row = Row(0, "COMPLETE", 0.5, {}, ended - timedelta(seconds=100), ended)
+    row.attributes.update(epochs=60, epochs_before=50)
+    assert finished_epochs([row]) == [(60.0, 600.0)]
 
 
 def test_nothing_left_takes_no_time() -> None:
-    assert seconds_left([(10.0, 100.0)] * 3, [], 0, 10, 1) == (0.0, 0.0)
+    assert seconds_left([(10.0, 100.0)] * 3, [], 0, 10, 1, 30) == (0.0, 0.0)
 
 
 def test_equal_trials_are_foreseen_exactly() -> None:
-    assert seconds_left([(10.0, 100.0)] * 4, [], 3, 10, 1) == (300.0, 300.0)
-    assert seconds_left([(10.0, 100.0)] * 4, [(4.0, 40.0)], 0, 10, 1) == (60.0, 60.0)
+    assert seconds_left([(10.0, 100.0)] * 4, [], 3, 10, 1, 30) == (300.0, 300.0)
+    assert seconds_left([(10.0, 100.0)] * 4, [(4.0, 40.0)], 0, 10, 1, 30) == (60.0, 60.0)
 
 
 def test_trials_at_once_divide_the_work_but_not_the_last_trial() -> None:
-    low, high = seconds_left([(10.0, 100.0)] * 4, [], 3, 10, 3) or (0, 0)
+    low, high = seconds_left([(10.0, 100.0)] * 4, [], 3, 10, 3, 30) or (0, 0)
     assert low <= 100.0 <= high <= 200.0
 
 
@@ -222,7 +244,7 @@ def test_range_holds_the_truth_as_often_as_it_says(known: int, to_start: int) ->
     held, widths = [], []
     for _ in range(400):
         took = sum(seconds for _, seconds in draw_trials(generator, to_start))
-        left = seconds_left(draw_trials(generator, known), [], to_start, 30, 1)
+        left = seconds_left(draw_trials(generator, known), [], to_start, 30, 1, 30)
         assert left is not None
         held.append(left[0] <= took <= left[1])
         widths.append((left[1] - left[0]) / took)

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -20,12 +20,13 @@ class Interrupted(BaseException):
     As KeyboardInterrupt is no Exception: it may surface in any line, and a handler that expects
     anything of a damaged file must not take it for the file's fault.
 
-    began: whether there was a search already, with something to save.
+    began: whether there was a search already, with something to save.   unsaved: the trials that
+    did not save their last state.
     """
 
-    def __init__(self, name: str, began: bool = False) -> None:
+    def __init__(self, name: str, began: bool = False, unsaved: Sequence[int] = ()) -> None:
         super().__init__(name)
-        self.began = began
+        self.began, self.unsaved = began, unsaved
 
     @property
     def exit_code(self) -> int:

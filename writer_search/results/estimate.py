@@ -17,17 +17,25 @@ NORMAL80 = 1.282
 EVIDENCE_TRIALS = 100  # the last ones; all of thousands would take longer to go through
 TRIALS_FOR_SPREAD = 3  # two say too often that all are alike
 
+BEFORE = "epochs_before"  # attribute: epochs that were trained before a break
+
 Range = tuple[float, float]  # seconds: low, high
 Timed = tuple[float, float]  # of one trial: epochs done, seconds they took
 
 
 def seconds_left(
-    finished: Sequence[Timed], running: Sequence[Timed], to_start: int, epochs: int, jobs: int
+    finished: Sequence[Timed],
+    running: Sequence[Timed],
+    to_start: int,
+    epochs: int,
+    jobs: int,
+    patience: int,
 ) -> Range | None:
     """Estimate the time left as a range that should hold it four times in five.
 
     finished: complete and pruned trials, since later ones will be pruned too.   to_start: trials to
-    come.   epochs: the most of a trial.   jobs: trials at once.
+    come.   epochs: the most of a trial.   jobs: trials at once.   patience: epochs without a better
+    value that end a trial. A pruner judges no trial in the first fifth of its epochs.
     Returns None before there is evidence: no epoch is done yet. From the third finished trial on,
     their spread makes the range; before, it is what the limits of a trial allow.
     """
@@ -35,9 +43,10 @@ def seconds_left(
     if not speeds:
         return None
     begun = [(done, seconds) for done, seconds in running if done > 0]
-    rests = [_rest(done, seconds, finished, epochs) for done, seconds in begun]
+    fewest = min(epochs, patience + 1, epochs // 5 + 1)
+    rests = [_rest(done, seconds, finished, fewest, epochs) for done, seconds in begun]
     coming = to_start + len(running) - len(begun)
-    low, high = _trials_to_come(finished, coming, epochs, speeds)
+    low, high = _trials_to_come(finished, coming, fewest, epochs, speeds)
     low += sum(rest[0] for rest in rests)
     high += sum(rest[1] for rest in rests)
     if jobs > 1:
@@ -48,22 +57,23 @@ def seconds_left(
     return low, max(low, high)
 
 
-def _rest(done: float, seconds: float, finished: Sequence[Timed], epochs: int) -> Range:
+def _rest(
+    done: float, seconds: float, finished: Sequence[Timed], fewest: int, epochs: int
+) -> Range:
     """Say how long a running trial goes on: to where others have ended, those pruned included."""
     speed = seconds / done
     ends = [float(end) for end, _ in finished if end > done]
     if len(finished) < TRIALS_FOR_SPREAD or not ends:
-        ends = [done, float(epochs)]
+        ends = [max(done, float(fewest)), float(epochs)]
     return (min(ends) - done) * speed, max(0.0, max(ends) - done) * speed
 
 
 def _trials_to_come(
-    finished: Sequence[Timed], count: int, epochs: int, speeds: Sequence[float]
+    finished: Sequence[Timed], count: int, fewest: int, epochs: int, speeds: Sequence[float]
 ) -> Range:
     """Say how long so many trials take, one after the other."""
     if len(finished) < TRIALS_FOR_SPREAD:
-        # No pruner judges a trial in its first fifth; see study.warm_up_epochs.
-        return count * (epochs // 5 + 1) * min(speeds), count * epochs * max(speeds)
+        return count * fewest * min(speeds), count * epochs * max(speeds)
     took = [seconds for _, seconds in finished]
     known = len(took)
     quantile = T80[known - 2] if known - 2 < len(T80) else NORMAL80
@@ -76,12 +86,21 @@ def _trials_to_come(
 
 def finished_epochs(rows: Sequence[Row]) -> list[Timed]:
     """Give (epochs, seconds) of the last complete or pruned trials, the last one first."""
-    finished = (
-        (float(row.attributes["epochs"]), row.seconds or 0.0)
-        for row in reversed(rows)
-        if row.state in ("COMPLETE", "PRUNED") and row.attributes.get("epochs")
+    ended = (row for row in reversed(rows) if row.state in ("COMPLETE", "PRUNED"))
+    timed = (
+        unbroken(row.attributes.get("epochs", 0), row.attributes.get(BEFORE, 0), row.seconds or 0.0)
+        for row in ended
     )
-    return list(islice(finished, EVIDENCE_TRIALS))
+    return list(islice((one for one in timed if one[0] > 0), EVIDENCE_TRIALS))
+
+
+def unbroken(done: float, before: float, seconds: float) -> Timed:
+    """Give (epochs, seconds) as of a trial without a break.
+
+    done: its epochs, of which `before` were trained before the break; the seconds are those since.
+    (0, 0) where it has trained nothing since: it tells nothing then.
+    """
+    return (float(done), seconds * done / (done - before)) if done > before else (0.0, 0.0)
 
 
 def range_text(left: Range | None) -> str:

@@ -63,13 +63,19 @@ def read_status(checkpoint_dir: Path) -> Status:
     rows, recorded = read_recorded(checkpoint_dir)
     active = is_locked(checkpoint_dir)
     run = recorded.get("run", {})
-    epochs = int(recorded.get("settings", {}).get("epochs", 0))
+    settings = recorded.get("settings", {})
+    epochs, patience = int(settings.get("epochs", 0)), int(settings.get("patience", 0))
     running = [_running(checkpoint_dir, row, active) for row in rows if row.state == "RUNNING"]
     left = None
     if active:
         timed = [(float(trial.epoch), trial.epoch_seconds) for trial in running]
         left = seconds_left(
-            finished_epochs(rows), timed, _to_start(run, rows), epochs, run.get("n_jobs", 1)
+            finished_epochs(rows),
+            timed,
+            _to_start(run, rows),
+            epochs,
+            run.get("n_jobs", 1),
+            patience,
         )
     holder = _holder(checkpoint_dir) if active else None
     runs = f"running ({holder})" if holder else "running" if active else "not running"

@@ -10,7 +10,13 @@ from writer_search.common.text import duration, percent
 from writer_search.processes.deadlines import SAVED_SECONDS, longest_epoch
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Runner
-from writer_search.results.estimate import Timed, finished_epochs, range_text, seconds_left
+from writer_search.results.estimate import (
+    Timed,
+    finished_epochs,
+    range_text,
+    seconds_left,
+    unbroken,
+)
 from writer_search.results.rows import Row, best_row
 from writer_search.study.recorder import Recorder
 from writer_search.study.supplies import Supply
@@ -67,13 +73,17 @@ class Outlook:
         return f"{percent(value)} (trial {-negative})"
 
     def _time_left(self) -> tuple[float, float] | None:
-        running = [(r.progress, seconds) for r, seconds in self._running()]
+        running = [
+            unbroken(r.progress, min(r.begun, r.progress), seconds)
+            for r, seconds in self._running()
+        ]
         return seconds_left(
             self.finished()[1],
             running,
             self._supply.room,
             self._plan.epochs,
             len(self._plan.slots),
+            self._plan.patience,
         )
 
     def _running(self) -> list[tuple[Any, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from writer_search.processes.causes import Cause
 from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import RunningTrial
+from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress
 from writer_search.results.rows import Row, trial_dir
@@ -43,6 +45,7 @@ class Recorder:
     ) -> None:
         self.rows: list[Row] = supply.rows()  # as of the last change
         self.gave_up = ""  # why; for good, whatever the trials do that still run
+        self.unsaved: list[int] = []  # trials that ended without saving what they had just done
         self._plan, self._supply, self._study = plan, supply, supply.study
         self._progress, self._events, self._drawing = progress, events, drawing
         self._summary = SummaryFiles(plan.checkpoint_dir)
@@ -67,6 +70,7 @@ class Recorder:
     def end_complete(self, running: RunningTrial, value: float, others: Collection[int]) -> None:
         """Record a complete trial. others: the trials that still run."""
         self._failures.clear()
+        self._note_break(running)
         self._tell(running.trial, TrialState.COMPLETE, running.epoch, others, value)
         self._say(running, f"complete | val macro top-1 {percent(value)}", others)
 
@@ -75,6 +79,7 @@ class Recorder:
 
         At once: a search killed from here on leaves a pruned trial, not a lost one.
         """
+        self._note_break(running)
         self._tell(running.trial, TrialState.PRUNED, running.epoch, others)
 
     def end_pruned(self, running: RunningTrial, others: Collection[int]) -> None:
@@ -82,11 +87,19 @@ class Recorder:
         self._failures.clear()
         self._say(running, f"pruned at epoch {running.epoch}", others)
 
+    def _note_break(self, running: RunningTrial) -> None:
+        """Note what was trained before a break: its seconds are not among the trial's."""
+        before = running.epoch if running.begun == math.inf else running.begun
+        if before > 0:
+            running.trial.set_user_attr(BEFORE, before)
+
     def end_failed(
         self, trial: Trial, cause: Cause, epochs: int, seconds: float, others: Collection[int]
     ) -> None:
         """Record a trial that failed by itself, or that was interrupted, after so many epochs."""
         trial.set_user_attr("failure", str(cause))
+        if cause.unsaved:
+            self.unsaved.append(trial.number)
         if cause.is_interruption:
             trial.set_user_attr("interrupted", True)
         directory = trial_dir(self._plan.checkpoint_dir, trial.number)

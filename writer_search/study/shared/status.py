@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from writer_search.results.estimate import finished_epochs, seconds_left
+from writer_search.results.estimate import finished_epochs, seconds_left, unbroken
 from writer_search.results.rows import is_surplus, rows_of
 from writer_search.results.status import RunningStatus, Status, silence
 
@@ -19,7 +20,8 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     recorded = study.user_attrs
     run = recorded.get("run", {})
     n_trials = int(run.get("n_trials", 0))
-    epochs = int(recorded.get("settings", {}).get("epochs", 0))
+    settings = recorded.get("settings", {})
+    epochs, patience = int(settings.get("epochs", 0)), int(settings.get("patience", 0))
     rows = rows_of(trials)
     times = {row.number: row.seconds or 0.0 for row in rows}
     running = [
@@ -29,10 +31,15 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     ]
     left = None
     if running:
-        progress = [(float(trial.epoch), trial.epoch_seconds) for trial in running]
+        progress = [
+            unbroken(one.epoch, _epochs_before(trials, one.number), one.epoch_seconds)
+            for one in running
+        ]
         complete = sum(row.state == "COMPLETE" for row in rows)
         to_start = max(0, n_trials - len(running) - complete)
-        left = seconds_left(finished_epochs(rows), progress, to_start, epochs, len(running))
+        left = seconds_left(
+            finished_epochs(rows), progress, to_start, epochs, len(running), patience
+        )
     return Status(
         heading=f"{where}: {len(running)} trial(s) running",
         checkpoint_dir=checkpoint_dir or Path(run.get("checkpoint_dir", ".")),
@@ -44,6 +51,12 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
         running=running,
         left=left,
     )
+
+
+def _epochs_before(trials: Sequence[FrozenTrial], number: int) -> int:
+    """Give the epochs that a trial has only reported again, of the one that it continues."""
+    earlier = trials[number].user_attrs.get("continues")
+    return 0 if earlier is None else int(trials[earlier].user_attrs.get("epochs", 0))
 
 
 def _running(trial: FrozenTrial, seconds: float) -> RunningStatus:
