@@ -7,14 +7,16 @@ is mapped into memory and shared by every trial, every process and every later s
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
-import io
 import json
-import math
 import os
 import re
+import socket
+import sys
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +29,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory, write_whole
 from writer_search.common.text import one_line
+from writer_search.lines.decoding import (
+    INK_DEVIATION,
+    BrokenImageError,
+    DecodedLine,
+    decode_line,
+)
+from writer_search.lines.kinds import SUFFIXES
 
 SPLITS = ("train", "val", "test")
 MISNAMED_SPLITS = {
@@ -41,16 +50,12 @@ MISNAMED_SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 # Where a search's database or lock lies, it writes pictures into these directories.
 OF_A_SEARCH, WRITTEN = {"optuna_study.db", "search.lock"}, r"summary|confirm|trial_\d+"
-INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
-MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
-EXIF_ORIENTATION = 0x0112
-CACHE_FORMAT = 1
-# What `decode_line` makes of an image: a model is used with what it was trained on.
-PREPROCESSING = {"version": CACHE_FORMAT, "ink_deviation": INK_DEVIATION}
+CACHE_FORMAT = 2
+INDEX = ("widths", "digests", "sizes", "is_light", "versions", "line_height", "checksum", "broken")
+WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @dataclass(frozen=True)
@@ -290,69 +295,6 @@ def _check_writers(
     return kept
 
 
-# ----------------------------------------------------------------------------------- decoding
-
-
-class BrokenImageError(Exception):
-    """An image that cannot be used, and why."""
-
-
-def decode_line(content: bytes, line_height: int) -> NDArray[np.uint8]:
-    """Decode an image file into ink: (width, line_height), uint8, 0 is paper.
-
-    Grey, resized to the height with its aspect kept. The paper is the median grey; ink is the
-    distance from it towards the darker side (towards the lighter one where that has more contrast),
-    divided by its own deviation, so that neither paper nor ink colour is a label.
-    Raises BrokenImageError.
-    """
-    try:
-        grey = _read_grey(content, line_height)
-    except BrokenImageError:
-        raise
-    except Exception as error:  # decoders of hostile files raise nearly anything
-        raise BrokenImageError(one_line(f"{type(error).__name__}: {error}", 150)) from None
-    paper = int(np.searchsorted(np.cumsum(np.bincount(grey.ravel(), minlength=256)), grey.size / 2))
-    ink = paper - grey.astype(np.float32)
-    if (ink.clip(max=0) ** 2).sum() > 1.5 * (ink.clip(min=0) ** 2).sum():
-        ink = -ink
-    ink = ink.clip(min=0)
-    deviation = float(ink.std())
-    if deviation < 1.0:
-        raise BrokenImageError("blank: no ink")
-    return (ink * (INK_DEVIATION / deviation)).clip(max=255).round().astype(np.uint8).T
-
-
-def _read_grey(content: bytes, line_height: int) -> NDArray[np.uint8]:
-    if not content:
-        raise BrokenImageError("empty file")
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise BrokenImageError(f"decompression bomb: {width} x {height} pixels")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise BrokenImageError(f"{width} x {height} pixels is no line of text")
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter, as cameras note
-        if turned:
-            width, height = height, width
-        wanted = (max(1, width * line_height // height), line_height)
-        image.draft("L", wanted[::-1] if turned else wanted)  # JPEG: decodes no more than needed
-        grey = _to_grey(ImageOps.exif_transpose(image))
-        width = max(1, round(width * line_height / height))
-        return np.asarray(grey.resize((width, line_height), Image.Resampling.BILINEAR))
-
-
-def _to_grey(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # Pillow would clip 16 bits at 255: spread the image's own range instead.
-        values = np.asarray(image, dtype=np.float32)
-        low, high = float(values.min()), float(values.max())
-        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-6))).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L")
-
-
 # -------------------------------------------------------------------------------------- cache
 
 
@@ -371,7 +313,10 @@ def load_lines(
     """
     entry = cache_dir / _cache_key(data_root, lines, line_height)
     try:
-        if not _is_whole(entry):
+        problem = _damage_of(entry)
+        if problem:
+            if entry.exists():
+                print(f"warning: {entry} {problem}: decoding anew", file=sys.stderr)
             _decode_into(entry, data_root, lines, line_height)
     except OSError as error:
         raise UserError(
@@ -381,9 +326,35 @@ def load_lines(
     return open_lines(entry, lines)
 
 
-def _is_whole(entry: Path) -> bool:
-    """Tell whether a cache entry has all its files; a disk's purge may take them one by one."""
-    return all((entry / name).exists() for name in ("strip.u8", "broken.json", "index.npz"))
+def _damage_of(entry: Path) -> str:
+    """Say what is wrong with a cache entry; nothing where it is whole, to the last byte."""
+    try:
+        index = read_index(entry)
+    except FileNotFoundError:
+        return "is not complete"  # a disk's purge may take files one by one
+    except Exception as error:  # what zip and numpy raise for damaged files
+        return f"has a damaged index ({one_line(error, 100)})"
+    strip = entry / "strip.u8"
+    if not strip.exists():
+        return "is not complete"
+    if strip.stat().st_size != (1 + int(index["widths"].sum())) * int(index["line_height"]):
+        return "has a strip of another length"
+    return "" if _checksum(strip) == int(index["checksum"]) else "has a damaged strip"
+
+
+def read_index(entry: Path) -> dict[str, NDArray[Any]]:
+    """Read what a cache entry tells of its lines. Raises nearly anything where it is damaged."""
+    with np.load(entry / "index.npz") as index:  # a zip: each part has a checksum
+        return {name: index[name] for name in INDEX}
+
+
+def _checksum(strip: Path) -> int:
+    """Sum up a file: about a second for each GB that is in memory."""
+    checksum = 0
+    with open(strip, "rb") as file:
+        while part := file.read(1 << 22):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
@@ -396,46 +367,63 @@ def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
 def _decode_into(entry: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:
     """Fill a temporary directory beside `entry`, then put it in place."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _one_builder(entry):
-        if _is_whole(entry):  # another process built it while this one waited
+    with _one_builder(entry) as is_alone:
+        if not _damage_of(entry):  # another process built it while this one waited
             return
-        temporary = entry.with_name(f".{entry.name}.tmp")
+        mark = "tmp" if is_alone else f"{socket.gethostname()}.{os.getpid()}.tmp"
+        temporary = entry.with_name(f".{entry.name}.{mark}")
         rmtree(temporary, ignore_errors=True)  # of a builder that died
         temporary.mkdir()
         try:
             _write_entry(temporary, data_root, lines, line_height)
-            rmtree(entry, ignore_errors=True)  # what a purge left; who reads it has it open
-            os.replace(temporary, entry)
+            if is_alone or _damage_of(entry):
+                rmtree(entry, ignore_errors=True)  # what a purge left; who reads it has it open
+                os.replace(temporary, entry)
             sync_directory(entry.parent)
         finally:
             rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _one_builder(entry: Path) -> Iterator[None]:
-    """Let one process decode an entry while others wait; a dead one's lock is free at once."""
+def _one_builder(entry: Path) -> Iterator[bool]:
+    """Let one process decode an entry while others wait; a dead one's lock is free at once.
+
+    Gives False on a file system without locks: then several may decode the same.
+    """
     with open(entry.with_name(f".{entry.name}.lock"), "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            is_alone = True
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            is_alone = False
+        yield is_alone
 
 
 def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:
-    widths = np.zeros(len(lines), np.int64)
-    digests = np.zeros((len(lines), 16), np.uint8)
+    index: dict[str, NDArray[Any]] = {
+        "line_height": np.array(line_height),
+        "widths": np.zeros(len(lines), np.int64),
+        "digests": np.zeros((len(lines), 16), np.uint8),
+        "sizes": np.zeros((len(lines), 2), np.int64),
+        "is_light": np.zeros(len(lines), bool),
+        "versions": np.ones(len(lines), np.int64),
+    }
     broken: dict[str, str] = {}
+    checksum = 0
 
-    def read(line: LineFile) -> tuple[bytes, NDArray[np.uint8] | str]:
-        try:
-            content = (data_root / line.path).read_bytes()
-        except OSError as error:
-            return b"", one_line(error, 150)
+    def read(line: LineFile) -> tuple[bytes, DecodedLine | str]:
+        content = _read_file(data_root / line.path)
         try:
             return content, decode_line(content, line_height)
         except BrokenImageError as error:
             return content, str(error)
 
     def write_strip(file: Any) -> None:
+        nonlocal checksum
         file.write(bytes(line_height))  # column 0: empty background
+        checksum = zlib.crc32(bytes(line_height))
         # Threads: Pillow decodes and resizes without the interpreter's lock.
         with warnings.catch_warnings(), _threads() as pool:
             # `decode_line` refuses what is too large; filters are the process's, not a thread's.
@@ -443,23 +431,40 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
             decoded = tqdm(
                 pool.map(read, lines), "decoding lines", len(lines), unit="line", disable=None
             )
-            for index, (content, ink) in enumerate(decoded):
+            for number, (content, line) in enumerate(decoded):
                 digest = hashlib.sha256(content).digest()[:16]
-                digests[index] = np.frombuffer(digest, np.uint8)
-                if isinstance(ink, str):
-                    broken[lines[index].path] = ink
-                else:
-                    widths[index] = len(ink)
-                    file.write(np.ascontiguousarray(ink).data)
+                index["digests"][number] = np.frombuffer(digest, np.uint8)
+                if isinstance(line, str):
+                    broken[lines[number].path] = line
+                    continue
+                ink = np.ascontiguousarray(line.ink).data
+                file.write(ink)
+                checksum = zlib.crc32(ink, checksum)
+                index["widths"][number] = len(line.ink)
+                index["sizes"][number] = line.size
+                index["is_light"][number] = line.is_light
+                index["versions"][number] = line.version
 
     write_whole(directory / "strip.u8", write_strip)
     _refuse_broken(lines, broken)
-    text = json.dumps(broken, indent=1)
-    write_whole(directory / "broken.json", lambda file: file.write(text.encode()))
-    write_whole(
-        directory / "index.npz",
-        lambda file: np.savez(file, widths=widths, digests=digests, line_height=line_height),
-    )
+    index["checksum"] = np.array(checksum)
+    index["broken"] = np.frombuffer(json.dumps(broken).encode(), np.uint8)
+    arrays: dict[str, Any] = index
+    write_whole(directory / "index.npz", lambda file: np.savez(file, **arrays))
+
+
+def _read_file(path: Path) -> bytes:
+    """Read an image file. A failure is no property of the image, so it is not remembered.
+
+    Raises UserError.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{one_line(path)} cannot be read ({one_line(error.strerror or error)}); make it "
+            "readable or remove it, and run the same command again"
+        ) from None
 
 
 @contextmanager
@@ -495,10 +500,9 @@ def _refuse_broken(lines: list[LineFile], broken: Mapping[str, str]) -> None:
 def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
     """Open a cache entry for these lines (the ones that it was made from, in the same order)."""
     lines = list(lines)
-    with np.load(entry / "index.npz") as index:
-        widths, digests = index["widths"], index["digests"]
-        line_height = int(index["line_height"])
-    broken = json.loads((entry / "broken.json").read_bytes())
+    index = read_index(entry)
+    widths, digests, line_height = index["widths"], index["digests"], int(index["line_height"])
+    broken = json.loads(index["broken"].tobytes())
     starts = 1 + np.concatenate([[0], np.cumsum(widths)[:-1]])
     usable = np.flatnonzero(widths)
     kept = [lines[i] for i in usable]
@@ -519,14 +523,22 @@ def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
         pages=np.array(pages, np.int64),
         writers=writers,
         paths=tuple(line.path for line in kept),
-        fingerprint=_fingerprint(kept, digests[usable], line_height),
+        fingerprint=_fingerprint(kept, digests[usable], line_height, index["versions"][usable]),
         report=_report(lines, kept, digests[usable], broken),
     )
 
 
-def _fingerprint(kept: list[LineFile], digests: NDArray[np.uint8], line_height: int) -> str:
-    """Hash what was learned from: contents, names and splits, but no dates and no data root."""
-    return _hash_lines(f"{CACHE_FORMAT} {line_height} {INK_DEVIATION}", kept, digests)
+def _fingerprint(
+    kept: list[LineFile],
+    digests: NDArray[np.uint8],
+    line_height: int,
+    versions: NDArray[np.int64],
+) -> str:
+    """Hash what was learned from: contents, names and splits, but no dates and no data root.
+
+    Lines that every version of the decoding reads alike have the hash that the first one gave.
+    """
+    return _hash_lines(f"{versions.max()} {line_height} {INK_DEVIATION}", kept, digests)
 
 
 def _hash_lines(head: str, kept: list[LineFile], digests: NDArray[np.uint8]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,20 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from data import PREPROCESSING, LineSet
+from data import LineSet
 from model import WriterModel
 from writer_search.common.errors import UserError
 from writer_search.common.files import write_text, write_whole
 from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
+from writer_search.lines.decoding import INK_DEVIATION, VERSION
 
 CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result
+
+# How a model's lines were decoded: it is used with such lines alone. This program still reads those
+# that version 1 read rightly as it did.
+PREPROCESSING = {"version": VERSION, "ink_deviation": INK_DEVIATION}
+PREPROCESSINGS = (PREPROCESSING, {**PREPROCESSING, "version": 1})
 
 
 class CheckpointMismatchError(Exception):
@@ -109,7 +116,7 @@ def _copied(value: Any) -> Any:
 
 def load_checked(path: Path, config: TrialConfig, data: LineSet) -> dict[str, Any]:
     """Load a file of `save` or `save_model`, refusing one of another configuration or data."""
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    loaded: dict[str, Any] = read_tensors(path)
     for name, wanted in _binding(config, data).items():
         if loaded.get(name) != wanted:
             raise CheckpointMismatchError(
@@ -166,7 +173,7 @@ def _load_saved_model(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on files that are not its own
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = read_tensors(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; give a best_model.pth or final_model.pth"
@@ -186,7 +193,7 @@ def _load_saved_model(path: Path) -> dict[str, Any]:
         )
     if not isinstance(saved, dict) or not {"model", "config", "writers"} <= saved.keys():
         raise UserError(f"{path} is not a model of this program: it has no writers' names")
-    if saved.get("preprocessing", PREPROCESSING) != PREPROCESSING:
+    if saved.get("preprocessing", PREPROCESSING) not in PREPROCESSINGS:
         raise UserError(
             f"{path} was trained on lines that were prepared in another way "
             f"({one_line(saved['preprocessing'], 100)}); use the version of the program it is from"
@@ -213,6 +220,19 @@ class _ErrorKeeper:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def read_tensors(path: Path) -> Any:
+    """Read what `write_tensors` wrote, every byte of it checked; runs nothing that it holds.
+
+    Raises nearly anything where the file is not whole.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch itself leaves the checksums unread
+        if damaged is not None:
+            raise ValueError(f"the file is damaged: {damaged} has another checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:

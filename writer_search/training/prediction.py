@@ -23,12 +23,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import BrokenImageError, decode_line, find_images
+from data import find_images
 from model import WriterModel
 from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
+from writer_search.lines.decoding import BrokenImageError, decode_line
 from writer_search.training.batches import Lines
 from writer_search.training.evaluation import line_logits
 
@@ -133,7 +134,7 @@ def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, NDArra
 
     def read(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return decode_line(path.read_bytes(), line_height)
+            return decode_line(path.read_bytes(), line_height).ink
         except (OSError, BrokenImageError) as error:
             return one_line(error, 150)
 
