@@ -97,7 +97,9 @@ def _outside_of(grey: Grey, extreme: int, known: Mask) -> Mask | None:
     if np.count_nonzero(grey[own] == extreme) < EXACT * count:
         reached = _without_noise(reached, _near(grey, extreme, min(EDGE, int(0.4 * contrast))))
     outside = _cut_out(reached, near, _near(grey, WHITE - extreme))
-    return None if outside is None else _over_soft_edge(grey, outside, extreme, contrast)
+    if outside is None or not _ends_abruptly(grey, outside, extreme, contrast):
+        return None
+    return _over_soft_edge(grey, outside, extreme, contrast)
 
 
 def _paper(values: Grey) -> float:
@@ -165,6 +167,13 @@ def _along_rows(allowed: Mask, reached: Mask) -> Mask:
     is_reached = np.zeros(int(run[-1, -1]) + 1, bool)
     is_reached[run[reached]] = True
     return is_reached[run] & allowed
+
+
+def _ends_abruptly(grey: Grey, outside: Mask, extreme: int, contrast: float) -> bool:
+    """Tell whether paper begins beside an outside: light that fades into white is on the paper."""
+    beside = _grown(outside)
+    ring = grey[_grown(beside) & ~beside]
+    return not ring.size or abs(_paper(ring) - extreme) >= 0.8 * min(contrast, 40.0)
 
 
 def _without_noise(reached: Mask, edge: Mask) -> Mask:
