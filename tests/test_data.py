@@ -456,7 +456,7 @@ def test_every_kind_of_image_gives_the_same_ink(kind: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_camera_orientation_is_undone(kind: str, orientation: int) -> None:
     """A photograph's own downscaling must not cost more of a turned line than of an upright one."""
     page = Image.new("L", (1190, 150), 220)
@@ -481,6 +481,55 @@ def test_camera_orientation_is_undone(kind: str, orientation: int) -> None:
     options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {}
     upright = ink_of(encoded(grey, kind, **options), 64)
     assert_alike(ink_of(encoded(stored, kind, exif=tag, **options), 64), like=upright)
+
+
+@pytest.mark.parametrize("noted", [0, 9, 77, 65535])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_an_orientation_that_is_none_is_ignored(kind: str, noted: int) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = noted
+    assert np.array_equal(
+        ink_of(encoded(GREY, kind, exif=tag), 64), ink_of(encoded(GREY, kind), 64)
+    )
+
+
+def test_damaged_camera_notes_are_ignored() -> None:
+    whole = ink_of(encoded(GREY, "PNG"), HEIGHT)
+    assert np.array_equal(
+        ink_of(encoded(GREY, "PNG", exif=b"Exif\0\0no notes at all"), HEIGHT), whole
+    )
+
+
+@pytest.mark.parametrize("kind", ["JPEG2000", "GIF", "PPM"])
+def test_kinds_that_archives_deliver_are_read(kind: str) -> None:
+    assert_alike(ink_of(encoded(GREY, kind), HEIGHT), mean=3)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_a_file_of_several_pictures_is_refused_with_the_way_out(kind: str) -> None:
+    pages = [Image.fromarray(draw_line(seed)) for seed in range(3)]
+    several = encoded(pages[0], kind, save_all=True, append_images=pages[1:])
+    with pytest.raises(BrokenImageError, match="holds 3 pictures: save each in a file of its own"):
+        decode_line(several, HEIGHT)
+
+
+CONTENTS = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:1": "Git LFS pointer",
+    b"this is a note\nof two lines": "text",
+    b"\0\0\0\x18ftypheic\0\0\0\0mif1": "HEIC",
+    b"%PDF-1.7 ...": "PDF",
+    b"<!DOCTYPE html><html>404": "web page",
+    b"\0" * 900: "zeros",
+    b"\x01\x02\x03\xfe": "not an image",
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_file_that_is_no_image_is_called_by_its_name(content: bytes) -> None:
+    with pytest.raises(BrokenImageError) as caught:
+        decode_line(content, HEIGHT)
+    assert CONTENTS[content] in str(caught.value)
+    assert "0x" not in str(caught.value)
 
 
 def huge_png(width: int, height: int) -> bytes:
@@ -819,6 +868,76 @@ def test_what_a_purge_left_is_decoded_anew(
     assert np.array_equal(again.strip, strip)
     assert again.fingerprint == first.fingerprint
     assert entries(tmp_path / "cache") == [name]
+
+
+def zero_the_end(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-100] + bytes(100))
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def change_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [empty, cut_in_half, zero_the_end, change_a_byte])
+@pytest.mark.parametrize("name", ["index.npz", "strip.u8"])
+def test_a_damaged_cache_is_decoded_anew_with_a_warning(
+    root: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = load(root, tmp_path / "cache")
+    strip = np.array(first.strip)
+    (entry,) = entries(tmp_path / "cache")
+    damage(tmp_path / "cache" / entry / name)
+    capsys.readouterr()
+    again = load(root, tmp_path / "cache")
+    assert np.array_equal(again.strip, strip)
+    assert (again.fingerprint, again.report) == (first.fingerprint, first.report)
+    assert "decoding anew" in capsys.readouterr().err
+
+
+def test_a_read_error_names_the_file_and_is_not_remembered(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def fail_once(path: Path) -> bytes:
+        if path.name == "line_002.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail_once)
+        message = refused(lambda: load(root, tmp_path / "cache"))
+    assert "line_002.png" in message
+    assert os.strerror(errno.EIO) in message
+    assert entries(tmp_path / "cache") == []
+    assert load(root, tmp_path / "cache").report["broken"] == {}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_cache_without_locks_is_built_all_the_same(
+    root: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_locks(file: Any, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    assert len(load(root, tmp_path / "cache").paths) == 8
+    assert len(entries(tmp_path / "cache")) == 1
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(root: Path, tmp_path: Path) -> None:
