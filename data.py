@@ -12,13 +12,12 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,38 +41,34 @@ from writer_search.lines.decoding import (
     DecodedLine,
     decode_line,
 )
-from writer_search.lines.kinds import SUFFIXES
+from writer_search.lines.layout import (
+    SPLITS,
+    hint_of_one_writer,
+    refuse_no_images,
+    refuse_other_layouts,
+)
+from writer_search.lines.report import (
+    MEASURED,
+    STRANGERS,
+    LineFile,
+    data_report,
+    hash_lines,
+    odd_lines,
+    refuse_two_forms,
+)
+from writer_search.lines.walk import (
+    LeftOut,
+    describe_left_out,
+    directories_of_lines,
+    identity_of,
+    images_among,
+    walk,
+)
 
-SPLITS = ("train", "val", "test")
-MISNAMED_SPLITS = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-# Where a search's database or lock lies, it writes pictures into these directories.
-OF_A_SEARCH, WRITTEN = {"optuna_study.db", "search.lock"}, r"summary|confirm|trial_\d+"
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
 CACHE_FORMAT = 2
-INDEX = ("widths", "digests", "sizes", "is_light", "versions", "line_height", "checksum", "broken")
+INDEX = ("widths", "digests", "versions", "line_height", "checksum", "broken", *MEASURED)
 WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
-
-
-@dataclass(frozen=True)
-class LineFile:
-    """One line image: where it is, and whose it is. Paths are relative to the data root."""
-
-    path: str
-    split: str
-    writer: str
-    page: str  # the directory's path below the writer
-    size: int
-    mtime_ns: int
-
-    @property
-    def book(self) -> str | None:
-        """The first directory below the writer, where pages lie two levels deep or more."""
-        first, slash, _ = self.page.partition("/")
-        return first if slash else None
 
 
 @dataclass(frozen=True)
@@ -115,115 +110,73 @@ class LineSet:
 # ------------------------------------------------------------------------------------ finding
 
 
-def find_lines(data_root: Path, num_writers: int | None = None, seed: int = 0) -> list[LineFile]:
+def find_lines(
+    data_root: Path,
+    num_writers: int | None = None,
+    seed: int = 0,
+    left_out: LeftOut | None = None,
+) -> list[LineFile]:
     """Find all line images of the first `num_writers` writers by name (None: of all).
 
     Reads directories only. The order does not depend on the file system's. Without split
-    directories the lines are split by `seed`. Raises UserError when no search is possible.
+    directories the lines are split by `seed`. What is not looked at is noted in `left_out`.
+    Raises UserError when no search is possible.
     """
+    left_out = LeftOut() if left_out is None else left_out
     try:
         if not data_root.is_dir():
             problem = "is not a directory" if data_root.exists() else "does not exist"
             raise UserError(
                 f"--data_root {data_root} {problem}; give the directory of the line images"
             )
-        lines = _scan(data_root)
+        refuse_other_layouts(data_root)
+        lines = _scan(data_root, left_out)
     except OSError as error:
         raise UserError(f"--data_root {data_root} cannot be read: {one_line(error)}") from None
     if not lines:
-        raise UserError(
-            f"--data_root {data_root} holds no line images; expected "
-            "{train,val,test}/<writer>/[<book>/]<page>/line_001.png or the same without splits"
-        )
+        refuse_no_images(data_root, describe_left_out(left_out.report(), all_kinds=True))
+    refuse_two_forms(line.writer for line in lines)
     if not any(line.split for line in lines):
         lines = split_by_page(lines, seed)
-    return _check_writers(data_root, lines, num_writers)
+    return _check_writers(data_root, lines, num_writers, left_out)
 
 
-def _scan(data_root: Path) -> list[LineFile]:
-    _refuse_misnamed_splits(data_root)
+def _scan(data_root: Path, left_out: LeftOut) -> list[LineFile]:
     has_splits = (data_root / "train").is_dir()
     if not has_splits and any((data_root / split).is_dir() for split in SPLITS[1:]):
         raise UserError(f"--data_root {data_root} has val or test but no train directory")
-    lines = []
+    lines: list[LineFile] = []
     for split in SPLITS if has_splits else ("",):
         top = data_root / split
         if top.is_dir():
-            writers = _directories_of_lines(list(os.scandir(top)))
-            for writer in sorted(entry.name for entry in writers):
-                lines += list(_scan_writer(data_root, split, writer))
+            lines += _scan_split(data_root, split, left_out)
+    if has_splits:
+        entries = list(os.scandir(data_root))
+        _note_images(entries, left_out)
+        for entry in directories_of_lines(entries, left_out):
+            if entry.name not in SPLITS:
+                left_out.add("directories beside train", entry.path)
     return lines
 
 
-def _refuse_misnamed_splits(data_root: Path) -> None:
-    """Raise UserError for directories that mean a split but would be taken for writers."""
-    for entry in os.scandir(data_root):
-        meant = MISNAMED_SPLITS.get(entry.name.casefold())
-        if meant and entry.name != meant and entry.is_dir() and not (data_root / meant).is_dir():
-            raise UserError(f"--data_root {data_root}: rename {entry.name} to {meant}")
+def _scan_split(data_root: Path, split: str, left_out: LeftOut) -> Iterator[LineFile]:
+    top = data_root / split
+    entries = sorted(os.scandir(top), key=lambda entry: entry.name)
+    _note_images(entries, left_out)
+    # A link back up would give a writer the lines of all.
+    above = frozenset(identity_of(data_root / part) for part in ("", split))
+    for writer in directories_of_lines(entries, left_out):
+        for directory, images in walk(Path(writer.path), left_out, above):
+            page = directory.relative_to(writer.path).as_posix()
+            for image in images:
+                status = image.stat()
+                path = os.path.relpath(image.path, data_root)
+                yield LineFile(path, split, writer.name, page, status.st_size, status.st_mtime_ns)
 
 
-def _is_visible_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir() and not entry.name.startswith(".")
-    except OSError:  # a link to itself
-        return False
-
-
-def _scan_writer(data_root: Path, split: str, writer: str) -> Iterator[LineFile]:
-    top = data_root / split / writer
-    # A link back up would give this writer the lines of all.
-    above = frozenset(_identity(data_root / part) for part in ("", split))
-    for directory, entries in _walk(top, above):
-        page = directory.relative_to(top).as_posix()
-        for entry in entries:
-            status = entry.stat()
-            path = os.path.relpath(entry.path, data_root)
-            yield LineFile(path, split, writer, page, status.st_size, status.st_mtime_ns)
-
-
-def _walk(
-    directory: Path, above: frozenset[tuple[int, int]]
-) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    """Walk in sorted order, into linked directories too, but never into a loop of links."""
-    identity = _identity(directory)
-    if identity in above:
-        return
-    entries = sorted(os.scandir(directory), key=lambda entry: os.fsencode(entry.name))
-    images = [entry for entry in entries if _is_image(entry)]
-    if images and not any(entry.name == "history.jsonl" for entry in entries):  # a trial's pictures
-        yield directory, images
-    for entry in _directories_of_lines(entries):
-        yield from _walk(Path(entry.path), above | {identity})
-
-
-def _directories_of_lines(entries: Sequence[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
-    """Leave out what is hidden, and what a search wrote whose checkpoint directory this is."""
-    of_a_search = any(entry.name in OF_A_SEARCH for entry in entries)
-    return [
-        entry
-        for entry in entries
-        if _is_visible_dir(entry) and not (of_a_search and re.fullmatch(WRITTEN, entry.name))
-    ]
-
-
-def find_images(directory: Path) -> list[Path]:
-    """Find the images in a directory and below it, in a fixed order. Raises OSError."""
-    return [Path(e.path) for _, entries in _walk(directory, frozenset()) for e in entries]
-
-
-def _identity(directory: Path) -> tuple[int, int]:
-    status = directory.stat()
-    return status.st_dev, status.st_ino
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    if entry.name.startswith(".") or os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
-        return False
-    try:
-        return entry.is_file()
-    except OSError:
-        return False
+def _note_images(entries: Sequence[os.DirEntry[str]], left_out: LeftOut) -> None:
+    for image in images_among(entries, left_out):
+        left_out.add("images beside the writers' directories", image.path)
 
 
 def split_by_page(lines: list[LineFile], seed: int) -> list[LineFile]:
@@ -238,14 +191,13 @@ def split_by_page(lines: list[LineFile], seed: int) -> list[LineFile]:
         by_writer[line.writer].append(line)
     split_lines = []
     for writer, own in by_writer.items():
-        assigned = _assign_units(Counter(_unit(line, own) for line in own), f"{seed}/{writer}")
-        split_lines += [replace(line, split=assigned[_unit(line, own)]) for line in own]
+        by_book = len({line.book for line in own}) > 1
+        units = [(by_book and line.book) or line.page for line in own]
+        assigned = _assign_units(Counter(units), f"{seed}/{writer}")
+        split_lines += [
+            replace(line, split=assigned[unit]) for line, unit in zip(own, units, strict=True)
+        ]
     return split_lines
-
-
-def _unit(line: LineFile, own: list[LineFile]) -> str:
-    by_book = len({other.book for other in own}) > 1
-    return (line.book or line.page) if by_book else line.page
 
 
 def _assign_units(units: Mapping[str, int], key: str) -> dict[str, str]:
@@ -270,7 +222,7 @@ def _assign_units(units: Mapping[str, int], key: str) -> dict[str, str]:
 
 
 def _check_writers(
-    data_root: Path, lines: list[LineFile], num_writers: int | None
+    data_root: Path, lines: list[LineFile], num_writers: int | None, left_out: LeftOut
 ) -> list[LineFile]:
     """Keep the lines of the chosen writers; raise UserError where no fair search is possible."""
     writers = sorted({line.writer for line in lines if line.split == "train"})
@@ -278,6 +230,7 @@ def _check_writers(
         raise UserError(
             f"--data_root {data_root} has {len(writers)} writer(s) with training lines; "
             "telling writers apart needs two or more"
+            + hint_of_one_writer(data_root, writers, lines[0].split)
         )
     strangers = sorted({line.writer for line in lines if line.split == "val"} - set(writers))
     if strangers:
@@ -285,6 +238,9 @@ def _check_writers(
             f"{data_root}/val has {len(strangers)} writer(s) without training lines, first "
             f"{one_line(strangers[0])}; move some of their pages to train, or remove them"
         )
+    for line in lines:
+        if line.split == "test" and line.writer not in writers:
+            left_out.add(STRANGERS, line.path)
     chosen = set(writers[:num_writers])
     kept = [line for line in lines if line.writer in chosen]
     if not any(line.split == "val" for line in kept):
@@ -305,9 +261,15 @@ def default_cache_dir() -> Path:
 
 
 def load_lines(
-    data_root: Path, lines: list[LineFile], line_height: int, cache_dir: Path
+    data_root: Path,
+    lines: list[LineFile],
+    line_height: int,
+    cache_dir: Path,
+    left_out: LeftOut | None = None,
 ) -> LineSet:
     """Open the decoded lines, decoding them first where no search has done so.
+
+    left_out: what `find_lines` did not look at, for the report.
 
     Raises UserError when too many images are broken, or the cache cannot be written.
     """
@@ -323,7 +285,7 @@ def load_lines(
             f"the decoded lines cannot be written to {cache_dir}: {one_line(error)}; "
             "make room there or give another --cache_dir"
         ) from None
-    return open_lines(entry, lines)
+    return open_lines(entry, lines, left_out)
 
 
 def _damage_of(entry: Path) -> str:
@@ -344,7 +306,8 @@ def _damage_of(entry: Path) -> str:
 
 def read_index(entry: Path) -> dict[str, NDArray[Any]]:
     """Read what a cache entry tells of its lines. Raises nearly anything where it is damaged."""
-    with np.load(entry / "index.npz") as index:  # a zip: each part has a checksum
+    # A zip: each part has a checksum.
+    with open(entry / "index.npz", "rb") as file, np.load(file) as index:
         return {name: index[name] for name in INDEX}
 
 
@@ -408,6 +371,7 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
         "digests": np.zeros((len(lines), 16), np.uint8),
         "sizes": np.zeros((len(lines), 2), np.int64),
         "is_light": np.zeros(len(lines), bool),
+        "ink_share": np.zeros(len(lines)),
         "versions": np.ones(len(lines), np.int64),
     }
     broken: dict[str, str] = {}
@@ -443,6 +407,7 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
                 index["widths"][number] = len(line.ink)
                 index["sizes"][number] = line.size
                 index["is_light"][number] = line.is_light
+                index["ink_share"][number] = (line.ink > INK_DEVIATION).mean()
                 index["versions"][number] = line.version
 
     write_whole(directory / "strip.u8", write_strip)
@@ -497,7 +462,7 @@ def _refuse_broken(lines: list[LineFile], broken: Mapping[str, str]) -> None:
         )
 
 
-def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
+def open_lines(entry: Path, lines: Iterable[LineFile], left_out: LeftOut | None = None) -> LineSet:
     """Open a cache entry for these lines (the ones that it was made from, in the same order)."""
     lines = list(lines)
     index = read_index(entry)
@@ -524,7 +489,13 @@ def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
         writers=writers,
         paths=tuple(line.path for line in kept),
         fingerprint=_fingerprint(kept, digests[usable], line_height, index["versions"][usable]),
-        report=_report(lines, kept, digests[usable], broken),
+        report={
+            **data_report(lines, kept, digests[usable], broken),
+            "odd": odd_lines(
+                kept, {name: index[name][usable] for name in MEASURED}, digests[usable]
+            ),
+            "left_out": (left_out or LeftOut()).report(),
+        },
     )
 
 
@@ -538,77 +509,4 @@ def _fingerprint(
 
     Lines that every version of the decoding reads alike have the hash that the first one gave.
     """
-    return _hash_lines(f"{versions.max()} {line_height} {INK_DEVIATION}", kept, digests)
-
-
-def _hash_lines(head: str, kept: list[LineFile], digests: NDArray[np.uint8]) -> str:
-    whole = hashlib.sha256(f"{head}\n".encode())
-    for line, digest in zip(kept, digests, strict=True):
-        whole.update(os.fsencode(f"{line.split}\0{line.writer}\0{line.page}\0{line.path}\0"))
-        whole.update(digest.tobytes())
-    return whole.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------- report
-
-
-def _report(
-    lines: list[LineFile], kept: list[LineFile], digests: NDArray[np.uint8], broken: dict[str, str]
-) -> dict[str, Any]:
-    """Count lines, pages and books, and all that makes a validation value less worth."""
-    counts: dict[str, dict[str, int]] = {}
-    for line in kept:
-        own = counts.setdefault(line.writer, dict.fromkeys(SPLITS, 0))
-        own[line.split] += 1
-    contents = [digest.tobytes() for digest in digests]
-    return {
-        # Unlike the LineSet's it does not depend on the height: for comparing searches.
-        "fingerprint": _hash_lines("lines", kept, digests),
-        "lines": {split: sum(line.split == split for line in kept) for split in SPLITS},
-        "pages": len({(line.split, line.writer, line.page) for line in kept}),
-        "writers": counts,
-        "writers_without_validation": [w for w, own in counts.items() if not own["val"]],
-        "broken": broken,
-        "pages_in_two_splits": _in_two_splits(kept, lambda i: (kept[i].writer, kept[i].page)),
-        "books_in_two_splits": _in_two_splits(
-            kept, lambda i: (kept[i].writer, kept[i].book) if kept[i].book else None
-        ),
-        "images_in_two_splits": _in_two_splits(kept, lambda i: contents[i]),
-        "identical_images": len(kept) - len(set(contents)),
-    }
-
-
-def _in_two_splits(kept: list[LineFile], key: Callable[[int], Any]) -> int:
-    """Count what stands in two splits or more: pages, books, contents."""
-    splits: dict[Any, set[str]] = defaultdict(set)
-    for index, line in enumerate(kept):
-        if (name := key(index)) is not None:
-            splits[name].add(line.split)
-    return sum(len(found) > 1 for found in splits.values())
-
-
-def describe_report(report: Mapping[str, Any]) -> list[str]:
-    """Put a data report's warnings into lines for people; empty when all is well."""
-    warned = []
-    if report["broken"]:
-        first, cause = next(iter(report["broken"].items()))
-        warned.append(
-            f"{len(report['broken'])} broken image(s) left out, first {one_line(first)} ({cause}); "
-            "all are named in summary/data_report.json"
-        )
-    if without := report["writers_without_validation"]:
-        names = one_line(", ".join(without))
-        warned.append(
-            f"{len(without)} writer(s) without validation lines, not in the mean: {names}"
-        )
-    for name, counted in (
-        ("page(s)", "pages_in_two_splits"),
-        ("book(s)", "books_in_two_splits"),
-        ("identical image(s)", "images_in_two_splits"),
-    ):
-        if report[counted]:
-            warned.append(
-                f"{report[counted]} {name} stand in two splits: validation will look better than "
-                "it is"
-            )
-    return warned
+    return hash_lines(f"{versions.max()} {line_height} {INK_DEVIATION}", kept, digests)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data import default_cache_dir, describe_report, find_lines, load_lines
+from data import default_cache_dir, find_lines, load_lines
 from writer_search.common.cores import SharedCores, asked_threads, usable_cores
 from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told
 from writer_search.common.files import write_json
@@ -30,6 +30,8 @@ from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line, percent
 from writer_search.config import Choice, Value
 from writer_search.flags import parse_args
+from writer_search.lines.report import describe_report
+from writer_search.lines.walk import LeftOut
 from writer_search.processes.deadlines import stop_time
 from writer_search.processes.devices import divide
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
@@ -188,7 +190,8 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
 
         make_lines(args.data_root)
     wanted = None if args.use_all_writers else args.num_writers_subset
-    lines = find_lines(args.data_root, wanted, args.seed)
+    left_out = LeftOut()
+    lines = find_lines(args.data_root, wanted, args.seed, left_out)
     recorded = recorded_settings(args, storage)
     machine = ask_machine(args, recorded, fix, ranges, cores)
     decided = recorded or machine
@@ -200,6 +203,7 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
         lines,
         int(space.fixed["line_height"]),
         args.cache_dir or default_cache_dir(),
+        left_out,
     )
     if args.evaluate_test:
         require_test_lines(data)

@@ -35,6 +35,7 @@ from data import find_lines, load_lines
 from hyperparameter_search import main as search_main
 from writer_search.demo import make_lines
 from writer_search.lines.decoding import decode_line
+from writer_search.lines.walk import LeftOut
 
 LINE_HEIGHT = 64
 LINES_PER_PAGE = 40
@@ -101,7 +102,7 @@ def find_any(root: Path) -> list[Path]:
     """Find images whatever the splits."""
     from data import _scan
 
-    return _scan(root)
+    return _scan(root, LeftOut())
 
 
 def decode_rates(args: argparse.Namespace, sources: Sequence[Path]) -> float:

@@ -29,7 +29,6 @@ from data import (
     SPLITS,
     LineFile,
     LineSet,
-    describe_report,
     find_lines,
     load_lines,
     split_by_page,
@@ -37,6 +36,7 @@ from data import (
 from writer_search.common.errors import UserError
 from writer_search.lines.decoding import INK_DEVIATION, BrokenImageError, decode_line
 from writer_search.lines.kinds import SUFFIXES
+from writer_search.lines.report import describe_report
 
 HEIGHT = 16
 
@@ -992,12 +992,13 @@ def test_report_counts_what_stands_in_two_splits(tmp_path: Path) -> None:
     assert report["images_in_two_splits"] == 1
     assert report["identical_images"] == 2
     assert report["writers_without_validation"] == ["clara"]
-    without, pages, books, images = describe_report(report)
+    without, pages, books, images, shared = describe_report(report)
     assert "1 writer(s) without validation lines" in without
     assert "clara" in without
     assert pages.startswith("1 page(s)")
     assert books.startswith("1 book(s)")
     assert images.startswith("1 identical image(s)")
+    assert shared.startswith("1 images that stand under two writers, first val/bruno/val_page/copy")
 
 
 def test_pages_of_the_same_name_of_two_writers_are_two(tmp_path: Path) -> None:
@@ -1008,3 +1009,155 @@ def test_pages_of_the_same_name_of_two_writers_are_two(tmp_path: Path) -> None:
 
 def test_report_is_plain_json(data: LineSet) -> None:
     assert json.loads(json.dumps(data.report)) == data.report
+
+
+@pytest.mark.parametrize("name", ["line_001.jp2", "line_001.GIF", "line_001.pgm"])
+def test_kinds_of_archives_are_found(tmp_path: Path, name: str) -> None:
+    kind = {".jp2": "JPEG2000", ".gif": "GIF", ".pgm": "PPM"}[Path(name).suffix.lower()]
+    for number, path in enumerate(two_writers()):
+        write_file(
+            (tmp_path / path).with_name(f"{number}_{name}"), encoded(draw_line(number), kind)
+        )
+    assert len(load(tmp_path, tmp_path / "cache").paths) == 8
+
+
+def test_what_is_not_looked_at_is_counted_with_an_example(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_lines(root, [*two_writers(lines=30), "test/stranger/p/1.png", "test/stranger/p/2.png"])
+    for path in (
+        "train/anna/train_page/a.heic",
+        "train/anna/train_page/b.HEIC",
+        "train/anna/train_page/line_001.gt.txt",
+        "train/anna/train_page/@eaDir/line_001.png",
+        "train/#recycle/anna/p/1.png",
+        "train/anna/._line_001.png",
+        "train/loose.png",
+        "loose.png",
+        "more/anna/p/1.png",
+    ):
+        write_lines(root, [path])
+    (root / "train/anna/train_page/gone.png").symlink_to("nowhere.png")
+    left_out = LeftOut()
+    lines = find_lines(root, left_out=left_out)
+    report = load_lines(root, lines, HEIGHT, tmp_path / "cache", left_out).report
+    counts = {kind: found["count"] for kind, found in report["left_out"].items()}
+    assert counts == {
+        ".heic files": 2,
+        ".txt files": 1,
+        "system folders": 2,
+        "hidden": 1,
+        "images beside the writers' directories": 2,
+        "directories beside train": 1,
+        "links to nothing": 1,
+        "test lines of writers without training lines": 2,
+    }
+    assert report["left_out"][".heic files"]["first"].endswith("train_page/a.heic")
+    (warning,) = describe_report(report)
+    assert warning.startswith("not looked at: ")
+    assert "2 .heic files (first " in warning
+    assert "test/stranger/p/1.png" in warning
+    assert ".txt" not in warning, "texts lie beside lines in all exports"
+    assert "system" not in warning
+    assert {line.writer for line in lines} == {"anna", "bruno"}
+    assert not any("@eaDir" in line.path for line in lines)
+
+
+def test_no_line_images_says_what_is_there_instead(tmp_path: Path) -> None:
+    for number in range(4):
+        write_file(tmp_path / f"train/anna/p/{number}.pdf", b"%PDF")
+    message = refused(lambda: find_lines(tmp_path))
+    assert "no line images" in message
+    assert "4 .pdf files (first " in message
+    write_file(tmp_path / "train/loose.png", b"")
+    assert "1 images beside the writers' directories" in refused(lambda: find_lines(tmp_path))
+
+
+LAYOUTS = {
+    "names of splits": (
+        ["training_set/{w}/p/1.png", "validation_set/{w}/q/1.png"],
+        "rename training_set to train, validation_set to val",
+    ),
+    "short names": (["tr/{w}/p/1.png", "va/{w}/q/1.png"], "rename tr to train, va to val"),
+    "splits below writers": (["{w}/train/1.png", "{w}/val/1.png"], "anna/train; if anna is a data"),
+    "two sets": (
+        ["arabic/train/{w}/p/1.png", "arabic/val/{w}/q/1.png", "latin/train/{w}/p/1.png"]
+        + ["latin/val/{w}/q/1.png"],
+        "give --data_root",
+    ),
+    "too high": (["dataset/train/{w}/p/1.png", "dataset/val/{w}/q/1.png"], "one level too high"),
+    "writers too deep": (["all/{w}/p/1.png", "all/{w}/q/1.png"], "are the writers, give"),
+    "writers too deep, split": (["train/all/{w}/p/1.png", "val/all/{w}/q/1.png"], "up a level"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_that_mean_something_else_are_named(tmp_path: Path, layout: str) -> None:
+    paths, wanted = LAYOUTS[layout]
+    write_lines(tmp_path, [path.format(w=w) for path in paths for w in ("anna", "bruno")])
+    assert wanted in refused(lambda: find_lines(tmp_path))
+
+
+def test_a_split_given_as_data_root_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path, two_writers())
+    assert f"give --data_root {tmp_path}" in refused(lambda: find_lines(tmp_path / "train"))
+
+
+def test_writers_may_be_called_like_splits(tmp_path: Path) -> None:
+    writers = ("test_writer", "ts", "train_conductor")
+    write_lines(tmp_path, [f"train/{w}/p/1.png" for w in writers] + ["val/ts/q/1.png"])
+    assert {line.writer for line in find_lines(tmp_path)} == set(writers)
+
+
+def test_lines_without_page_directories_are_no_page_in_two_splits(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_lines(root, [f"{s}/{w}/{s}_{n}.png" for s in SPLITS for w in "ab" for n in range(2)])
+    report = load(root, tmp_path / "cache").report
+    assert report["pages_in_two_splits"] == 0
+    assert report["writers_without_pages"] == ["a", "b"]
+    (warning,) = describe_report(report)
+    assert "2 writer(s) have lines without page directories" in warning
+
+
+def test_one_name_in_two_unicode_forms_is_an_error(tmp_path: Path) -> None:
+    composed, decomposed = "Ren\u00e9", "Rene\u0301"
+    write_lines(tmp_path, ["train/anna/p/1.png", f"train/{composed}/p/1.png"])
+    write_lines(tmp_path, [f"val/{decomposed}/q/1.png"])
+    message = refused(lambda: find_lines(tmp_path))
+    assert "two Unicode forms: from byte 4 on 65 cc 81 and c3 a9" in message
+
+
+def test_odd_lines_are_counted_and_told(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_lines(root, two_writers(lines=9))
+    page = root / "train/anna/train_page"
+    write_file(page / "turned.png", encoded(draw_line(50).T.copy()))
+    write_file(page / "wide.png", encoded(draw_line(51, width=900)))
+    write_file(page / "negative.png", encoded(255 - draw_line(52)))
+    empty = np.full((24, 400), 220, np.uint8)
+    empty[9:12, 100:104] = 60
+    write_file(root / "val/bruno/val_page/empty.png", encoded(empty))
+    odd = load(root, tmp_path / "cache").report["odd"]
+    assert {kind.split("(")[0].strip(): found["count"] for kind, found in odd.items()} == {
+        "images taller than wide": 1,
+        "lines with almost no ink": 1,
+        "lines read as light ink on dark paper, unlike others of their writer": 1,
+        "lines ten times as high or as wide as others of their writer": 1,
+    }
+    firsts = [found["first"] for found in odd.values()]
+    assert [Path(first).stem for first in firsts] == ["turned", "empty", "negative", "wide"]
+
+
+def test_splitting_takes_time_in_proportion_to_the_lines() -> None:
+    """Counted, not timed: how often a line's book is asked for."""
+    asked = 0
+
+    class Counted(LineFile):
+        @property
+        def book(self) -> str | None:
+            nonlocal asked
+            asked += 1
+            return None
+
+    lines = [Counted(f"w/p{n % 9}/{n}.png", "", "w", f"p{n % 9}", 1, 1) for n in range(400)]
+    split_by_page(lines, 0)
+    assert asked <= 2 * len(lines)
