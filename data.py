@@ -229,8 +229,7 @@ def _check_writers(
     if len(writers) < 2:
         raise UserError(
             f"--data_root {data_root} has {len(writers)} writer(s) with training lines; "
-            "telling writers apart needs two or more"
-            + hint_of_one_writer(data_root, writers, lines[0].split)
+            "telling writers apart needs two or more" + hint_of_one_writer(data_root, writers)
         )
     strangers = sorted({line.writer for line in lines if line.split == "val"} - set(writers))
     if strangers:

@@ -37,6 +37,7 @@ from writer_search.common.errors import UserError
 from writer_search.lines.decoding import INK_DEVIATION, BrokenImageError, decode_line
 from writer_search.lines.kinds import SUFFIXES
 from writer_search.lines.report import describe_report
+from writer_search.lines.walk import LeftOut
 
 HEIGHT = 16
 
@@ -1080,8 +1081,7 @@ LAYOUTS = {
     "short names": (["tr/{w}/p/1.png", "va/{w}/q/1.png"], "rename tr to train, va to val"),
     "splits below writers": (["{w}/train/1.png", "{w}/val/1.png"], "anna/train; if anna is a data"),
     "two sets": (
-        ["arabic/train/{w}/p/1.png", "arabic/val/{w}/q/1.png", "latin/train/{w}/p/1.png"]
-        + ["latin/val/{w}/q/1.png"],
+        [f"{hand}/{split}/{{w}}/p/1.png" for hand in ("arabic", "latin") for split in SPLITS],
         "give --data_root",
     ),
     "too high": (["dataset/train/{w}/p/1.png", "dataset/val/{w}/q/1.png"], "one level too high"),

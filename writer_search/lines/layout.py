@@ -9,7 +9,6 @@ from pathlib import Path
 
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
-from writer_search.lines.kinds import SUFFIXES
 from writer_search.lines.walk import LeftOut, directories_of_lines
 
 SPLITS = ("train", "val", "test")
@@ -59,10 +58,11 @@ def refuse_no_images(data_root: Path, instead: str) -> None:
     )
 
 
-def hint_of_one_writer(data_root: Path, writers: Sequence[str], split: str) -> str:
+def hint_of_one_writer(data_root: Path, writers: Sequence[str]) -> str:
     """Say what a single writer may really be: a level of directories too many."""
     if len(writers) != 1:
         return ""
+    split = "train" if (data_root / "train").is_dir() else ""
     top = data_root / split / writers[0]
     below = _directories(top)
     if len(below) < 2:
@@ -74,13 +74,6 @@ def hint_of_one_writer(data_root: Path, writers: Sequence[str], split: str) -> s
             if split
             else f"writers, give --data_root {one_line(top)}"
         )
-    )
-
-
-def count_images(directory: Path) -> int:
-    return sum(
-        os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.name.startswith(".")
-        for entry in os.scandir(directory)
     )
 
 

@@ -19,7 +19,7 @@ from writer_search.lines.layout import SPLITS
 from writer_search.lines.walk import describe_left_out
 
 MEASURED = ("sizes", "is_light", "ink_share")  # of each line, when it is decoded
-LEAST_INK, MOST_INK = 0.003, 0.6  # shares of a line; real ones have 0.03 to 0.3
+LEAST_INK, MOST_INK = 0.005, 0.6  # shares of a line; real ones have 0.03 to 0.3
 TENFOLD = 10
 STRANGERS = "test lines of writers without training lines"
 
