@@ -61,6 +61,8 @@ def lines_picture(data: LineSet, writers: Sequence[str]) -> Image.Image:
 
 def _some_lines(data: LineSet, writer: str) -> list[int]:
     own = np.flatnonzero((data.labels == data.writers.index(writer)) & (data.splits == 0))
+    if not len(own):
+        return []
     places = np.unique(np.linspace(0, len(own) - 1, LINES_EACH).round().astype(int))
     return [int(line) for line in own[places]]
 
