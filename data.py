@@ -7,16 +7,17 @@ is mapped into memory and shared by every trial, every process and every later s
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
-import io
 import json
-import math
 import os
-import re
+import socket
+import sys
 import warnings
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,48 +28,47 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory, write_whole
 from writer_search.common.text import one_line
+from writer_search.lines.decoding import (
+    INK_DEVIATION,
+    BrokenImageError,
+    DecodedLine,
+    decode_line,
+)
+from writer_search.lines.layout import (
+    SPLITS,
+    hint_of_one_writer,
+    refuse_no_images,
+    refuse_other_layouts,
+)
+from writer_search.lines.report import (
+    MEASURED,
+    STRANGERS,
+    LineFile,
+    data_report,
+    hash_lines,
+    odd_lines,
+    refuse_two_forms,
+)
+from writer_search.lines.walk import (
+    LeftOut,
+    describe_left_out,
+    directories_of_lines,
+    identity_of,
+    images_among,
+    walk,
+)
 
-SPLITS = ("train", "val", "test")
-MISNAMED_SPLITS = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
-# Where a search's database or lock lies, it writes pictures into these directories.
-OF_A_SEARCH, WRITTEN = {"optuna_study.db", "search.lock"}, r"summary|confirm|trial_\d+"
-INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
-MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
-EXIF_ORIENTATION = 0x0112
-CACHE_FORMAT = 1
-# What `decode_line` makes of an image: a model is used with what it was trained on.
-PREPROCESSING = {"version": CACHE_FORMAT, "ink_deviation": INK_DEVIATION}
-
-
-@dataclass(frozen=True)
-class LineFile:
-    """One line image: where it is, and whose it is. Paths are relative to the data root."""
-
-    path: str
-    split: str
-    writer: str
-    page: str  # the directory's path below the writer
-    size: int
-    mtime_ns: int
-
-    @property
-    def book(self) -> str | None:
-        """The first directory below the writer, where pages lie two levels deep or more."""
-        first, slash, _ = self.page.partition("/")
-        return first if slash else None
+CACHE_FORMAT = 2
+INDEX = ("widths", "digests", "versions", "line_height", "checksum", "broken", *MEASURED)
+WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @dataclass(frozen=True)
@@ -110,115 +110,73 @@ class LineSet:
 # ------------------------------------------------------------------------------------ finding
 
 
-def find_lines(data_root: Path, num_writers: int | None = None, seed: int = 0) -> list[LineFile]:
+def find_lines(
+    data_root: Path,
+    num_writers: int | None = None,
+    seed: int = 0,
+    left_out: LeftOut | None = None,
+) -> list[LineFile]:
     """Find all line images of the first `num_writers` writers by name (None: of all).
 
     Reads directories only. The order does not depend on the file system's. Without split
-    directories the lines are split by `seed`. Raises UserError when no search is possible.
+    directories the lines are split by `seed`. What is not looked at is noted in `left_out`.
+    Raises UserError when no search is possible.
     """
+    left_out = LeftOut() if left_out is None else left_out
     try:
         if not data_root.is_dir():
             problem = "is not a directory" if data_root.exists() else "does not exist"
             raise UserError(
                 f"--data_root {data_root} {problem}; give the directory of the line images"
             )
-        lines = _scan(data_root)
+        refuse_other_layouts(data_root)
+        lines = _scan(data_root, left_out)
     except OSError as error:
         raise UserError(f"--data_root {data_root} cannot be read: {one_line(error)}") from None
     if not lines:
-        raise UserError(
-            f"--data_root {data_root} holds no line images; expected "
-            "{train,val,test}/<writer>/[<book>/]<page>/line_001.png or the same without splits"
-        )
+        refuse_no_images(data_root, describe_left_out(left_out.report(), all_kinds=True))
+    refuse_two_forms(line.writer for line in lines)
     if not any(line.split for line in lines):
         lines = split_by_page(lines, seed)
-    return _check_writers(data_root, lines, num_writers)
+    return _check_writers(data_root, lines, num_writers, left_out)
 
 
-def _scan(data_root: Path) -> list[LineFile]:
-    _refuse_misnamed_splits(data_root)
+def _scan(data_root: Path, left_out: LeftOut) -> list[LineFile]:
     has_splits = (data_root / "train").is_dir()
     if not has_splits and any((data_root / split).is_dir() for split in SPLITS[1:]):
         raise UserError(f"--data_root {data_root} has val or test but no train directory")
-    lines = []
+    lines: list[LineFile] = []
     for split in SPLITS if has_splits else ("",):
         top = data_root / split
         if top.is_dir():
-            writers = _directories_of_lines(list(os.scandir(top)))
-            for writer in sorted(entry.name for entry in writers):
-                lines += list(_scan_writer(data_root, split, writer))
+            lines += _scan_split(data_root, split, left_out)
+    if has_splits:
+        entries = list(os.scandir(data_root))
+        _note_images(entries, left_out)
+        for entry in directories_of_lines(entries, left_out):
+            if entry.name not in SPLITS:
+                left_out.add("directories beside train", entry.path)
     return lines
 
 
-def _refuse_misnamed_splits(data_root: Path) -> None:
-    """Raise UserError for directories that mean a split but would be taken for writers."""
-    for entry in os.scandir(data_root):
-        meant = MISNAMED_SPLITS.get(entry.name.casefold())
-        if meant and entry.name != meant and entry.is_dir() and not (data_root / meant).is_dir():
-            raise UserError(f"--data_root {data_root}: rename {entry.name} to {meant}")
+def _scan_split(data_root: Path, split: str, left_out: LeftOut) -> Iterator[LineFile]:
+    top = data_root / split
+    entries = sorted(os.scandir(top), key=lambda entry: entry.name)
+    _note_images(entries, left_out)
+    # A link back up would give a writer the lines of all.
+    above = frozenset(identity_of(data_root / part) for part in ("", split))
+    for writer in directories_of_lines(entries, left_out):
+        for directory, images in walk(Path(writer.path), left_out, above):
+            page = directory.relative_to(writer.path).as_posix()
+            for image in images:
+                status = image.stat()
+                path = os.path.relpath(image.path, data_root)
+                yield LineFile(path, split, writer.name, page, status.st_size, status.st_mtime_ns)
 
 
-def _is_visible_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir() and not entry.name.startswith(".")
-    except OSError:  # a link to itself
-        return False
-
-
-def _scan_writer(data_root: Path, split: str, writer: str) -> Iterator[LineFile]:
-    top = data_root / split / writer
-    # A link back up would give this writer the lines of all.
-    above = frozenset(_identity(data_root / part) for part in ("", split))
-    for directory, entries in _walk(top, above):
-        page = directory.relative_to(top).as_posix()
-        for entry in entries:
-            status = entry.stat()
-            path = os.path.relpath(entry.path, data_root)
-            yield LineFile(path, split, writer, page, status.st_size, status.st_mtime_ns)
-
-
-def _walk(
-    directory: Path, above: frozenset[tuple[int, int]]
-) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    """Walk in sorted order, into linked directories too, but never into a loop of links."""
-    identity = _identity(directory)
-    if identity in above:
-        return
-    entries = sorted(os.scandir(directory), key=lambda entry: os.fsencode(entry.name))
-    images = [entry for entry in entries if _is_image(entry)]
-    if images and not any(entry.name == "history.jsonl" for entry in entries):  # a trial's pictures
-        yield directory, images
-    for entry in _directories_of_lines(entries):
-        yield from _walk(Path(entry.path), above | {identity})
-
-
-def _directories_of_lines(entries: Sequence[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
-    """Leave out what is hidden, and what a search wrote whose checkpoint directory this is."""
-    of_a_search = any(entry.name in OF_A_SEARCH for entry in entries)
-    return [
-        entry
-        for entry in entries
-        if _is_visible_dir(entry) and not (of_a_search and re.fullmatch(WRITTEN, entry.name))
-    ]
-
-
-def find_images(directory: Path) -> list[Path]:
-    """Find the images in a directory and below it, in a fixed order. Raises OSError."""
-    return [Path(e.path) for _, entries in _walk(directory, frozenset()) for e in entries]
-
-
-def _identity(directory: Path) -> tuple[int, int]:
-    status = directory.stat()
-    return status.st_dev, status.st_ino
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    if entry.name.startswith(".") or os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
-        return False
-    try:
-        return entry.is_file()
-    except OSError:
-        return False
+def _note_images(entries: Sequence[os.DirEntry[str]], left_out: LeftOut) -> None:
+    for image in images_among(entries, left_out):
+        left_out.add("images beside the writers' directories", image.path)
 
 
 def split_by_page(lines: list[LineFile], seed: int) -> list[LineFile]:
@@ -233,14 +191,13 @@ def split_by_page(lines: list[LineFile], seed: int) -> list[LineFile]:
         by_writer[line.writer].append(line)
     split_lines = []
     for writer, own in by_writer.items():
-        assigned = _assign_units(Counter(_unit(line, own) for line in own), f"{seed}/{writer}")
-        split_lines += [replace(line, split=assigned[_unit(line, own)]) for line in own]
+        by_book = len({line.book for line in own}) > 1
+        units = [(by_book and line.book) or line.page for line in own]
+        assigned = _assign_units(Counter(units), f"{seed}/{writer}")
+        split_lines += [
+            replace(line, split=assigned[unit]) for line, unit in zip(own, units, strict=True)
+        ]
     return split_lines
-
-
-def _unit(line: LineFile, own: list[LineFile]) -> str:
-    by_book = len({other.book for other in own}) > 1
-    return (line.book or line.page) if by_book else line.page
 
 
 def _assign_units(units: Mapping[str, int], key: str) -> dict[str, str]:
@@ -265,14 +222,14 @@ def _assign_units(units: Mapping[str, int], key: str) -> dict[str, str]:
 
 
 def _check_writers(
-    data_root: Path, lines: list[LineFile], num_writers: int | None
+    data_root: Path, lines: list[LineFile], num_writers: int | None, left_out: LeftOut
 ) -> list[LineFile]:
     """Keep the lines of the chosen writers; raise UserError where no fair search is possible."""
     writers = sorted({line.writer for line in lines if line.split == "train"})
     if len(writers) < 2:
         raise UserError(
             f"--data_root {data_root} has {len(writers)} writer(s) with training lines; "
-            "telling writers apart needs two or more"
+            "telling writers apart needs two or more" + hint_of_one_writer(data_root, writers)
         )
     strangers = sorted({line.writer for line in lines if line.split == "val"} - set(writers))
     if strangers:
@@ -280,6 +237,9 @@ def _check_writers(
             f"{data_root}/val has {len(strangers)} writer(s) without training lines, first "
             f"{one_line(strangers[0])}; move some of their pages to train, or remove them"
         )
+    for line in lines:
+        if line.split == "test" and line.writer not in writers:
+            left_out.add(STRANGERS, line.path)
     chosen = set(writers[:num_writers])
     kept = [line for line in lines if line.writer in chosen]
     if not any(line.split == "val" for line in kept):
@@ -288,69 +248,6 @@ def _check_writers(
             "add a val directory, or pages to split (a writer needs two pages or more)"
         )
     return kept
-
-
-# ----------------------------------------------------------------------------------- decoding
-
-
-class BrokenImageError(Exception):
-    """An image that cannot be used, and why."""
-
-
-def decode_line(content: bytes, line_height: int) -> NDArray[np.uint8]:
-    """Decode an image file into ink: (width, line_height), uint8, 0 is paper.
-
-    Grey, resized to the height with its aspect kept. The paper is the median grey; ink is the
-    distance from it towards the darker side (towards the lighter one where that has more contrast),
-    divided by its own deviation, so that neither paper nor ink colour is a label.
-    Raises BrokenImageError.
-    """
-    try:
-        grey = _read_grey(content, line_height)
-    except BrokenImageError:
-        raise
-    except Exception as error:  # decoders of hostile files raise nearly anything
-        raise BrokenImageError(one_line(f"{type(error).__name__}: {error}", 150)) from None
-    paper = int(np.searchsorted(np.cumsum(np.bincount(grey.ravel(), minlength=256)), grey.size / 2))
-    ink = paper - grey.astype(np.float32)
-    if (ink.clip(max=0) ** 2).sum() > 1.5 * (ink.clip(min=0) ** 2).sum():
-        ink = -ink
-    ink = ink.clip(min=0)
-    deviation = float(ink.std())
-    if deviation < 1.0:
-        raise BrokenImageError("blank: no ink")
-    return (ink * (INK_DEVIATION / deviation)).clip(max=255).round().astype(np.uint8).T
-
-
-def _read_grey(content: bytes, line_height: int) -> NDArray[np.uint8]:
-    if not content:
-        raise BrokenImageError("empty file")
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise BrokenImageError(f"decompression bomb: {width} x {height} pixels")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise BrokenImageError(f"{width} x {height} pixels is no line of text")
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter, as cameras note
-        if turned:
-            width, height = height, width
-        wanted = (max(1, width * line_height // height), line_height)
-        image.draft("L", wanted[::-1] if turned else wanted)  # JPEG: decodes no more than needed
-        grey = _to_grey(ImageOps.exif_transpose(image))
-        width = max(1, round(width * line_height / height))
-        return np.asarray(grey.resize((width, line_height), Image.Resampling.BILINEAR))
-
-
-def _to_grey(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # Pillow would clip 16 bits at 255: spread the image's own range instead.
-        values = np.asarray(image, dtype=np.float32)
-        low, high = float(values.min()), float(values.max())
-        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-6))).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L")
 
 
 # -------------------------------------------------------------------------------------- cache
@@ -363,27 +260,63 @@ def default_cache_dir() -> Path:
 
 
 def load_lines(
-    data_root: Path, lines: list[LineFile], line_height: int, cache_dir: Path
+    data_root: Path,
+    lines: list[LineFile],
+    line_height: int,
+    cache_dir: Path,
+    left_out: LeftOut | None = None,
 ) -> LineSet:
     """Open the decoded lines, decoding them first where no search has done so.
+
+    left_out: what `find_lines` did not look at, for the report.
 
     Raises UserError when too many images are broken, or the cache cannot be written.
     """
     entry = cache_dir / _cache_key(data_root, lines, line_height)
     try:
-        if not _is_whole(entry):
+        problem = _damage_of(entry)
+        if problem:
+            if entry.exists():
+                print(f"warning: {entry} {problem}: decoding anew", file=sys.stderr)
             _decode_into(entry, data_root, lines, line_height)
     except OSError as error:
         raise UserError(
             f"the decoded lines cannot be written to {cache_dir}: {one_line(error)}; "
             "make room there or give another --cache_dir"
         ) from None
-    return open_lines(entry, lines)
+    return open_lines(entry, lines, left_out)
 
 
-def _is_whole(entry: Path) -> bool:
-    """Tell whether a cache entry has all its files; a disk's purge may take them one by one."""
-    return all((entry / name).exists() for name in ("strip.u8", "broken.json", "index.npz"))
+def _damage_of(entry: Path) -> str:
+    """Say what is wrong with a cache entry; nothing where it is whole, to the last byte."""
+    try:
+        index = read_index(entry)
+    except FileNotFoundError:
+        return "is not complete"  # a disk's purge may take files one by one
+    except Exception as error:  # what zip and numpy raise for damaged files
+        return f"has a damaged index ({one_line(error, 100)})"
+    strip = entry / "strip.u8"
+    if not strip.exists():
+        return "is not complete"
+    if strip.stat().st_size != (1 + int(index["widths"].sum())) * int(index["line_height"]):
+        return "has a strip of another length"
+    return "" if _checksum(strip) == int(index["checksum"]) else "has a damaged strip"
+
+
+def read_index(entry: Path) -> dict[str, NDArray[Any]]:
+    """Read what a cache entry tells of its lines. Raises nearly anything where it is damaged."""
+    # A zip: each part has a checksum.
+    with open(entry / "index.npz", "rb") as file, np.load(file) as index:
+        return {name: index[name] for name in INDEX}
+
+
+def _checksum(strip: Path) -> int:
+    """Sum up a file: about a second for each GB that is in memory."""
+    checksum = 0
+    with open(strip, "rb") as file:
+        while part := file.read(1 << 22):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
@@ -396,46 +329,64 @@ def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
 def _decode_into(entry: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:
     """Fill a temporary directory beside `entry`, then put it in place."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _one_builder(entry):
-        if _is_whole(entry):  # another process built it while this one waited
+    with _one_builder(entry) as is_alone:
+        if not _damage_of(entry):  # another process built it while this one waited
             return
-        temporary = entry.with_name(f".{entry.name}.tmp")
+        mark = "tmp" if is_alone else f"{socket.gethostname()}.{os.getpid()}.tmp"
+        temporary = entry.with_name(f".{entry.name}.{mark}")
         rmtree(temporary, ignore_errors=True)  # of a builder that died
         temporary.mkdir()
         try:
             _write_entry(temporary, data_root, lines, line_height)
-            rmtree(entry, ignore_errors=True)  # what a purge left; who reads it has it open
-            os.replace(temporary, entry)
+            if is_alone or _damage_of(entry):
+                rmtree(entry, ignore_errors=True)  # what a purge left; who reads it has it open
+                os.replace(temporary, entry)
             sync_directory(entry.parent)
         finally:
             rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _one_builder(entry: Path) -> Iterator[None]:
-    """Let one process decode an entry while others wait; a dead one's lock is free at once."""
+def _one_builder(entry: Path) -> Iterator[bool]:
+    """Let one process decode an entry while others wait; a dead one's lock is free at once.
+
+    Gives False on a file system without locks: then several may decode the same.
+    """
     with open(entry.with_name(f".{entry.name}.lock"), "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            is_alone = True
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            is_alone = False
+        yield is_alone
 
 
 def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:
-    widths = np.zeros(len(lines), np.int64)
-    digests = np.zeros((len(lines), 16), np.uint8)
+    index: dict[str, NDArray[Any]] = {
+        "line_height": np.array(line_height),
+        "widths": np.zeros(len(lines), np.int64),
+        "digests": np.zeros((len(lines), 16), np.uint8),
+        "sizes": np.zeros((len(lines), 2), np.int64),
+        "is_light": np.zeros(len(lines), bool),
+        "ink_share": np.zeros(len(lines)),
+        "versions": np.ones(len(lines), np.int64),
+    }
     broken: dict[str, str] = {}
+    checksum = 0
 
-    def read(line: LineFile) -> tuple[bytes, NDArray[np.uint8] | str]:
-        try:
-            content = (data_root / line.path).read_bytes()
-        except OSError as error:
-            return b"", one_line(error, 150)
+    def read(line: LineFile) -> tuple[bytes, DecodedLine | str]:
+        content = _read_file(data_root / line.path)
         try:
             return content, decode_line(content, line_height)
         except BrokenImageError as error:
             return content, str(error)
 
     def write_strip(file: Any) -> None:
+        nonlocal checksum
         file.write(bytes(line_height))  # column 0: empty background
+        checksum = zlib.crc32(bytes(line_height))
         # Threads: Pillow decodes and resizes without the interpreter's lock.
         with warnings.catch_warnings(), _threads() as pool:
             # `decode_line` refuses what is too large; filters are the process's, not a thread's.
@@ -443,23 +394,41 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
             decoded = tqdm(
                 pool.map(read, lines), "decoding lines", len(lines), unit="line", disable=None
             )
-            for index, (content, ink) in enumerate(decoded):
+            for number, (content, line) in enumerate(decoded):
                 digest = hashlib.sha256(content).digest()[:16]
-                digests[index] = np.frombuffer(digest, np.uint8)
-                if isinstance(ink, str):
-                    broken[lines[index].path] = ink
-                else:
-                    widths[index] = len(ink)
-                    file.write(np.ascontiguousarray(ink).data)
+                index["digests"][number] = np.frombuffer(digest, np.uint8)
+                if isinstance(line, str):
+                    broken[lines[number].path] = line
+                    continue
+                ink = np.ascontiguousarray(line.ink).data
+                file.write(ink)
+                checksum = zlib.crc32(ink, checksum)
+                index["widths"][number] = len(line.ink)
+                index["sizes"][number] = line.size
+                index["is_light"][number] = line.is_light
+                index["ink_share"][number] = (line.ink > INK_DEVIATION).mean()
+                index["versions"][number] = line.version
 
     write_whole(directory / "strip.u8", write_strip)
     _refuse_broken(lines, broken)
-    text = json.dumps(broken, indent=1)
-    write_whole(directory / "broken.json", lambda file: file.write(text.encode()))
-    write_whole(
-        directory / "index.npz",
-        lambda file: np.savez(file, widths=widths, digests=digests, line_height=line_height),
-    )
+    index["checksum"] = np.array(checksum)
+    index["broken"] = np.frombuffer(json.dumps(broken).encode(), np.uint8)
+    arrays: dict[str, Any] = index
+    write_whole(directory / "index.npz", lambda file: np.savez(file, **arrays))
+
+
+def _read_file(path: Path) -> bytes:
+    """Read an image file. A failure is no property of the image, so it is not remembered.
+
+    Raises UserError.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{one_line(path)} cannot be read ({one_line(error.strerror or error)}); make it "
+            "readable or remove it, and run the same command again"
+        ) from None
 
 
 @contextmanager
@@ -492,13 +461,12 @@ def _refuse_broken(lines: list[LineFile], broken: Mapping[str, str]) -> None:
         )
 
 
-def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
+def open_lines(entry: Path, lines: Iterable[LineFile], left_out: LeftOut | None = None) -> LineSet:
     """Open a cache entry for these lines (the ones that it was made from, in the same order)."""
     lines = list(lines)
-    with np.load(entry / "index.npz") as index:
-        widths, digests = index["widths"], index["digests"]
-        line_height = int(index["line_height"])
-    broken = json.loads((entry / "broken.json").read_bytes())
+    index = read_index(entry)
+    widths, digests, line_height = index["widths"], index["digests"], int(index["line_height"])
+    broken = json.loads(index["broken"].tobytes())
     starts = 1 + np.concatenate([[0], np.cumsum(widths)[:-1]])
     usable = np.flatnonzero(widths)
     kept = [lines[i] for i in usable]
@@ -519,84 +487,25 @@ def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
         pages=np.array(pages, np.int64),
         writers=writers,
         paths=tuple(line.path for line in kept),
-        fingerprint=_fingerprint(kept, digests[usable], line_height),
-        report=_report(lines, kept, digests[usable], broken),
+        fingerprint=_fingerprint(kept, digests[usable], line_height, index["versions"][usable]),
+        report={
+            **data_report(lines, kept, digests[usable], broken),
+            "odd": odd_lines(
+                kept, {name: index[name][usable] for name in MEASURED}, digests[usable]
+            ),
+            "left_out": (left_out or LeftOut()).report(),
+        },
     )
 
 
-def _fingerprint(kept: list[LineFile], digests: NDArray[np.uint8], line_height: int) -> str:
-    """Hash what was learned from: contents, names and splits, but no dates and no data root."""
-    return _hash_lines(f"{CACHE_FORMAT} {line_height} {INK_DEVIATION}", kept, digests)
+def _fingerprint(
+    kept: list[LineFile],
+    digests: NDArray[np.uint8],
+    line_height: int,
+    versions: NDArray[np.int64],
+) -> str:
+    """Hash what was learned from: contents, names and splits, but no dates and no data root.
 
-
-def _hash_lines(head: str, kept: list[LineFile], digests: NDArray[np.uint8]) -> str:
-    whole = hashlib.sha256(f"{head}\n".encode())
-    for line, digest in zip(kept, digests, strict=True):
-        whole.update(os.fsencode(f"{line.split}\0{line.writer}\0{line.page}\0{line.path}\0"))
-        whole.update(digest.tobytes())
-    return whole.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------- report
-
-
-def _report(
-    lines: list[LineFile], kept: list[LineFile], digests: NDArray[np.uint8], broken: dict[str, str]
-) -> dict[str, Any]:
-    """Count lines, pages and books, and all that makes a validation value less worth."""
-    counts: dict[str, dict[str, int]] = {}
-    for line in kept:
-        own = counts.setdefault(line.writer, dict.fromkeys(SPLITS, 0))
-        own[line.split] += 1
-    contents = [digest.tobytes() for digest in digests]
-    return {
-        # Unlike the LineSet's it does not depend on the height: for comparing searches.
-        "fingerprint": _hash_lines("lines", kept, digests),
-        "lines": {split: sum(line.split == split for line in kept) for split in SPLITS},
-        "pages": len({(line.split, line.writer, line.page) for line in kept}),
-        "writers": counts,
-        "writers_without_validation": [w for w, own in counts.items() if not own["val"]],
-        "broken": broken,
-        "pages_in_two_splits": _in_two_splits(kept, lambda i: (kept[i].writer, kept[i].page)),
-        "books_in_two_splits": _in_two_splits(
-            kept, lambda i: (kept[i].writer, kept[i].book) if kept[i].book else None
-        ),
-        "images_in_two_splits": _in_two_splits(kept, lambda i: contents[i]),
-        "identical_images": len(kept) - len(set(contents)),
-    }
-
-
-def _in_two_splits(kept: list[LineFile], key: Callable[[int], Any]) -> int:
-    """Count what stands in two splits or more: pages, books, contents."""
-    splits: dict[Any, set[str]] = defaultdict(set)
-    for index, line in enumerate(kept):
-        if (name := key(index)) is not None:
-            splits[name].add(line.split)
-    return sum(len(found) > 1 for found in splits.values())
-
-
-def describe_report(report: Mapping[str, Any]) -> list[str]:
-    """Put a data report's warnings into lines for people; empty when all is well."""
-    warned = []
-    if report["broken"]:
-        first, cause = next(iter(report["broken"].items()))
-        warned.append(
-            f"{len(report['broken'])} broken image(s) left out, first {one_line(first)} ({cause}); "
-            "all are named in summary/data_report.json"
-        )
-    if without := report["writers_without_validation"]:
-        names = one_line(", ".join(without))
-        warned.append(
-            f"{len(without)} writer(s) without validation lines, not in the mean: {names}"
-        )
-    for name, counted in (
-        ("page(s)", "pages_in_two_splits"),
-        ("book(s)", "books_in_two_splits"),
-        ("identical image(s)", "images_in_two_splits"),
-    ):
-        if report[counted]:
-            warned.append(
-                f"{report[counted]} {name} stand in two splits: validation will look better than "
-                "it is"
-            )
-    return warned
+    Lines that every version of the decoding reads alike have the hash that the first one gave.
+    """
+    return hash_lines(f"{versions.max()} {line_height} {INK_DEVIATION}", kept, digests)

@@ -27,6 +27,7 @@ from writer_search.common.text import one_line, percent
 from writer_search.flags import parse_args
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
+from writer_search.results.pictures.lines import draw_lines
 from writer_search.results.rows import DATABASE, Row
 from writer_search.results.status import read_status, show
 from writer_search.results.tables import closing_lines, write_summary
@@ -114,6 +115,7 @@ def announce(
 ) -> None:
     (args.checkpoint_dir / "summary").mkdir(exist_ok=True)
     write_json(args.checkpoint_dir / "summary" / "data_report.json", plan.data.report)
+    draw_lines(args.checkpoint_dir / "summary", plan.data)
     print("\n".join(banner_lines), flush=True)
     for line in settled:
         print(line, flush=True)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.cache [--lines 20000]
 
-Measures decoding on one core (data.decode_line) against Pillow's decoding and resizing alone;
+Measures decoding on one core (decode_line) against Pillow's decoding and resizing alone;
 decoding a set of linked line images with all cores into a cache; and, in a fresh process that has
 imported everything, opening that cache to the first batch, with the memory that it takes; then the
 whole command from its start to the first batch, imports included.
@@ -31,9 +31,11 @@ from PIL import Image
 
 from benchmarks import common
 from benchmarks.trial_start import noted_messages, silent
-from data import decode_line, find_lines, load_lines
+from data import find_lines, load_lines
 from hyperparameter_search import main as search_main
 from writer_search.demo import make_lines
+from writer_search.lines.decoding import decode_line
+from writer_search.lines.walk import LeftOut
 
 LINE_HEIGHT = 64
 LINES_PER_PAGE = 40
@@ -100,7 +102,7 @@ def find_any(root: Path) -> list[Path]:
     """Find images whatever the splits."""
     from data import _scan
 
-    return _scan(root)
+    return _scan(root, LeftOut())
 
 
 def decode_rates(args: argparse.Namespace, sources: Sequence[Path]) -> float:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data import INK_DEVIATION, SPLITS, LineSet
+from data import SPLITS, LineSet
+from writer_search.lines.decoding import INK_DEVIATION
 from writer_search.training.batches import (
     EpochImages,
     Lines,

@@ -27,17 +27,17 @@ from PIL import Image, ImageDraw
 import data as data_module
 from data import (
     SPLITS,
-    SUFFIXES,
-    BrokenImageError,
     LineFile,
     LineSet,
-    decode_line,
-    describe_report,
     find_lines,
     load_lines,
     split_by_page,
 )
 from writer_search.common.errors import UserError
+from writer_search.lines.decoding import INK_DEVIATION, BrokenImageError, decode_line
+from writer_search.lines.kinds import SUFFIXES
+from writer_search.lines.report import describe_report
+from writer_search.lines.walk import LeftOut
 
 HEIGHT = 16
 
@@ -55,6 +55,10 @@ def encoded(image: Image.Image | NDArray[Any], kind: str = "PNG", **options: Any
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def ink_of(content: bytes, line_height: int) -> NDArray[np.uint8]:
+    return decode_line(content, line_height).ink
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -390,7 +394,7 @@ def test_odd_names_survive(tmp_path: Path, odd: str) -> None:
 
 
 GREY = draw_line(7, width=300, height=40)
-INK = decode_line(encoded(GREY), HEIGHT)
+INK = ink_of(encoded(GREY), HEIGHT)
 
 
 def assert_alike(ink: NDArray[np.uint8], like: NDArray[np.uint8] = INK, mean: float = 1.5) -> None:
@@ -407,18 +411,18 @@ def test_ink_is_positive_on_a_background_of_zero() -> None:
     assert (INK == 0).mean() > 0.2
     small = np.asarray(Image.fromarray(GREY).resize(INK.shape, Image.Resampling.BILINEAR)).T
     assert np.corrcoef(INK.ravel(), 255 - small.ravel())[0, 1] > 0.97
-    assert INK.std() == pytest.approx(data_module.INK_DEVIATION, rel=0.05)
+    assert INK.std() == pytest.approx(INK_DEVIATION, rel=0.05)
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.5, 0), (0.4, 90), (1, -50), (0.3, 10), (-1, 255)])
 def test_neither_paper_nor_ink_grey_is_seen(scale: float, shift: float) -> None:
     changed = GREY.astype(float) * scale + shift
-    assert_alike(decode_line(encoded(changed.astype(np.uint8)), HEIGHT))
+    assert_alike(ink_of(encoded(changed.astype(np.uint8)), HEIGHT))
 
 
 def test_two_different_lines_do_not_look_alike() -> None:
     """The tolerance of the comparison would notice another line."""
-    other = decode_line(encoded(draw_line(8, width=300, height=40)), HEIGHT)
+    other = ink_of(encoded(draw_line(8, width=300, height=40)), HEIGHT)
     with pytest.raises(AssertionError):
         assert_alike(other)
 
@@ -449,11 +453,11 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_gives_the_same_ink(kind: str) -> None:
-    assert_alike(decode_line(KINDS[kind], HEIGHT))
+    assert_alike(ink_of(KINDS[kind], HEIGHT))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_camera_orientation_is_undone(kind: str, orientation: int) -> None:
     """A photograph's own downscaling must not cost more of a turned line than of an upright one."""
     page = Image.new("L", (1190, 150), 220)
@@ -476,8 +480,57 @@ def test_camera_orientation_is_undone(kind: str, orientation: int) -> None:
     tag = Image.Exif()
     tag[0x0112] = orientation
     options: dict[str, Any] = {"quality": 95} if kind == "JPEG" else {}
-    upright = decode_line(encoded(grey, kind, **options), 64)
-    assert_alike(decode_line(encoded(stored, kind, exif=tag, **options), 64), like=upright)
+    upright = ink_of(encoded(grey, kind, **options), 64)
+    assert_alike(ink_of(encoded(stored, kind, exif=tag, **options), 64), like=upright)
+
+
+@pytest.mark.parametrize("noted", [0, 9, 77, 65535])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_an_orientation_that_is_none_is_ignored(kind: str, noted: int) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = noted
+    assert np.array_equal(
+        ink_of(encoded(GREY, kind, exif=tag), 64), ink_of(encoded(GREY, kind), 64)
+    )
+
+
+def test_damaged_camera_notes_are_ignored() -> None:
+    whole = ink_of(encoded(GREY, "PNG"), HEIGHT)
+    assert np.array_equal(
+        ink_of(encoded(GREY, "PNG", exif=b"Exif\0\0no notes at all"), HEIGHT), whole
+    )
+
+
+@pytest.mark.parametrize("kind", ["JPEG2000", "GIF", "PPM"])
+def test_kinds_that_archives_deliver_are_read(kind: str) -> None:
+    assert_alike(ink_of(encoded(GREY, kind), HEIGHT), mean=3)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_a_file_of_several_pictures_is_refused_with_the_way_out(kind: str) -> None:
+    pages = [Image.fromarray(draw_line(seed)) for seed in range(3)]
+    several = encoded(pages[0], kind, save_all=True, append_images=pages[1:])
+    with pytest.raises(BrokenImageError, match="holds 3 pictures: save each in a file of its own"):
+        decode_line(several, HEIGHT)
+
+
+CONTENTS = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:1": "Git LFS pointer",
+    b"this is a note\nof two lines": "text",
+    b"\0\0\0\x18ftypheic\0\0\0\0mif1": "HEIC",
+    b"%PDF-1.7 ...": "PDF",
+    b"<!DOCTYPE html><html>404": "web page",
+    b"\0" * 900: "zeros",
+    b"\x01\x02\x03\xfe": "not an image",
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_file_that_is_no_image_is_called_by_its_name(content: bytes) -> None:
+    with pytest.raises(BrokenImageError) as caught:
+        decode_line(content, HEIGHT)
+    assert CONTENTS[content] in str(caught.value)
+    assert "0x" not in str(caught.value)
 
 
 def huge_png(width: int, height: int) -> bytes:
@@ -507,7 +560,7 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_images_are_told_in_one_line(kind: str) -> None:
     with pytest.raises(BrokenImageError) as caught:
-        decode_line(BROKEN[kind], HEIGHT)
+        ink_of(BROKEN[kind], HEIGHT)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) <= 150
 
@@ -534,16 +587,16 @@ def test_a_bomb_is_refused_while_another_thread_decodes(monkeypatch: pytest.Monk
         first.start()
         first_is_in.wait(10)
         with pytest.raises(BrokenImageError):
-            decode_line(encoded(GREY), HEIGHT)
+            ink_of(encoded(GREY), HEIGHT)
         assert list(warnings.filters) == before
 
 
 def test_real_lines_decode(real_lines: Path) -> None:
     lines = find_lines(real_lines)
     for line in lines[:: max(1, len(lines) // 5)]:
-        ink = decode_line((real_lines / line.path).read_bytes(), HEIGHT)
+        ink = ink_of((real_lines / line.path).read_bytes(), HEIGHT)
         assert ink.shape[1] == HEIGHT
-        assert 0.02 < (ink > data_module.INK_DEVIATION).mean() < 0.5
+        assert 0.02 < (ink > INK_DEVIATION).mean() < 0.5
 
 
 # --------------------------------------------------------------------------------- broken images
@@ -659,7 +712,7 @@ def test_a_line_of_the_strip_is_its_decoded_image(root: Path, tmp_path: Path) ->
     for index, path in enumerate(data.paths):
         split, writer, *_ = path.split("/")
         columns = slice(data.starts[index], data.starts[index] + data.widths[index])
-        decoded = decode_line((root / path).read_bytes(), HEIGHT)
+        decoded = ink_of((root / path).read_bytes(), HEIGHT)
         assert np.array_equal(data.strip[columns], decoded)
         assert data.writers[data.labels[index]] == writer
         assert index in data.select(split)
@@ -701,7 +754,7 @@ def test_a_changed_image_of_the_same_size_is_decoded_again(root: Path, tmp_path:
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
     after = load(root, tmp_path / "cache")
     own = after.strip[after.starts[0] : after.starts[0] + after.widths[0]]
-    assert np.array_equal(own, decode_line(path.read_bytes(), HEIGHT))
+    assert np.array_equal(own, ink_of(path.read_bytes(), HEIGHT))
     assert after.fingerprint != before.fingerprint
 
 
@@ -764,7 +817,7 @@ def test_a_failed_build_leaves_nothing(
     assert len(load(root, tmp_path / "cache").paths) == 8
 
 
-@pytest.mark.parametrize("failing_write", [0, 1, 2])
+@pytest.mark.parametrize("failing_write", [0, 1])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_write: int
 ) -> None:
@@ -795,7 +848,7 @@ def test_what_a_dead_builder_left_does_not_matter(root: Path, tmp_path: Path) ->
     assert len(data.strip) == 1 + data.widths.sum()
 
 
-@pytest.mark.parametrize("gone", ["index.npz", "strip.u8", "broken.json"])
+@pytest.mark.parametrize("gone", ["index.npz", "strip.u8"])
 def test_what_a_purge_left_is_decoded_anew(
     root: Path, tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -810,12 +863,82 @@ def test_what_a_purge_left_is_decoded_anew(
     with monkeypatch.context() as full:
         full.setattr(data_module, "_write_entry", fail)
         refused(lambda: load(root, tmp_path / "cache"))
-    left = {"index.npz", "strip.u8", "broken.json"} - {gone}
+    left = {"index.npz", "strip.u8"} - {gone}
     assert {file.name for file in (tmp_path / "cache" / name).iterdir()} == left, "trials read it"
     again = load(root, tmp_path / "cache")
     assert np.array_equal(again.strip, strip)
     assert again.fingerprint == first.fingerprint
     assert entries(tmp_path / "cache") == [name]
+
+
+def zero_the_end(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-100] + bytes(100))
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def change_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [empty, cut_in_half, zero_the_end, change_a_byte])
+@pytest.mark.parametrize("name", ["index.npz", "strip.u8"])
+def test_a_damaged_cache_is_decoded_anew_with_a_warning(
+    root: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = load(root, tmp_path / "cache")
+    strip = np.array(first.strip)
+    (entry,) = entries(tmp_path / "cache")
+    damage(tmp_path / "cache" / entry / name)
+    capsys.readouterr()
+    again = load(root, tmp_path / "cache")
+    assert np.array_equal(again.strip, strip)
+    assert (again.fingerprint, again.report) == (first.fingerprint, first.report)
+    assert "decoding anew" in capsys.readouterr().err
+
+
+def test_a_read_error_names_the_file_and_is_not_remembered(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def fail_once(path: Path) -> bytes:
+        if path.name == "line_002.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail_once)
+        message = refused(lambda: load(root, tmp_path / "cache"))
+    assert "line_002.png" in message
+    assert os.strerror(errno.EIO) in message
+    assert entries(tmp_path / "cache") == []
+    assert load(root, tmp_path / "cache").report["broken"] == {}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_cache_without_locks_is_built_all_the_same(
+    root: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_locks(file: Any, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    assert len(load(root, tmp_path / "cache").paths) == 8
+    assert len(entries(tmp_path / "cache")) == 1
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(root: Path, tmp_path: Path) -> None:
@@ -870,12 +993,13 @@ def test_report_counts_what_stands_in_two_splits(tmp_path: Path) -> None:
     assert report["images_in_two_splits"] == 1
     assert report["identical_images"] == 2
     assert report["writers_without_validation"] == ["clara"]
-    without, pages, books, images = describe_report(report)
+    without, pages, books, images, shared = describe_report(report)
     assert "1 writer(s) without validation lines" in without
     assert "clara" in without
     assert pages.startswith("1 page(s)")
     assert books.startswith("1 book(s)")
     assert images.startswith("1 identical image(s)")
+    assert shared.startswith("1 images that stand under two writers, first val/bruno/val_page/copy")
 
 
 def test_pages_of_the_same_name_of_two_writers_are_two(tmp_path: Path) -> None:
@@ -886,3 +1010,154 @@ def test_pages_of_the_same_name_of_two_writers_are_two(tmp_path: Path) -> None:
 
 def test_report_is_plain_json(data: LineSet) -> None:
     assert json.loads(json.dumps(data.report)) == data.report
+
+
+@pytest.mark.parametrize("name", ["line_001.jp2", "line_001.GIF", "line_001.pgm"])
+def test_kinds_of_archives_are_found(tmp_path: Path, name: str) -> None:
+    kind = {".jp2": "JPEG2000", ".gif": "GIF", ".pgm": "PPM"}[Path(name).suffix.lower()]
+    for number, path in enumerate(two_writers()):
+        write_file(
+            (tmp_path / path).with_name(f"{number}_{name}"), encoded(draw_line(number), kind)
+        )
+    assert len(load(tmp_path, tmp_path / "cache").paths) == 8
+
+
+def test_what_is_not_looked_at_is_counted_with_an_example(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_lines(root, [*two_writers(lines=30), "test/stranger/p/1.png", "test/stranger/p/2.png"])
+    for path in (
+        "train/anna/train_page/a.heic",
+        "train/anna/train_page/b.HEIC",
+        "train/anna/train_page/line_001.gt.txt",
+        "train/anna/train_page/@eaDir/line_001.png",
+        "train/#recycle/anna/p/1.png",
+        "train/anna/._line_001.png",
+        "train/loose.png",
+        "loose.png",
+        "more/anna/p/1.png",
+    ):
+        write_lines(root, [path])
+    (root / "train/anna/train_page/gone.png").symlink_to("nowhere.png")
+    left_out = LeftOut()
+    lines = find_lines(root, left_out=left_out)
+    report = load_lines(root, lines, HEIGHT, tmp_path / "cache", left_out).report
+    counts = {kind: found["count"] for kind, found in report["left_out"].items()}
+    assert counts == {
+        ".heic files": 2,
+        ".txt files": 1,
+        "system folders": 2,
+        "hidden": 1,
+        "images beside the writers' directories": 2,
+        "directories beside train": 1,
+        "links to nothing": 1,
+        "test lines of writers without training lines": 2,
+    }
+    assert report["left_out"][".heic files"]["first"].endswith("train_page/a.heic")
+    (warning,) = describe_report(report)
+    assert warning.startswith("not looked at: ")
+    assert "2 .heic files (first " in warning
+    assert "test/stranger/p/1.png" in warning
+    assert ".txt" not in warning, "texts lie beside lines in all exports"
+    assert "system" not in warning
+    assert {line.writer for line in lines} == {"anna", "bruno"}
+    assert not any("@eaDir" in line.path for line in lines)
+
+
+def test_no_line_images_says_what_is_there_instead(tmp_path: Path) -> None:
+    for number in range(4):
+        write_file(tmp_path / f"train/anna/p/{number}.pdf", b"%PDF")
+    message = refused(lambda: find_lines(tmp_path))
+    assert "no line images" in message
+    assert "4 .pdf files (first " in message
+    write_file(tmp_path / "train/loose.png", b"")
+    assert "1 images beside the writers' directories" in refused(lambda: find_lines(tmp_path))
+
+
+LAYOUTS = {
+    "names of splits": (
+        ["training_set/{w}/p/1.png", "validation_set/{w}/q/1.png"],
+        "rename training_set to train, validation_set to val",
+    ),
+    "short names": (["tr/{w}/p/1.png", "va/{w}/q/1.png"], "rename tr to train, va to val"),
+    "splits below writers": (["{w}/train/1.png", "{w}/val/1.png"], "anna/train; if anna is a data"),
+    "two sets": (
+        [f"{hand}/{split}/{{w}}/p/1.png" for hand in ("arabic", "latin") for split in SPLITS],
+        "give --data_root",
+    ),
+    "too high": (["dataset/train/{w}/p/1.png", "dataset/val/{w}/q/1.png"], "one level too high"),
+    "writers too deep": (["all/{w}/p/1.png", "all/{w}/q/1.png"], "are the writers, give"),
+    "writers too deep, split": (["train/all/{w}/p/1.png", "val/all/{w}/q/1.png"], "up a level"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_that_mean_something_else_are_named(tmp_path: Path, layout: str) -> None:
+    paths, wanted = LAYOUTS[layout]
+    write_lines(tmp_path, [path.format(w=w) for path in paths for w in ("anna", "bruno")])
+    assert wanted in refused(lambda: find_lines(tmp_path))
+
+
+def test_a_split_given_as_data_root_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path, two_writers())
+    assert f"give --data_root {tmp_path}" in refused(lambda: find_lines(tmp_path / "train"))
+
+
+def test_writers_may_be_called_like_splits(tmp_path: Path) -> None:
+    writers = ("test_writer", "ts", "train_conductor")
+    write_lines(tmp_path, [f"train/{w}/p/1.png" for w in writers] + ["val/ts/q/1.png"])
+    assert {line.writer for line in find_lines(tmp_path)} == set(writers)
+
+
+def test_lines_without_page_directories_are_no_page_in_two_splits(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_lines(root, [f"{s}/{w}/{s}_{n}.png" for s in SPLITS for w in "ab" for n in range(2)])
+    report = load(root, tmp_path / "cache").report
+    assert report["pages_in_two_splits"] == 0
+    assert report["writers_without_pages"] == ["a", "b"]
+    (warning,) = describe_report(report)
+    assert "2 writer(s) have lines without page directories" in warning
+
+
+def test_one_name_in_two_unicode_forms_is_an_error(tmp_path: Path) -> None:
+    composed, decomposed = "Ren\u00e9", "Rene\u0301"
+    write_lines(tmp_path, ["train/anna/p/1.png", f"train/{composed}/p/1.png"])
+    write_lines(tmp_path, [f"val/{decomposed}/q/1.png"])
+    message = refused(lambda: find_lines(tmp_path))
+    assert "two Unicode forms: from byte 4 on 65 cc 81 and c3 a9" in message
+
+
+def test_odd_lines_are_counted_and_told(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_lines(root, two_writers(lines=9))
+    page = root / "train/anna/train_page"
+    write_file(page / "turned.png", encoded(draw_line(50).T.copy()))
+    write_file(page / "wide.png", encoded(draw_line(51, width=900)))
+    write_file(page / "negative.png", encoded(255 - draw_line(52)))
+    empty = np.full((24, 400), 220, np.uint8)
+    empty[9:12, 100:104] = 60
+    write_file(root / "val/bruno/val_page/empty.png", encoded(empty))
+    odd = load(root, tmp_path / "cache").report["odd"]
+    assert {kind.split("(")[0].strip(): found["count"] for kind, found in odd.items()} == {
+        "images taller than wide": 1,
+        "lines with almost no ink": 1,
+        "lines read as light ink on dark paper, unlike others of their writer": 1,
+        "lines ten times as high or as wide as others of their writer": 1,
+    }
+    firsts = [found["first"] for found in odd.values()]
+    assert [Path(first).stem for first in firsts] == ["turned", "empty", "negative", "wide"]
+
+
+def test_splitting_takes_time_in_proportion_to_the_lines() -> None:
+    """Counted, not timed: how often a line's book is asked for."""
+    asked = 0
+
+    class Counted(LineFile):
+        @property
+        def book(self) -> str | None:
+            nonlocal asked
+            asked += 1
+            return None
+
+    lines = [Counted(f"w/p{n % 9}/{n}.png", "", "w", f"p{n % 9}", 1, 1) for n in range(400)]
+    split_by_page(lines, 0)
+    assert asked <= 2 * len(lines)

@@ -14,6 +14,7 @@ from test_search import Run, run
 
 from data import LineSet
 from writer_search.processes import test_measurement as evaluation
+from writer_search.results.tested import with_interval
 from writer_search.training.batches import Lines, strip_on
 from writer_search.training.bootstrap import Pages, count_pages, intervals, resample
 from writer_search.training.checkpoints import load_model
@@ -113,9 +114,13 @@ def test_chosen_model_is_measured_once(
     assert found["earlier"] == []
     low, high = found["intervals"]["macro_top1"]
     assert low <= found["macro_top1"] <= high
+    assert found["interval_unit"] == "lines", "with one page a writer, pages cannot vary"
+    assert found["intervals"]["page_macro_top1"] is None
     assert "never used for choosing" in printed
-    assert f"macro top-1 {100 * expected.macro_top1:.2f}% [" in printed
-    assert "4 writer(s) have one test page" in printed
+    assert f"macro top-1 {with_interval(expected.macro_top1, [low, high])}, pages" in printed
+    assert "[95 % intervals by resampling lines]" in printed
+    assert "every writer has one test page" in printed
+    assert found["lines_not_counted"] == 0
 
     def forbidden(*_: Any) -> Any:
         raise AssertionError("measured again")
@@ -166,3 +171,21 @@ def test_no_test_lines_is_told_before_the_search(
     assert problems.startswith("error: --evaluate_test: there are no test lines")
     assert problems.count("\n") == 1
     assert not (tmp_path / "c").exists()
+
+
+def test_an_interval_without_width_is_not_shown() -> None:
+    assert with_interval(0.8014, [0.801, 0.8014]) == "80.14% [80.1 to 80.1]"
+    assert with_interval(0.8014, [0.8014, 0.8014]) == "80.14%"
+    assert with_interval(0.8014, None) == "80.14%"
+
+
+def test_test_lines_that_cannot_be_counted_are_told(
+    run: Run, lines_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(lines_root, tmp_path / "lines"))
+    some_writer = next((root / "test").iterdir())
+    shutil.copytree(some_writer, root / "test" / "stranger")
+    assert run("--evaluate_test", "--data_root", str(root), n_trials="1") == 0
+    printed, problems = capfd.readouterr()
+    assert "3 test lines of writers without training lines (first " in problems
+    assert "3 test line(s) of writers without training lines could not be counted" in printed

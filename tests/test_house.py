@@ -16,6 +16,7 @@ SCRIPTS = {"hyperparameter_search", "train", "data", "model"}
 ORDER = (
     ("writer_search.common",),
     ("writer_search.config", "writer_search.space"),
+    ("writer_search.lines",),
     ("data",),
     ("model",),
     ("writer_search.training",),

@@ -242,3 +242,16 @@ def test_program_writes_nothing(trial: Path, lines_root: Path, tmp_path: Path) -
     assert (run.returncode, run.stderr) == (0, "")
     assert len(run.stdout.splitlines()) == 1 + 12 + 4
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_with_changed_bytes_is_refused(
+    trial: Path, lines_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray((trial / "best_model.pth").read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 64):
+        content[place] ^= 255
+    (tmp_path / "changed.pth").write_bytes(content)
+    code, _, problems = predicted(capfd, lines_root / "val", "--model", tmp_path / "changed.pth")
+    assert code == 2
+    assert "changed.pth is not a model of this program: " in problems
+    assert "damaged" in problems or "CRC" in problems

@@ -15,6 +15,7 @@ from writer_search.common.text import one_line, percent, shown_value
 from writer_search.results.chosen import read_confirmation
 from writer_search.results.confirmed import spread
 from writer_search.results.rows import Row, best_row, read_recorded, trial_dir
+from writer_search.results.tested import with_interval
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,8 @@ def _confirmed(search: Compared) -> str:
 
 def _test(search: Compared) -> str:
     try:
-        low, high = search.test["intervals"]["macro_top1"]
-        value = percent(search.test["macro_top1"])
-        return f"{value} [{100 * low:.1f} to {100 * high:.1f}] (trial {search.test['trial']})"
+        shown = with_interval(search.test["macro_top1"], search.test["intervals"]["macro_top1"])
+        return f"{shown} (trial {search.test['trial']})"
     except (KeyError, TypeError, ValueError):
         return "-"
 

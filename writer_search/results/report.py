@@ -42,6 +42,8 @@ PICTURES = (
     ("writers.png", "Writers", "What the best trial recognises of each, the worst first."),
     ("confusion.png", "Confusion", "Whom the best trial takes for whom."),
     ("durations.png", "Time", "How long each trial took."),
+    ("lines.png", "Lines", "Lines of the first writers as the network sees them."),
+    ("more_lines.png", "More lines", "The same of the next writers."),
 )
 FEW_WRITERS = 30  # a longer table of writers is folded away
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from writer_search.common.text import percent
@@ -15,17 +16,28 @@ METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1")
 def describe(found: dict[str, Any]) -> list[str]:
     """Put what was measured into lines for people."""
     shown = {name: _with_interval(found, name) for name in METRICS}
+    unit = found.get("interval_unit", "pages")
     lines = [
         f"Test split, trial {found['trial']}, {NOTE}:",
         f"  macro top-1 {shown['macro_top1']}, pages {shown['page_macro_top1']}",
         f"  micro top-1 {shown['micro_top1']}, macro top-5 {shown['macro_top5']}",
         f"  {found['lines']} lines, {found['pages']} pages, {len(found['per_writer'])} writers; "
-        "[95 % intervals by resampling pages]",
+        f"[95 % intervals by resampling {unit}]",
     ]
-    if found["writers_with_one_page"]:
+    if unit == "lines":
+        lines.append(
+            "  every writer has one test page: lines were resampled, how writers vary from page to "
+            "page is not known, and the intervals are too narrow"
+        )
+    elif found["writers_with_one_page"]:
         lines.append(
             f"  {found['writers_with_one_page']} writer(s) have one test page: how they vary from "
             "page to page is in no interval, which makes them too narrow"
+        )
+    if found.get("lines_not_counted"):
+        lines.append(
+            f"  {found['lines_not_counted']} test line(s) of writers without training lines could "
+            "not be counted"
         )
     if found["earlier"]:
         lines.append(
@@ -38,5 +50,11 @@ def describe(found: dict[str, Any]) -> list[str]:
 def _with_interval(found: dict[str, Any], name: str) -> str:
     if found[name] is None:
         return "- (five writers or fewer)"
-    low, high = found["intervals"][name]
-    return f"{percent(found[name])} [{100 * low:.1f} to {100 * high:.1f}]"
+    return with_interval(found[name], found["intervals"][name])
+
+
+def with_interval(value: float, interval: Sequence[float] | None) -> str:
+    """Show a share with its interval, where there is one and it has a width."""
+    if interval is None or interval[0] == interval[1]:
+        return percent(value)
+    return f"{percent(value)} [{100 * interval[0]:.1f} to {100 * interval[1]:.1f}]"

@@ -14,13 +14,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data import default_cache_dir, describe_report, find_lines, load_lines
+from data import default_cache_dir, find_lines, load_lines
 from writer_search.common.cores import SharedCores, asked_threads, usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.locks import refuse_if_in_use
 from writer_search.common.provenance import provenance
 from writer_search.common.text import one_line
 from writer_search.config import Choice, Value
+from writer_search.lines.report import describe_report
+from writer_search.lines.walk import LeftOut
 from writer_search.processes.deadlines import stop_time
 from writer_search.processes.devices import divide
 from writer_search.results.rows import DATABASE, read_database
@@ -168,7 +170,8 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
 
         make_lines(args.data_root)
     wanted = None if args.use_all_writers else args.num_writers_subset
-    lines = find_lines(args.data_root, wanted, args.seed)
+    left_out = LeftOut()
+    lines = find_lines(args.data_root, wanted, args.seed, left_out)
     recorded = recorded_settings(args, storage)
     machine = ask_machine(args, recorded, fix, ranges, cores)
     decided = recorded or machine
@@ -180,6 +183,7 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
         lines,
         int(space.fixed["line_height"]),
         args.cache_dir or default_cache_dir(),
+        left_out,
     )
     if args.evaluate_test:
         require_test_lines(data)

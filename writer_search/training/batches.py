@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data import INK_DEVIATION, LineSet
+from data import LineSet
+from writer_search.lines.decoding import INK_DEVIATION
 
 NOISE_SHEET = 4  # images: noise is drawn for so many in an epoch, and each takes a part of it
 NOISE_STEP = 10_007  # pixels that a batch's parts are shifted against those of the batch before

@@ -10,6 +10,7 @@ import json
 import pickle
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.serialization import config as serialization
 
-from data import PREPROCESSING, LineSet
+from data import LineSet
 from model import WriterModel
 from writer_search.common.errors import UserError
 from writer_search.common.files import write_text, write_whole
 from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
+from writer_search.lines.decoding import INK_DEVIATION, VERSION
 
 CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result
 
@@ -37,6 +39,10 @@ SHARE = 0.01  # of the training time that saving its state may take
 SHARE_OF_HISTORY = 0.001
 CPU = torch.device("cpu")
 ASSUMED_RATE = 200 * 2**20  # bytes a second; the first copy, into new memory, was about as slow
+# How a model's lines were decoded: it is used with such lines alone. This program still reads those
+# that version 1 read rightly as it did.
+PREPROCESSING = {"version": VERSION, "ink_deviation": INK_DEVIATION}
+PREPROCESSINGS = (PREPROCESSING, {**PREPROCESSING, "version": 1})
 
 
 class CheckpointMismatchError(Exception):
@@ -265,7 +271,7 @@ class Checkpoints:
             self._write_best(best, state["best"])
         write_history(self._trial_dir, state["history"])
         checkpoint = {**state, **_binding(self._config, self._data)}
-        # No reader of ours looks at check sums, which take most of the time.
+        # Checksums would take most of the time; `load_checked` does without.
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             write_tensors(self._trial_dir / LATEST, checkpoint)
         if best is not None:
@@ -291,7 +297,8 @@ def without_confusion(best: dict[str, Any]) -> dict[str, Any]:
 
 def load_checked(path: Path, config: TrialConfig, data: LineSet) -> dict[str, Any]:
     """Load a file of `save` or `save_model`, refusing one of another configuration or data."""
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    # A checkpoint has no checksums: they would take most of the time that saving it costs.
+    loaded: dict[str, Any] = read_tensors(path, is_summed=path.name != LATEST)
     for name, wanted in _binding(config, data).items():
         if loaded.get(name) != wanted:
             raise CheckpointMismatchError(
@@ -353,7 +360,7 @@ def _load_saved_model(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on files that are not its own
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = read_tensors(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; give a best_model.pth or final_model.pth"
@@ -373,7 +380,7 @@ def _load_saved_model(path: Path) -> dict[str, Any]:
         )
     if not isinstance(saved, dict) or not {"model", "config", "writers"} <= saved.keys():
         raise UserError(f"{path} is not a model of this program: it has no writers' names")
-    if saved.get("preprocessing", PREPROCESSING) != PREPROCESSING:
+    if saved.get("preprocessing", PREPROCESSING) not in PREPROCESSINGS:
         raise UserError(
             f"{path} was trained on lines that were prepared in another way "
             f"({one_line(saved['preprocessing'], 100)}); use the version of the program it is from"
@@ -400,6 +407,20 @@ class _ErrorKeeper:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def read_tensors(path: Path, is_summed: bool = True) -> Any:
+    """Read what `write_tensors` wrote; runs nothing that it holds.
+
+    is_summed: whether the file has checksums: then every byte of it is checked. Raises nearly
+    anything where the file is not whole.
+    """
+    if is_summed and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch itself leaves the checksums unread
+        if damaged is not None:
+            raise ValueError(f"the file is damaged: {damaged} has another checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_tensors(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:

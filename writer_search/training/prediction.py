@@ -23,12 +23,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import BrokenImageError, decode_line, find_images
 from model import WriterModel
 from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
+from writer_search.lines.decoding import BrokenImageError, decode_line
+from writer_search.lines.walk import LeftOut, describe_left_out, walk
 from writer_search.training.batches import Lines
 from writer_search.training.evaluation import line_logits
 
@@ -112,15 +113,24 @@ def _find(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     skipped = {}
     for path in paths:
         try:
-            images = find_images(path) if path.is_dir() else [path]
+            left_out = LeftOut()
+            images = _images_below(path, left_out) if path.is_dir() else [path]
         except OSError as error:
             skipped[str(path)] = one_line(error, 150)
             continue
+        not_looked_at = describe_left_out(left_out.report(), all_kinds=not images)
         if not images:
-            skipped[str(path)] = "no images in this directory"
+            there_are = f"; there are {not_looked_at}" if not_looked_at else ""
+            skipped[str(path)] = f"no images in this directory{there_are}"
+        elif not_looked_at:
+            skipped[str(path)] = f"not looked at: {not_looked_at}"
         for image in images:
             found.setdefault((image.parent.resolve(), image.name), image)
     return list(found.values()), skipped
+
+
+def _images_below(directory: Path, left_out: LeftOut) -> list[Path]:
+    return [Path(image.path) for _, images in walk(directory, left_out) for image in images]
 
 
 def _in_parts(images: Sequence[Path]) -> Iterator[Sequence[Path]]:
@@ -133,7 +143,7 @@ def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, NDArra
 
     def read(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return decode_line(path.read_bytes(), line_height)
+            return decode_line(path.read_bytes(), line_height).ink
         except (OSError, BrokenImageError) as error:
             return one_line(error, 150)
 

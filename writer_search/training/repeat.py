@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torchvision
 
-from data import SPLITS, LineSet, find_lines, load_lines
+from data import LineSet, find_lines, load_lines
 from writer_search.common.errors import UserError
 from writer_search.common.files import content_hash, read_json, write_json
 from writer_search.common.locks import DirectoryLock
@@ -20,6 +20,7 @@ from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import duration, one_line, percent
 from writer_search.config import TrialConfig
+from writer_search.lines.layout import SPLITS
 from writer_search.training.checkpoints import CheckpointMismatchError, load_checked
 from writer_search.training.outcomes import Stopped
 

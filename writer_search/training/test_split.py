@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data import LineSet
+from writer_search.lines.report import STRANGERS
 from writer_search.training.batches import Lines, strip_on
 from writer_search.training.bootstrap import INTERVAL_METHOD, Pages, count_pages, intervals
 from writer_search.training.checkpoints import load_model
@@ -36,10 +38,11 @@ def measure_test_split(model_file: Path, data: LineSet, device: torch.device) ->
         compute_metrics(logits, labels, numbers, writers),
         count_pages(logits, labels, numbers),
     )
+    left_out = data.report.get("left_out", {}).get(STRANGERS, {})
     return {
         **{name: getattr(metrics, name) for name in TEST_METRICS},
-        "intervals": intervals(pages),
-        "interval_method": INTERVAL_METHOD,
+        **_intervals(pages, logits, labels),
+        "lines_not_counted": left_out.get("count", 0),
         "lines": len(labels),
         "pages": len(pages.labels),
         "writers_with_one_page": int((np.bincount(pages.labels) == 1).sum()),
@@ -48,6 +51,24 @@ def measure_test_split(model_file: Path, data: LineSet, device: torch.device) ->
             name: _of_writer(pages, writers.index(name), share)
             for name, share in metrics.per_writer.items()
         },
+    }
+
+
+def _intervals(
+    pages: Pages, logits: NDArray[np.float64], labels: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Give intervals by pages, or by lines where each writer has one page: that cannot vary."""
+    if np.bincount(pages.labels).max() > 1:
+        return {
+            "intervals": intervals(pages),
+            "interval_unit": "pages",
+            "interval_method": INTERVAL_METHOD,
+        }
+    single = count_pages(logits, labels, np.arange(len(labels)))
+    return {
+        "intervals": {**intervals(single), "page_macro_top1": None},
+        "interval_unit": "lines",
+        "interval_method": INTERVAL_METHOD.replace("pages", "lines"),
     }
 
 

@@ -1,0 +1,54 @@
+"""summary/lines.png: some lines of each writer, as the network sees them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import LineSet
+from writer_search.results.pictures.lines import draw_lines, lines_picture
+
+
+def shows(picture: Image.Image, data: LineSet, line: int) -> bool:
+    """Tell whether a line stands somewhere at the left edge of a picture."""
+    shown = 255 - np.asarray(picture)
+    ink = data.strip[data.starts[line] :][: data.widths[line]].T[:, : shown.shape[1]]
+    return any(
+        np.array_equal(shown[top : top + len(ink), : ink.shape[1]], ink)
+        for top in range(len(shown) - len(ink) + 1)
+    )
+
+
+def test_three_training_lines_of_each_writer_are_shown(data: LineSet) -> None:
+    picture = lines_picture(data, data.writers)
+    for label in range(len(data.writers)):
+        own = np.flatnonzero((data.labels == label) & (data.splits == 0))
+        assert sum(shows(picture, data, int(line)) for line in own) == 3
+        assert shows(picture, data, int(own[0]))
+    held_out = np.flatnonzero(data.splits != 0)
+    assert not any(shows(picture, data, int(line)) for line in held_out)
+
+
+def test_many_writers_have_two_pictures(data: LineSet, tmp_path: Path) -> None:
+    draw_lines(tmp_path, data)
+    assert [path.name for path in tmp_path.iterdir()] == ["lines.png"]
+    names = tuple(f"كاتب {number}" for number in range(30))
+    many = replace(data, writers=names, labels=np.arange(len(data.labels)) % 30)
+    draw_lines(tmp_path, many)
+    with (
+        Image.open(tmp_path / "lines.png") as first,
+        Image.open(tmp_path / "more_lines.png") as more,
+    ):
+        assert first.size[0] == more.size[0]
+        assert more.size[1] > first.size[1]
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(
+    data: LineSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_lines(tmp_path / "missing", data)
+    assert "warning: summary/lines.png was not written" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""What one should know of the lines: counts, and what makes a validation value worth less."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from writer_search.common.errors import UserError
+from writer_search.common.text import one_line
+from writer_search.lines.layout import SPLITS
+from writer_search.lines.walk import describe_left_out
+
+MEASURED = ("sizes", "is_light", "ink_share")  # of each line, when it is decoded
+LEAST_INK, MOST_INK = 0.005, 0.6  # shares of a line; real ones have 0.03 to 0.3
+TENFOLD = 10
+STRANGERS = "test lines of writers without training lines"
+
+
+@dataclass(frozen=True)
+class LineFile:
+    """One line image: where it is, and whose it is. Paths are relative to the data root."""
+
+    path: str
+    split: str
+    writer: str
+    page: str  # the directory's path below the writer
+    size: int
+    mtime_ns: int
+
+    @property
+    def book(self) -> str | None:
+        """The first directory below the writer, where pages lie two levels deep or more."""
+        first, slash, _ = self.page.partition("/")
+        return first if slash else None
+
+
+def hash_lines(head: str, kept: list[LineFile], digests: NDArray[np.uint8]) -> str:
+    """Hash contents, names and splits, but no dates and no data root."""
+    whole = hashlib.sha256(f"{head}\n".encode())
+    for line, digest in zip(kept, digests, strict=True):
+        whole.update(os.fsencode(f"{line.split}\0{line.writer}\0{line.page}\0{line.path}\0"))
+        whole.update(digest.tobytes())
+    return whole.hexdigest()[:16]
+
+
+def refuse_two_forms(writers: Iterable[str]) -> None:
+    """Raise UserError for one name in two Unicode forms: macOS and others write é differently."""
+    forms: dict[str, str] = {}
+    for writer in sorted(set(writers)):
+        other = forms.setdefault(unicodedata.normalize("NFC", writer), writer)
+        if other != writer:
+            one, two = os.fsencode(other), os.fsencode(writer)
+            place = next(i for i in range(len(two)) if one[i : i + 1] != two[i : i + 1])
+            raise UserError(
+                f"two writers have one name, {one_line(writer)}, in two Unicode forms: "
+                f"from byte {place + 1} on {one[place : place + 4].hex(' ')} and "
+                f"{two[place : place + 4].hex(' ')}; give their directories the same name"
+            )
+
+
+def data_report(
+    lines: list[LineFile], kept: list[LineFile], digests: NDArray[np.uint8], broken: dict[str, str]
+) -> dict[str, Any]:
+    """Count lines, pages and books, and all that makes a validation value less worth."""
+    counts: dict[str, dict[str, int]] = {}
+    for line in kept:
+        own = counts.setdefault(line.writer, dict.fromkeys(SPLITS, 0))
+        own[line.split] += 1
+    contents = [digest.tobytes() for digest in digests]
+    return {
+        # Unlike the LineSet's it does not depend on the height: for comparing searches.
+        "fingerprint": hash_lines("lines", kept, digests),
+        "lines": {split: sum(line.split == split for line in kept) for split in SPLITS},
+        "pages": len({(line.split, line.writer, line.page) for line in kept}),
+        "writers": counts,
+        "writers_without_validation": [w for w, own in counts.items() if not own["val"]],
+        "broken": broken,
+        "pages_in_two_splits": _in_two_splits(
+            kept, lambda i: (kept[i].writer, kept[i].page) if kept[i].page != "." else None
+        ),
+        "writers_without_pages": sorted(
+            {line.writer for line in kept} - {line.writer for line in kept if line.page != "."}
+        ),
+        "books_in_two_splits": _in_two_splits(
+            kept, lambda i: (kept[i].writer, kept[i].book) if kept[i].book else None
+        ),
+        "images_in_two_splits": _in_two_splits(kept, lambda i: contents[i]),
+        "identical_images": len(kept) - len(set(contents)),
+    }
+
+
+def odd_lines(
+    kept: list[LineFile], measured: Mapping[str, NDArray[Any]], digests: NDArray[np.uint8]
+) -> dict[str, dict[str, Any]]:
+    """Count what is a sign of an error, with an example each: kind → count, first.
+
+    measured: of each line its size (width, height) in pixels, whether its ink is lighter than its
+    paper, and the share of it that is ink.
+    """
+    (width, height), is_light = measured["sizes"].T, measured["is_light"]
+    writers = np.array([line.writer for line in kept])
+    writer_of: dict[bytes, str] = {}
+    shared = [
+        writer_of.setdefault(digest.tobytes(), line.writer) != line.writer
+        for line, digest in zip(kept, digests, strict=True)
+    ]
+    found = {
+        "images taller than wide (whole pages, or turned?)": height > width,
+        "lines with almost no ink": measured["ink_share"] < LEAST_INK,
+        "lines that are almost only ink": measured["ink_share"] > MOST_INK,
+        "images that stand under two writers": np.array(shared, bool),
+        "lines read as light ink on dark paper, unlike others of their writer": np.zeros(
+            len(kept), bool
+        ),
+        "lines ten times as high or as wide as others of their writer": np.zeros(len(kept), bool),
+    }
+    *_, inverted, tenfold = found.values()
+    for writer in np.unique(writers):
+        own = np.flatnonzero(writers == writer)
+        light = is_light[own]
+        inverted[own] = light != (2 * np.count_nonzero(light) > len(own))
+        for sizes in (width[own], height[own]):
+            tenfold[own] |= sizes >= TENFOLD * sizes.min()
+    return {
+        kind: {"count": int(odd.sum()), "first": kept[int(odd.argmax())].path}
+        for kind, odd in found.items()
+        if odd.any()
+    }
+
+
+def _in_two_splits(kept: list[LineFile], key: Callable[[int], Any]) -> int:
+    """Count what stands in two splits or more: pages, books, contents."""
+    splits: dict[Any, set[str]] = defaultdict(set)
+    for index, line in enumerate(kept):
+        if (name := key(index)) is not None:
+            splits[name].add(line.split)
+    return sum(len(found) > 1 for found in splits.values())
+
+
+def describe_report(report: Mapping[str, Any]) -> list[str]:
+    """Put a data report's warnings into lines for people; empty when all is well."""
+    warned = []
+    if report["broken"]:
+        first, cause = next(iter(report["broken"].items()))
+        warned.append(
+            f"{len(report['broken'])} broken image(s) left out, first {one_line(first)} ({cause}); "
+            "all are named in summary/data_report.json"
+        )
+    if without := report["writers_without_validation"]:
+        names = one_line(", ".join(without))
+        warned.append(
+            f"{len(without)} writer(s) without validation lines, not in the mean: {names}"
+        )
+    for name, counted in (
+        ("page(s)", "pages_in_two_splits"),
+        ("book(s)", "books_in_two_splits"),
+        ("identical image(s)", "images_in_two_splits"),
+    ):
+        if report[counted]:
+            warned.append(
+                f"{report[counted]} {name} stand in two splits: validation will look better than "
+                "it is"
+            )
+    if without := report.get("writers_without_pages"):
+        warned.append(
+            f"{len(without)} writer(s) have lines without page directories, first "
+            f"{one_line(without[0])}: their pages are not known, so that nobody can tell whether a "
+            "page stands in two splits, and page accuracy says nothing"
+        )
+    warned += [
+        f"{found['count']} {kind}, first {one_line(found['first'])}"
+        for kind, found in report.get("odd", {}).items()
+    ]
+    if not_looked_at := describe_left_out(report.get("left_out", {})):
+        warned.append(f"not looked at: {not_looked_at}")
+    return warned

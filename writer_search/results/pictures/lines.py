@@ -1,0 +1,72 @@
+"""Shows lines of each writer as the network sees them: a set read wrongly is seen at a glance."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data import LineSet
+from writer_search.common.files import write_whole
+from writer_search.common.text import one_line
+
+FIRST_WRITERS = 12  # in lines.png; the next ones are in more_lines.png, for the report
+MORE_WRITERS = 48
+LINES_EACH = 3
+WIDTH = 1000  # pixels that are shown of a line
+LABEL, GAP = 18, 6  # pixels
+
+
+def draw_lines(summary: Path, data: LineSet) -> None:
+    """Write lines.png and, for more than twelve writers, more_lines.png into a directory.
+
+    Failing to write costs no search: it is told in a warning.
+    """
+    parts = {
+        "lines.png": data.writers[:FIRST_WRITERS],
+        "more_lines.png": data.writers[FIRST_WRITERS : FIRST_WRITERS + MORE_WRITERS],
+    }
+    for name, writers in parts.items():
+        if not writers:
+            continue
+        try:
+            write_whole(summary / name, partial(lines_picture(data, writers).save, format="PNG"))
+        except OSError as error:
+            print(f"warning: summary/{name} was not written: {one_line(error)}", file=sys.stderr)
+
+
+def lines_picture(data: LineSet, writers: Sequence[str]) -> Image.Image:
+    """Draw the first, middle and last training line of each writer, black on white."""
+    chosen = {writer: _some_lines(data, writer) for writer in writers}
+    rows = sum(map(len, chosen.values()))
+    height = len(writers) * (LABEL + GAP) + rows * (data.line_height + 2)
+    picture = Image.new("L", (WIDTH, height), 255)
+    draw, font, top = ImageDraw.Draw(picture), ImageFont.load_default(), 0
+    for writer, lines in chosen.items():
+        draw.text((2, top + 2), _label(writer), fill=0, font=font)
+        top += LABEL
+        for line in lines:
+            start = int(data.starts[line])
+            ink = data.strip[start : start + min(int(data.widths[line]), WIDTH)].T
+            picture.paste(Image.fromarray(255 - ink), (0, top))
+            top += data.line_height + 2
+        draw.line((0, top, WIDTH, top), fill=200)
+        top += GAP
+    return picture
+
+
+def _some_lines(data: LineSet, writer: str) -> list[int]:
+    own = np.flatnonzero((data.labels == data.writers.index(writer)) & (data.splits == 0))
+    if not len(own):
+        return []
+    places = np.unique(np.linspace(0, len(own) - 1, LINES_EACH).round().astype(int))
+    return [int(line) for line in own[places]]
+
+
+def _label(writer: str) -> str:
+    """Give a name in the letters that Pillow's own font has; others as their codes."""
+    return one_line(writer, 100).encode("latin-1", "backslashreplace").decode("latin-1")
