@@ -7,7 +7,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -242,13 +242,25 @@ class WriterModel(nn.Module):
         return embeddings
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.dropout(self.embed(images)))
-        return self.scale * logits.float()
+        embeddings = self.embed(images).float()
+        with without_autocast(images.device):
+            logits: Tensor = self.classifier(self.dropout(embeddings))
+        return self.scale * logits
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Give the parameters that never come pretrained."""
         yield from self.pool.parameters()
         yield from self.classifier.parameters()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in float32 within a computation in bfloat16.
+
+    For the last layer: in bfloat16 a cosine times 32 was off by 0.03 to 0.08, and the logits of the
+    first two writers were equal for 1.7 % of images.
+    """
+    is_needed = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_needed else nullcontext()
 
 
 def for_inference(model: WriterModel) -> WriterModel:
