@@ -45,6 +45,7 @@ from writer_search.training.batches import (
     strip_on,
 )
 from writer_search.training.checkpoints import Checkpoints, load_model, save_model
+from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.evaluation import evaluate
 from writer_search.training.metrics import Metrics
 from writer_search.training.optimisation import (
@@ -89,6 +90,7 @@ def train(
     micro_batch: int | None = None,
     last_epoch: int | None = None,
     ranks: Ranks = ALONE,
+    sharing: int = 1,
 ) -> Metrics | None:
     """Train one configuration and return the best epoch's validation metrics.
 
@@ -101,7 +103,7 @@ def train(
     learning rates of the whole. Without validation lines all epochs are trained, no epoch is the
     best, and None is returned. `ranks` are the processes that train this trial together, each
     calling this function: rank 0 alone reports, checks and writes, and what `report` or `check`
-    raise there is raised on all.
+    raise there is raised on all. `sharing` is how many trials share the device.
 
     Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
     metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
@@ -109,7 +111,7 @@ def train(
     trial_dir.mkdir(parents=True, exist_ok=True)
     report, check = ranks.shared(report, Pruned, Stopped), ranks.shared(check, Stopped)
     place = torch.device(device)
-    strip = strip_on(data, place)
+    strip = strip_on(data, place, sharing)
     training, validation = (Lines.of(data, split, strip, place) for split in ("train", "val"))
     state = TrainingState.start(config, len(data.writers), place, ranks)
     steps = steps_per_epoch(config, len(training))
@@ -442,7 +444,9 @@ def retrain_command(args: argparse.Namespace, stop: StopSignals) -> int:
     )
     try:
         retrain(wanted, stop, train)
-    except (DivergedError, torch.OutOfMemoryError) as error:
+    except (DivergedError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, DivergedError) and not is_out_of_memory(error):
+            raise
         print(f"error: the training failed: {one_line(error)}", file=sys.stderr)
         return EXIT_INCOMPLETE
     return EXIT_OK

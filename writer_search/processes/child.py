@@ -32,6 +32,7 @@ from writer_search.processes.messages import (
     TestQuestion,
     obey_in_thread,
 )
+from writer_search.training.device_errors import is_device_fault, is_out_of_memory
 from writer_search.training.metrics import Metrics
 from writer_search.training.outcomes import DivergedError, Pruned, Stopped
 from writer_search.training.ranks import is_lost, join
@@ -131,6 +132,7 @@ def _train(job: Job, line: SearchLine) -> Metrics | None:
         continue_from=job.continue_from,
         micro_batch=job.micro_batch,
         ranks=ranks,
+        sharing=job.sharing,
     )
 
 
@@ -181,21 +183,18 @@ def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
     print(text, file=sys.stderr, flush=True)
     if isinstance(error, DeviceError):
         return "device_failed", {"gpu": error.gpu, "cause": error.cause, "traceback": text}
+    if is_device_fault(error) and job.gpu is not None:
+        said = one_line(f"{type(error).__name__}: {error}")
+        return "device_fault", {"gpu": job.gpu, "cause": said, "traceback": text}
     cause = of_error(error, one_line(f"{type(error).__name__}: {error}"), text)
     if isinstance(error, DivergedError):
         cause = Cause(Kind.NOT_FINITE, one_line(error.what), error.epoch, traceback=text)
-    elif _is_out_of_memory(error):
+    elif is_out_of_memory(error):
         cause = Cause(Kind.OUT_OF_MEMORY, f"out of memory: {one_line(error)}", traceback=text)
     if job.ranks > 1:
         cause = replace(cause, text=f"rank {job.rank}: {cause.text}")
     lost = is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY
     return "lost" if lost else "failed", {"cause": cause}
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell a device, or a host, that has no memory left for this batch."""
-    host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @contextlib.contextmanager
