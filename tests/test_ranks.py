@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -297,10 +298,12 @@ class Scripted:
         (([("report", {})], None), "died", "rank 0: hung"),
     ],
 )
+@pytest.mark.parametrize("word", ["lost", "SIGABRT"])
 def test_word_that_another_rank_is_lost_is_traced_to_it(
     others: tuple[list[processes.Message], int | None],
     kind: str,
     cause: str | None,
+    word: str,
     config: TrialConfig,
     data: LineSet,
     tmp_path: Path,
@@ -309,8 +312,12 @@ def test_word_that_another_rank_is_lost_is_traced_to_it(
     monkeypatch.setattr(processes, "LAST_WORDS_SECONDS", 0.1)
     ranks = [
         Scripted(*others),
-        Scripted([("lost", {"cause": Cause(Kind.OTHER, "rank 1: alone")})], 0),
+        Scripted([("lost", {"cause": Cause(Kind.OTHER, "rank 1: alone")})], 0)
+        if word == "lost"
+        else Scripted([], -signal.SIGABRT),  # NCCL's watchdog ends a rank that waits in vain
     ]
+    if word == "SIGABRT" and cause == "rank 1: alone":
+        kind, cause = "died", "rank 1: killed by SIGABRT"
     waiting = iter(ranks)
     job = processes.Job(config, data, tmp_path, 1, ranks=2)
     group = processes.TrialProcesses(job, lambda work, job: next(waiting))  # type: ignore[arg-type, return-value]

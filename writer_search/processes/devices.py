@@ -65,7 +65,7 @@ class Devices:
     """The slots of a search, and what is known against their GPUs.
 
     A GPU is set aside when trials fail to start on it twice in a row while none runs there, and
-    when it fails under two trials with no epoch done in between.
+    when it fails under two trials and none has come to its end there in between.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
@@ -109,7 +109,7 @@ class Devices:
             del self._failed_starts[gpu]
 
     def worked(self, gpus: Collection[str]) -> None:
-        """Note that a trial has done an epoch on these."""
+        """Note that a trial has come to its end on these."""
         for gpu in gpus:
             self._faults.pop(gpu, None)
 

@@ -253,8 +253,6 @@ class Runner:
             self._progress.advance(running.number, running.progress)
         elif kind == "report":
             running.heard = now
-            if not content["again"]:
-                self.devices.worked(running.job.gpus)
             return Report(content["epoch"], content["metrics"], content["again"])
         elif kind == "threads":
             running.threads = content["threads"]
@@ -287,6 +285,8 @@ class Runner:
             self._leave_sick_device(running, content["gpu"], content["cause"])
             return None
         self._remove(running)
+        if kind in ("done", "pruned"):
+            self.devices.worked(running.job.gpus)
         if running.pruned:
             return Pruned()
         if kind == "done":

@@ -226,7 +226,7 @@ def device_like(name: str, on_gpu: bool) -> torch.device:
     """
     count = torch.cuda.device_count()
     if name == "auto":
-        why = "is none" if count == 0 else on_gpu and why_unusable("cuda")
+        why = "there is none" if count == 0 else on_gpu and why_unusable("cuda")
         if on_gpu and why:
             print(f"warning: the trial had a GPU, here {why}: the CPU it is", file=sys.stderr)
         return torch.device("cuda" if on_gpu and not why else "cpu")
@@ -234,7 +234,7 @@ def device_like(name: str, on_gpu: bool) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA device(s)")
     if device.type == "cuda" and (why := why_unusable(name)):
-        raise UserError(f"--device {name}: it {why}")
+        raise UserError(f"--device {name}: {why}")
     return device
 
 
@@ -243,7 +243,7 @@ def why_unusable(device: str) -> str:
     try:
         torch.zeros(1, device=device).cpu()
     except Exception as error:  # RuntimeError, AssertionError: an old driver, a full or sick GPU
-        return f"cannot be used ({one_line(f'{type(error).__name__}: {error}', 150)})"
+        return f"it cannot be used ({one_line(f'{type(error).__name__}: {error}', 150)})"
     return ""
 
 
