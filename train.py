@@ -36,7 +36,7 @@ from writer_search.common.files import write_json
 from writer_search.common.output import lasting_output
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
-from writer_search.config import TrialConfig
+from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig
 from writer_search.flags import parse_train_args
 from writer_search.training.batches import (
     EpochImages,
@@ -109,7 +109,10 @@ def train(
     metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
     """
     trial_dir.mkdir(parents=True, exist_ok=True)
-    report, check = ranks.shared(report, Pruned, Stopped), ranks.shared(check, Stopped)
+    report, check = (
+        ranks.shared(report, Pruned, Stopped),
+        ranks.shared(check, Stopped, every=STEPS_BETWEEN_RANKS),
+    )
     place = torch.device(device)
     strip = strip_on(data, place, sharing)
     training, validation = (Lines.of(data, split, strip, place) for split in ("train", "val"))

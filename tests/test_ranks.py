@@ -343,3 +343,26 @@ def test_ranks_are_told_only_what_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyError):
         Ranks(0, 2).shared(call, ValueError)()
     assert sent == [2, 0], "what is not foreseen ends this rank, and with it the others"
+
+
+def test_ranks_meet_at_every_fourth_check_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def check(number: int) -> None:
+        called.append(number)
+        if number == 5:
+            raise KeyError
+
+    sent: list[int] = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda code, op: sent.append(int(code)))
+    first = Ranks(0, 2).shared(check, KeyError, every=4)
+    for number in range(7):
+        first(number)
+    assert sent == [0]
+    with pytest.raises(KeyError):
+        first(7)
+    assert sent == [0, 1]
+    assert called == [0, 1, 2, 3, 4, 5], "once it has raised, it waits for the others"
+    for number in range(8, 12):
+        first(number)
+    assert sent == [0, 1, 0]

@@ -175,6 +175,7 @@ def check_value(name: str, value: Value, rule: Rule) -> None:
 # ------------------------------------------------------------------- --fix and --space of the user
 
 
+STEPS_BETWEEN_RANKS = 4  # before ranks hear whether to go on
 SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from writer_search.common.text import one_line
-from writer_search.config import TrialConfig, half_batch
+from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig, half_batch
 from writer_search.processes.causes import (
     JOB_ENDS,
     STOPS,
@@ -382,7 +382,8 @@ class Runner:
             now = time.monotonic()
             slowest = max(running.slowest, now - running.heard)
             running.stop_cause = cause
-            running.kill_at = now + max(STOP_SECONDS, STOP_BATCHES * slowest)
+            batches = STOP_BATCHES + STEPS_BETWEEN_RANKS * (running.job.ranks > 1)
+            running.kill_at = now + max(STOP_SECONDS, batches * slowest)
             running.child.order(STOP)
 
     def drop(self, running: RunningTrial) -> None:

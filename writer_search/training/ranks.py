@@ -53,21 +53,30 @@ class Ranks:
     def largest_share(self, batch: int) -> int:
         return -(-batch // self.size)
 
-    def shared(self, call: Callable[P, None], *outcomes: type[Exception]) -> Callable[P, None]:
+    def shared(
+        self, call: Callable[P, None], *outcomes: type[Exception], every: int = 1
+    ) -> Callable[P, None]:
         """Let rank 0 alone make a call, and all ranks raise which of `outcomes` it raises there.
 
-        The word goes through the CPUs: waiting for it waits for no device.
+        every: the ranks meet for it at each so many calls only. The word goes through the CPUs:
+        waiting for it waits for no device.
         """
         if self.size == 1:
             return call
+        calls = 0
+        found: Exception | None = None  # rank 0's, until the ranks meet
 
         def call_on_first(*arguments: P.args, **named: P.kwargs) -> None:
-            raised: Exception | None = None
-            if self.is_first:
+            nonlocal calls, found
+            calls += 1
+            if self.is_first and found is None:
                 try:
                     call(*arguments, **named)
                 except outcomes as error:
-                    raised = error
+                    found = error
+            if calls % every:
+                return
+            raised, found = found, None
             code = torch.tensor(0 if raised is None else 1 + outcomes.index(type(raised)))
             # Not a broadcast, which rank 0 would leave without knowing that the others are there.
             dist.all_reduce(code, dist.ReduceOp.MAX)
@@ -105,7 +114,10 @@ class Ranks:
 
     def replicated(self, model: nn.Module) -> nn.Module:
         """Give the module to train with: its gradients are the mean over the ranks."""
-        return model if self.size == 1 else DistributedDataParallel(model)
+        if self.size == 1:
+            return model
+        # Statistics of batch norm are rank 0's where they count: see `buffers_of_first`.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulating(self, replicated: nn.Module) -> AbstractContextManager[None]:
         """Keep gradients to this rank, until a backward pass outside of this block."""
