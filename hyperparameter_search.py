@@ -248,7 +248,7 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
     from writer_search.processes.test_measurement import evaluate_test
 
     plan = search.plan
-    question = TestQuestion(model_file, plan.data, search.runner.threads(), plan.slots[0][:1])
+    question = TestQuestion(model_file, plan.data, search.runner.threads(), search.runner.device())
     return evaluate_test(plan.checkpoint_dir, chosen, question, search.stop)
 
 

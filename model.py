@@ -7,7 +7,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,19 @@ class CosineClassifier(nn.Module):
         return cosines
 
 
+class UncountedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that does not count its batches: nothing is computed from their number.
+
+    On a GPU each count was a kernel of its own, 15 to 36 in a step.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(
+            images, mean, var, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps
+        )
+
+
 class WriterModel(nn.Module):
     """A backbone, a pooling, dropout and a classifier.
 
@@ -214,6 +227,9 @@ class WriterModel(nn.Module):
         super().__init__()
         self.backbone, channels = BUILDERS[backbone](pretrained)
         _to_one_channel(self.backbone)
+        for module in self.backbone.modules():
+            if type(module) is nn.BatchNorm2d and module.momentum is not None:
+                module.__class__ = UncountedBatchNorm2d
         self.pool = POOLINGS[pooling](channels)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale if loss == "cosface" else 1.0
@@ -242,13 +258,25 @@ class WriterModel(nn.Module):
         return embeddings
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.dropout(self.embed(images)))
-        return self.scale * logits.float()
+        embeddings = self.embed(images).float()
+        with without_autocast(images.device):
+            logits: Tensor = self.classifier(self.dropout(embeddings))
+        return self.scale * logits
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Give the parameters that never come pretrained."""
         yield from self.pool.parameters()
         yield from self.classifier.parameters()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in float32 within a computation in bfloat16.
+
+    For the last layer: in bfloat16 a cosine times 32 was off by 0.03 to 0.08, and the logits of the
+    first two writers were equal for 1.7 % of images.
+    """
+    is_needed = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_needed else nullcontext()
 
 
 def for_inference(model: WriterModel) -> WriterModel:

@@ -36,10 +36,11 @@ from writer_search.common.files import write_json
 from writer_search.common.output import lasting_output
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
-from writer_search.config import TrialConfig
+from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig
 from writer_search.flags import parse_train_args
 from writer_search.training.batches import EpochImages, Lines, epoch_order, strip_on
 from writer_search.training.checkpoints import LATEST, PREVIOUS, Checkpoints, load_model, save_model
+from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.evaluation import evaluate
 from writer_search.training.metrics import Metrics
 from writer_search.training.optimisation import (
@@ -84,6 +85,7 @@ def train(
     micro_batch: int | None = None,
     last_epoch: int | None = None,
     ranks: Ranks = ALONE,
+    sharing: int = 1,
 ) -> Metrics | None:
     """Train one configuration and return the best epoch's validation metrics.
 
@@ -97,7 +99,7 @@ def train(
     learning rates of the whole. Without validation lines all epochs are trained, no epoch is the
     best, and None is returned. `ranks` are the processes that train this trial together, each
     calling this function: rank 0 alone reports, checks and writes, and what `report` or `check`
-    raise there is raised on all.
+    raise there is raised on all. `sharing` is how many trials share the device.
 
     Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
     metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
@@ -105,7 +107,7 @@ def train(
     trial_dir.mkdir(parents=True, exist_ok=True)
     report = ranks.shared(report, Pruned, Stopped)
     place = torch.device(device)
-    strip = strip_on(data, place)
+    strip = strip_on(data, place, sharing)
     training, validation = (Lines.of(data, split, strip, place) for split in ("train", "val"))
     state = TrainingState.start(config, len(data.writers), place, ranks)
     steps = steps_per_epoch(config, len(training))
@@ -139,7 +141,7 @@ def saving(check: Check, checkpoints: Checkpoints, state: TrainingState) -> Chec
         check(progress)
         return checkpoints.is_due(state.epoch, state.step)
 
-    is_due = state.ranks.shared(check_and_ask, Stopped)
+    is_due = state.ranks.shared(check_and_ask, Stopped, every=STEPS_BETWEEN_RANKS)
 
     def check_and_save(progress: float) -> None:
         if is_due(progress):
@@ -468,7 +470,9 @@ def retrain_command(args: argparse.Namespace, stop: StopSignals) -> int:
     )
     try:
         retrain(wanted, stop, train)
-    except (DivergedError, torch.OutOfMemoryError) as error:
+    except (DivergedError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, DivergedError) and not is_out_of_memory(error):
+            raise
         print(f"error: the training failed: {one_line(error)}", file=sys.stderr)
         return EXIT_INCOMPLETE
     return EXIT_OK

@@ -87,7 +87,8 @@ class Bench:
         place = places(self.lines, line, offsets)
         self.windows = len(line)
         parts = torch.split(
-            torch.arange(self.windows, device=line.device), evaluation.EVALUATION_BATCH
+            torch.arange(self.windows, device=line.device),
+            evaluation.windows_at_once(self.lines.device),
         )
         self.resident = [gather(self.lines, place[part], config.crop_width) for part in parts]
 

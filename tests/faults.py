@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
@@ -196,18 +197,74 @@ def always_out_of_memory(connection: Connection, job: Any) -> None:
 
 
 def on_fake_gpu(connection: Connection, job: Any) -> None:
-    """Train on the CPU in a GPU's place; one that is called broken or dying fails at the start."""
+    """Train on the CPU in a GPU's place.
+
+    One that is called broken or dying fails at the start, exclusive has room for one process, sick
+    fails in the second epoch. Where trial_dir's search has a file `cat`, trial 0 fails on all.
+    States are saved before each batch.
+    """
+    import torch
+
     from writer_search.processes import child as worker
+    from writer_search.training.checkpoints import Checkpoints, SaveTimes
+
+    save = Checkpoints.save
+
+    def save_and_wait(files: Checkpoints, contents: Any, **_: Any) -> None:
+        save(files, contents, at_once=True)
+
+    SaveTimes.is_due = lambda times: True  # type: ignore[method-assign,assignment]
+    Checkpoints.save = save_and_wait  # type: ignore[method-assign]
+
+    def check(line: Any, progress: float) -> None:
+        by_cat = job.trial_dir.name == "trial_000" and (job.trial_dir.parent / "cat").exists()
+        if progress > 1 and (job.gpu.startswith("sick") or by_cat):
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        real_check(line, progress)
+
+    real_check = worker.SearchLine.check
+    worker.SearchLine.check = check  # type: ignore[method-assign]
 
     def open_device(gpu: str) -> str:
+        if gpu.startswith("exclusive"):
+            try:
+                locked.append(os.open(job.trial_dir.parent / "gpu.lock", os.O_CREAT | os.O_RDWR))
+                fcntl.flock(locked[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise worker.DeviceError(gpu, "CUDA-capable device(s) is/are busy") from None
         if gpu.startswith("broken"):
             raise worker.DeviceError(gpu, "RuntimeError: CUDA error: initialization error")
         if gpu.startswith("dying"):
             os.kill(os.getpid(), signal.SIGSEGV)
         return "cpu"
 
+    locked: list[int] = []
     worker.open_device = open_device
     worker.run_trial(connection, job)
+
+
+def name_fake_device(connection: Connection, entry: str) -> None:
+    """Answer as a GPU of this name would; the driver of one that is called old is too old."""
+    from writer_search.processes.child import DeviceError
+
+    def open_device(gpu: str) -> str:
+        if gpu.startswith(("old", "full")):
+            why = "driver too old" if gpu.startswith("old") else "CUDA error: out of memory"
+            raise DeviceError(gpu, why)
+        if gpu.startswith("dying"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if gpu.startswith("hanging"):
+            time.sleep(600)
+        return "cuda"
+
+    machine.open_device = open_device
+    machine.torch.cuda.is_bf16_supported = lambda **_: not entry.endswith("V100")  # type: ignore[assignment]
+    machine.torch.cuda.get_device_name = lambda number: f"the {entry}"  # type: ignore[assignment]
+    machine.name_device(connection, entry)
+
+
+def list_fake_devices(connection: Connection, entries: Any) -> None:
+    connection.send(("devices", {"entries": entries}))
 
 
 def signal_itself(connection: Connection, job: Any) -> None:

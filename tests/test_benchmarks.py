@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     cache,
     epoch,
+    operations,
     record_trials,
     search_efficiency,
     study_scale,
@@ -55,6 +56,12 @@ def test_validation(result: Any) -> None:
     found = result(validation, *LINES, *("--backbones", "tiny", "--rounds", "1", "--workers", "0"))
     assert found["ratio"] > 0
     assert found["cpu_ratio"] > 0
+
+
+def test_operations(result: Any) -> None:
+    found = result(operations, *LINES, "--backbones", "tiny")
+    assert found["step_tiny"] > found["validation_tiny"] > 10
+    assert found["average_tiny"] == 1
 
 
 @pytest.mark.slow

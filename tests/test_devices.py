@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from faults import RealChild
 from test_search import Run, run, trials_of
 
 from writer_search.common.errors import UserError
+from writer_search.processes import machine, parent, questions
 from writer_search.processes import runner as runner_module
 from writer_search.processes.devices import Devices, divide, visible_entries
 from writer_search.processes.machine import _visible_gpus
+from writer_search.processes.messages import Gpu
 from writer_search.study import preparation
 from writer_search.study.store import open_study
+from writer_search.training.repeat import device_like
 
 __all__ = ["run"]  # the fixture
 
@@ -145,6 +149,185 @@ def test_failing_gpu_is_set_aside_and_its_trials_run_on_another(
     assert f"warning: GPU {bad} failed 2 times in a row and is set aside: " in problems
     assert cause in problems
     assert f"trial   0 | GPU {bad} failed at the start: " in printed
+
+
+def test_gpu_on_which_a_trial_runs_is_not_set_aside_for_another(
+    on_gpus: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, started = on_gpus(["exclusive"], "--n_jobs", "2", n_trials="4")
+    assert code == 0
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE"] * 4
+    printed, problems = capfd.readouterr()
+    assert problems == ""
+    assert "GPU exclusive has no room beside the trials there" in printed
+    assert len(started.on["exclusive"]) > 4
+
+
+def test_trial_goes_on_elsewhere_when_its_gpu_fails(
+    on_gpus: Any, run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, started = on_gpus(["sick", "good"], n_trials="4", epochs="3")
+    assert code == 0
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE"] * 4
+    assert len(started.on["sick"]) == 2, "no third trial starts there"
+    printed, problems = capfd.readouterr()
+    assert problems.count("\n") == 1
+    assert "warning: GPU sick failed under 2 trials and is set aside: AcceleratorError" in problems
+    assert "trial   0 | GPU sick failed, the trial starts again" in printed
+    assert printed.count("trial   0 | epoch  1/3") == 1, "the first epoch is not trained again"
+    own = json.loads((tmp_path / "c" / "trial_000" / "config.json").read_text())
+    assert own["device"] == "good"
+
+
+def test_trial_that_fails_on_two_gpus_is_at_fault_itself(
+    on_gpus: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "cat").touch()
+    code, started = on_gpus(["good", "fine"], n_trials="3", epochs="3")
+    assert code == 0
+    states = [state for _, state, _ in trials_of(tmp_path / "c")]
+    assert states == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert started.on["good"].count(0) == started.on["fine"].count(0) == 1
+    assert "set aside" not in capfd.readouterr().err
+    log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
+    assert "cause:  AcceleratorError: CUDA error: unspecified launch failure" in log
+
+
+def test_the_only_gpu_is_sick(
+    on_gpus: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = on_gpus(["sick"], n_trials="9", epochs="3")
+    assert code == 3
+    assert "error: no device is left: GPU sick: AcceleratorError" in capfd.readouterr().err
+    assert len(trials_of(tmp_path / "c")) == 2
+
+
+def test_what_is_noted_against_a_gpu() -> None:
+    devices = Devices([("a",), ("b",), ("a",)])
+    assert not devices.faulted("a", 1, "ECC")
+    assert devices.free([]) == 1, "one without failures first"
+    assert devices.free([], {"b"}) == 0
+    assert devices.free([1], {"a"}) is None, "it waits for the other one"
+    devices.worked(["a"])
+    assert not devices.faulted("a", 2, "ECC")
+    devices.forgive(2)
+    assert not devices.faulted("a", 3, "ECC")
+    assert not devices.faulted("a", 3, "ECC"), "twice under the same trial is no evidence"
+    devices.full("b")
+    assert devices.free([], {"a"}) is None
+    devices.ended(["b"])
+    assert devices.free([], {"a"}) == 1
+    assert devices.faulted("a", 4, "ECC")
+    assert devices.usable == [1]
+    assert devices.free([], {"b"}) == 1, "there is no other one"
+    assert [devices.sharing(number) for number in range(3)] == [2, 1, 2]
+    assert Devices([(), ()]).sharing(0) == 1
+
+
+# ------------------------------------------------------------------------- before the first trial
+
+
+@pytest.fixture
+def gpus_found(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def find(*entries: str, device: str = "auto") -> Any:
+        def start(work: str, argument: Any) -> RealChild:
+            name = work.rpartition(":")[2]
+            if name == "list_devices":
+                return RealChild("faults:list_fake_devices", entries)
+            return RealChild("faults:name_fake_device", argument)
+
+        monkeypatch.setattr(questions, "ChildProcess", start)
+        return questions.find_gpus(device)
+
+    return find
+
+
+def test_each_gpu_is_opened_and_named_by_a_process_of_its_own(gpus_found: Any) -> None:
+    found, warnings = gpus_found("MIG-a", "V100", "GPU-c")
+    assert found == (
+        Gpu("MIG-a", "the MIG-a", True),
+        Gpu("V100", "the V100", False),
+        Gpu("GPU-c", "the GPU-c", True),
+    )
+    assert warnings == []
+    assert machine._precision("resnet18", found) == "float32"
+    assert machine._precision("resnet18", found[::2]) == "bfloat16"
+
+
+def test_gpus_that_do_not_open_are_left_out(
+    gpus_found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "OPEN_SECONDS", 3.0)
+    found, warnings = gpus_found("dying", "good", "old", "hanging")
+    assert [gpu.entry for gpu in found] == ["good"]
+    assert warnings == [
+        "GPU dying cannot be used and is left out: killed by SIGSEGV",
+        "GPU old cannot be used and is left out: driver too old",
+        "GPU hanging cannot be used and is left out: no answer within 3 s",
+    ]
+
+
+def test_without_a_gpu_that_opens_auto_is_the_cpu(gpus_found: Any) -> None:
+    assert gpus_found("old", device="cpu") == ((), [])
+    why = "no GPU can be used, the search runs on the CPU: GPU old: driver too old"
+    assert gpus_found("old") == ((), [why])
+    with pytest.raises(UserError, match="--device cuda: GPU old: driver too old; mend"):
+        gpus_found("old", device="cuda")
+    with pytest.raises(UserError, match="GPU full: CUDA error: out of memory; mend or free it"):
+        gpus_found("old", "full")
+
+
+def test_mig_instances_do_not_train_one_trial_together() -> None:
+    for gpus, names in ((["MIG-a", "MIG-b"], []), (["0", "1"], ["A100", "A100 MIG 1g.5gb"])):
+        assert len(divide(gpus, None, 1, names)) == 2
+        with pytest.raises(UserError, match="--gpus_per_trial 2: instances of a GPU"):
+            divide(gpus, None, 2, names)
+
+
+def test_retraining_takes_the_cpu_where_the_gpu_does_not_open(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch of tests has no CUDA: a GPU that is counted does not open."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device_like("auto", on_gpu=True) == torch.device("cpu")
+    assert "warning: the trial had a GPU, here it cannot be used" in capfd.readouterr().err
+    with pytest.raises(UserError, match="--device cuda:0: it cannot be used"):
+        device_like("cuda:0", on_gpu=False)
+
+
+def test_the_test_split_is_measured_where_a_device_works() -> None:
+    class Working(runner_module.Runner):
+        def __init__(self) -> None:
+            self.devices = Devices([("a", "b"), ("c", "d")])
+            self._plan: Any = SimpleNamespace(slots=[("a", "b"), ("c", "d")])
+
+    runner = Working()
+    assert runner.device() == ("a",)
+    runner.devices.set_aside["b"] = "cold"
+    assert runner.device() == ("c",)
+    runner.devices.set_aside["c"] = "cold"
+    assert runner.device() == ()
+
+
+def test_process_that_outlives_sigkill_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unkillable:
+        exitcode, kills = None, 0
+
+        def join(self, seconds: float) -> None:
+            assert seconds < 1
+
+        def kill(self) -> None:
+            self.kills += 1
+
+    child = RealChild("faults:hang", None)
+    real, child._process = child._process, Unkillable()  # type: ignore[assignment]
+    monkeypatch.setattr(parent, "UNKILLABLE_SECONDS", 0.1)
+    code = child.end(0.1)
+    real.kill()
+    real.join()
+    assert code is None
+    assert "hangs in a driver" in parent.exit_text(code)
 
 
 def test_no_gpu_left_stops_with_the_cause(

@@ -241,6 +241,18 @@ def test_cosface_logits_are_scaled_cosines() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("loss", ["cross_entropy", "cosface"])
+def test_logits_are_not_rounded_to_bfloat16(loss: str) -> None:
+    torch.manual_seed(0)
+    model = WriterModel("tiny", 9, loss=loss).eval()
+    images = torch.randn(8, 1, 16, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        embeddings, logits = model.embed(images), model(images)
+    wanted = model.classifier(embeddings.float()) * model.scale
+    assert torch.equal(logits, wanted.detach())
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_scale_acts_with_cosface_alone() -> None:
     torch.manual_seed(0)
     model = WriterModel("tiny", WRITERS, scale=20.0).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -297,10 +298,12 @@ class Scripted:
         (([("report", {})], None), "died", "rank 0: hung"),
     ],
 )
+@pytest.mark.parametrize("word", ["lost", "SIGABRT"])
 def test_word_that_another_rank_is_lost_is_traced_to_it(
     others: tuple[list[processes.Message], int | None],
     kind: str,
     cause: str | None,
+    word: str,
     config: TrialConfig,
     data: LineSet,
     tmp_path: Path,
@@ -309,8 +312,12 @@ def test_word_that_another_rank_is_lost_is_traced_to_it(
     monkeypatch.setattr(processes, "LAST_WORDS_SECONDS", 0.1)
     ranks = [
         Scripted(*others),
-        Scripted([("lost", {"cause": Cause(Kind.OTHER, "rank 1: alone")})], 0),
+        Scripted([("lost", {"cause": Cause(Kind.OTHER, "rank 1: alone")})], 0)
+        if word == "lost"
+        else Scripted([], -signal.SIGABRT),  # NCCL's watchdog ends a rank that waits in vain
     ]
+    if word == "SIGABRT" and cause == "rank 1: alone":
+        kind, cause = "died", "rank 1: killed by SIGABRT"
     waiting = iter(ranks)
     job = processes.Job(config, data, tmp_path, 1, ranks=2)
     group = processes.TrialProcesses(job, lambda work, job: next(waiting))  # type: ignore[arg-type, return-value]
@@ -339,3 +346,26 @@ def test_ranks_are_told_only_what_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert Ranks(0, 2).shared(lambda: True, ValueError)() is True
     assert Ranks(0, 2).shared(lambda: False, ValueError)() is False
     assert sent == [3, 0, 1, 0]
+
+
+def test_ranks_meet_at_every_fourth_check_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def check(number: int) -> None:
+        called.append(number)
+        if number == 5:
+            raise KeyError
+
+    sent: list[int] = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda code, op: sent.append(int(code)))
+    first = Ranks(0, 2).shared(check, KeyError, every=4)
+    for number in range(7):
+        first(number)
+    assert sent == [0]
+    with pytest.raises(KeyError):
+        first(7)
+    assert sent == [0, 2]
+    assert called == [0, 1, 2, 3, 4, 5], "once it has raised, it waits for the others"
+    for number in range(8, 12):
+        first(number)
+    assert sent == [0, 2, 0]

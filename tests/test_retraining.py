@@ -17,6 +17,7 @@ import torch
 from test_train import assert_same_weights, weights_of
 
 import hyperparameter_search
+import train as train_module
 from data import SPLITS, LineSet
 from train import main
 from writer_search.common.environment import training_environment
@@ -129,6 +130,34 @@ def test_stopped_training_goes_on(
     assert printed.startswith("Going on with the configuration of ")
     assert_same_weights(broken / "final_model.pth", whole / "final_model.pth")
     assert history_of(broken) == history_of(whole)
+
+
+def test_training_that_is_out_of_memory_goes_on_with_fewer_images(
+    search: Path,
+    lines_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    step = train_module.training_step
+
+    def limited(state: Any, *arguments: Any) -> Any:
+        *_, micro_batch, batch = arguments
+        if state.epoch == 1 and (micro_batch or batch) > room:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return step(state, *arguments)
+
+    monkeypatch.setattr(train_module, "training_step", limited)
+    room = 4
+    assert again(search / "trial_000", lines_root, tmp_path / "again") == 0
+    assert "out of memory: goes on with 4 images at once\n" in capfd.readouterr().out
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["micro_batch"] == 4
+    before = history_of(search / "trial_000")[0]
+    assert history_of(tmp_path / "again")[0] == before, "no epoch is trained twice"
+    room = 3
+    assert again(search / "trial_000", lines_root, tmp_path / "more") == 1
+    problems = capfd.readouterr().err
+    assert problems == "error: the training failed: CUDA error: out of memory\n"
 
 
 def test_final_model_trains_on_validation_lines_and_claims_nothing(

@@ -31,18 +31,21 @@ from hyperparameter_search import main
 from train import TrainingState, training_step
 from writer_search.common import environment, locks
 from writer_search.config import TrialConfig
+from writer_search.processes import child as child_module
 from writer_search.processes import fork_server, messages
 from writer_search.processes import parent as processes
 from writer_search.processes import runner as runner_module
+from writer_search.processes.causes import Kind
 from writer_search.results.rows import Row, read_history
 from writer_search.study import draws, recorder, recovery
 from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 from writer_search.study.weights import remove_weights
+from writer_search.training.device_errors import is_device_fault, is_out_of_memory
 
 __all__ = ["run"]  # the fixture
 
-QUESTION = messages.MachineQuestion("cpu", "none", ("tiny",), False, 1)
+QUESTION = messages.MachineQuestion((), "none", ("tiny",), False, 1)
 
 
 @pytest.fixture
@@ -293,6 +296,41 @@ def test_what_was_at_once_is_halved(
 ) -> None:
     job = processes.Job(config, data, tmp_path, 1, micro_batch=micro_batch)
     assert runner_module.smaller_batch(job, at_once) == half
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory", "is_fault"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True, False),
+        (MemoryError(), True, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True, False),
+        (
+            RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            True,
+            False,
+        ),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True, False),
+        (
+            RuntimeError("FIND was unable to find an engine to execute this"),
+            True,
+            False,
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True, False),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), False, True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False, True),
+        (RuntimeError("the cat is on the keyboard"), False, False),
+        (ValueError("out of memory"), False, False),
+    ],
+)
+def test_errors_of_devices_are_told_apart(
+    error: Exception, is_memory: bool, is_fault: bool, config: TrialConfig, data: LineSet
+) -> None:
+    assert is_out_of_memory(error) == is_memory
+    assert is_device_fault(error) == is_fault
+    job = messages.Job(config, data, Path("trial_000"), 1)
+    kind, content = child_module._outcome(error, job)
+    assert (kind == "failed" and content["cause"].kind is Kind.OUT_OF_MEMORY) == is_memory
 
 
 def test_out_of_memory_with_four_images_fails(

@@ -173,3 +173,13 @@ def check_value(name: str, value: Value, rule: Rule) -> None:
 
 
 # ------------------------------------------------------------------- --fix and --space of the user
+
+
+STEPS_BETWEEN_RANKS = 4  # before ranks hear whether to go on
+SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
+
+
+def half_batch(images: int) -> int | None:
+    """Give half of the images that are on a device at once; None when that is too little."""
+    half = images // 2
+    return half if half >= SMALLEST_BATCH else None

@@ -32,6 +32,7 @@ from writer_search.processes.messages import (
     TestQuestion,
     obey_in_thread,
 )
+from writer_search.training.device_errors import is_device_fault, is_out_of_memory
 from writer_search.training.evaluation import windows_at_once
 from writer_search.training.metrics import Metrics
 from writer_search.training.outcomes import IN_VALIDATION, DivergedError, Pruned, Stopped
@@ -133,6 +134,7 @@ def _train(job: Job, line: SearchLine) -> Metrics | None:
         continue_from=job.continue_from,
         micro_batch=job.micro_batch,
         ranks=ranks,
+        sharing=job.sharing,
     )
 
 
@@ -183,24 +185,22 @@ def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
     print(text, file=sys.stderr, flush=True)
     if isinstance(error, DeviceError):
         return "device_failed", {"gpu": error.gpu, "cause": error.cause, "traceback": text}
+    if is_device_fault(error) and job.gpu is not None:
+        said = one_line(f"{type(error).__name__}: {error}")
+        return "device_fault", {"gpu": job.gpu, "cause": said, "traceback": text}
     cause = of_error(error, one_line(f"{type(error).__name__}: {error}"), text)
     if isinstance(error, DivergedError):
         cause = Cause(Kind.NOT_FINITE, one_line(error.what), error.epoch, traceback=text)
-    elif _is_out_of_memory(error):
+    elif is_out_of_memory(error):
         cause = Cause(Kind.OUT_OF_MEMORY, f"out of memory: {one_line(error)}", traceback=text)
     if job.ranks > 1:
         cause = replace(cause, text=f"rank {job.rank}: {cause.text}")
     if is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY:
         return "lost", {"cause": cause}
+    device = torch.device("cpu" if job.gpu is None else "cuda")
     if IN_VALIDATION in getattr(error, "__notes__", ()):
-        return "failed", {"cause": cause, "at_once": windows_at_once(job.micro_batch)}
+        return "failed", {"cause": cause, "at_once": windows_at_once(device, job.micro_batch)}
     return "failed", {"cause": cause}
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell a device, or a host, that has no memory left for this batch."""
-    host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @contextlib.contextmanager

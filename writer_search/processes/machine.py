@@ -15,8 +15,10 @@ from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.config import BACKBONES
+from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
 from writer_search.processes.messages import (
+    Gpu,
     MachineQuestion,
     Message,
     obey_in_thread,
@@ -37,18 +39,18 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
 
 
 def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
-    gpus = _visible_gpus(question.device)
+    gpus = question.gpus
     tier = "gpu" if gpus else "cpu"
     weights, why = _decide_weights(question, tier)
     backbones = question.backbones or BACKBONES_BY_TIER[tier, weights == "imagenet"]
     return {
-        "gpus": gpus,
-        "device_names": [torch.cuda.get_device_name(i) for i in range(len(gpus))],
+        "gpus": [gpu.entry for gpu in gpus],
+        "device_names": [gpu.name for gpu in gpus],
         "tier": tier,
         "weights": weights,
         "weights_why": why,
         "precision": {
-            name: _faster_precision(name, tier) for name in (backbones if question.measure else ())
+            name: _precision(name, gpus) for name in (backbones if question.measure else ())
         },
         "versions": {
             "torch": torch.__version__,
@@ -56,6 +58,30 @@ def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
             "cuda": torch.version.cuda if gpus else None,
         },
     }
+
+
+def list_devices(connection: Connection, device: str) -> None:
+    """Send ("devices", …) or ("mistake", …): what CUDA counts, which it may be unable to use."""
+    obey_in_thread(connection, lambda order: None)
+    try:
+        answer: Message = ("devices", {"entries": _visible_gpus(device)})
+    except UserError as error:
+        answer = ("mistake", {"cause": str(error)})
+    with contextlib.suppress(OSError):
+        connection.send(answer)
+
+
+def name_device(connection: Connection, entry: str) -> None:
+    """Send ("gpu", …) of a device that this process can compute on, or ("failed", …)."""
+    obey_in_thread(connection, lambda order: None)
+    try:
+        open_device(entry)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        answer: Message = ("gpu", {"gpu": Gpu(entry, torch.cuda.get_device_name(0), native)})
+    except DeviceError as error:
+        answer = ("failed", {"cause": error.cause})
+    with contextlib.suppress(OSError):
+        connection.send(answer)
 
 
 def _visible_gpus(device: str) -> list[str]:
@@ -73,8 +99,10 @@ def _visible_gpus(device: str) -> list[str]:
     entries = visible_entries(os.environ.get("CUDA_VISIBLE_DEVICES"), count)
     if ":" in device:
         number = int(device.partition(":")[2])
-        if number >= count:
-            raise UserError(f"--device {device}: there are {count} CUDA device(s), from cuda:0")
+        if number >= len(entries):
+            raise UserError(
+                f"--device {device}: there are {len(entries)} CUDA device(s), from cuda:0"
+            )
         return [entries[number]]
     return entries
 
@@ -99,6 +127,13 @@ def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
             "search with --weights none or other backbones"
         )
     return "none", why
+
+
+def _precision(backbone: str, gpus: tuple[Gpu, ...]) -> str:
+    """Decide a backbone's precision here, by what each GPU has said, or measured on the CPU."""
+    if not gpus:
+        return _faster_precision(backbone, "cpu")
+    return "bfloat16" if all(gpu.bfloat16 for gpu in gpus) else "float32"
 
 
 def _faster_precision(backbone: str, tier: str) -> str:

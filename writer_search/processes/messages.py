@@ -28,10 +28,19 @@ Message = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class MachineQuestion:
-    """What the search wants to know before its first trial; see `child.answer_question`."""
+class Gpu:
+    """A GPU that a process of its own has opened."""
 
-    device: str  # auto, cpu, cuda or cuda:N
+    entry: str  # of CUDA_VISIBLE_DEVICES
+    name: str
+    bfloat16: bool  # in hardware
+
+
+@dataclass(frozen=True)
+class MachineQuestion:
+    """What the search wants to know before its first trial; see `machine.answer_question`."""
+
+    gpus: tuple[Gpu, ...]  # none: the CPU
     weights: str  # auto, imagenet or none
     backbones: tuple[str, ...] | None  # None: the tier's own
     measure: bool  # whether to find out the faster precision of each
@@ -45,6 +54,7 @@ class Job:
     gpus: entries of CUDA_VISIBLE_DEVICES; none: the CPU.   micro_batch: images on a device at once.
     continue_from: the trial directory whose checkpoint to go on from.   ranks: processes that train
     the trial together; this is for number `rank`. They meet at `port`, where rank 0 has `listener`.
+    sharing: trials that may share a GPU.
     """
 
     config: TrialConfig
@@ -58,6 +68,7 @@ class Job:
     rank: int = 0
     port: int = 0
     listener: socket.socket | None = None
+    sharing: int = 1
     gives_way: bool = False  # to other programs: it goes on with fewer threads where these wait
 
     @property

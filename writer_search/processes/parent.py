@@ -3,13 +3,14 @@
 Children are forked from a fork server that has torch imported and no device touched, so that one
 starts in hundredths of a second and a broken one takes nothing with it. A pipe joins each to the
 search process. Up go `(kind, content)` messages: started, progress, report, threads, done, pruned,
-stopped, failed, device_failed, lost, died. Down go the orders CONTINUE, PRUNE, STOP
+stopped, failed, device_failed, device_fault, lost, died. Down go the orders CONTINUE, PRUNE, STOP
 and THREADS. This file imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.process
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from writer_search.processes.causes import Cause, Kind
 from writer_search.processes.fork_server import _context, _work, start_fork_server
 from writer_search.processes.messages import UNDER_WAY, Job, Message
 
+UNKILLABLE_SECONDS = 10.0  # after SIGKILL, before a process is left to the kernel
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 
 STARTS = 3  # of one process, before it is given up
@@ -80,13 +82,19 @@ class ChildProcess:
             os.kill(self.pid, signal.SIGQUIT)
 
     def end(self, seconds: float = 10.0) -> int | None:
-        """Wait for the child's end, killing it after `seconds`; give its exit code (-signal)."""
+        """Wait for the child's end, killing it after `seconds`; give its exit code (-signal).
+
+        None where it does not end even so: it hangs in a driver, and the kernel ends it afterwards.
+        """
         self._process.join(seconds)
         if self._process.exitcode is None:
             self._process.kill()
-            self._process.join()
+            self._process.join(UNKILLABLE_SECONDS)
         self.connection.close()
         code = self._process.exitcode
+        if code is None:  # this program's own end is not to wait for it either
+            multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+            return None
         self._process.close()
         return code
 
@@ -158,7 +166,9 @@ class TrialProcesses:
                 return "device_failed", {"gpu": job.gpu, "cause": exit_text(code)}
             kind = Kind.KILLED if code == -signal.SIGKILL else Kind.OTHER
             cause = Cause(kind, self._named(rank, exit_text(code)))
-            return "died", {"cause": cause, "log": job.log}
+            # NCCL ends a rank that has waited for another one for too long.
+            was_waiting = code == -signal.SIGABRT and len(self._jobs) > 1
+            return "lost" if was_waiting else "died", {"cause": cause, "log": job.log}
         if message[0] == "started":
             self._started.add(rank)
         elif rank == 0 and message[0] not in UNDER_WAY:
@@ -183,7 +193,7 @@ class TrialProcesses:
             child.end(LAST_WORDS_SECONDS)
             hung = self._named(other, "hung: the other ranks waited for it in vain")
             return "died", {"cause": Cause(Kind.OTHER, hung), "log": self._jobs[other].log}
-        return "failed", lost
+        return "died" if "log" in lost else "failed", lost
 
     def _named(self, rank: int, text: str) -> str:
         return text if len(self._jobs) == 1 else f"rank {rank}: {text}"
@@ -191,9 +201,11 @@ class TrialProcesses:
 
 def exit_text(code: int | None) -> str:
     """Say how a process that left no word ended."""
+    if code is None:
+        return "did not end, not even by SIGKILL: it hangs in a driver"
     if code == -signal.SIGKILL:
         return "killed by SIGKILL (by hand, or by the system's out-of-memory killer)"
-    if code is not None and code < 0:
+    if code < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code} without a word"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from writer_search.common.text import one_line
-from writer_search.config import TrialConfig
+from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig, half_batch
 from writer_search.processes.causes import (
     JOB_ENDS,
     STOPS,
@@ -21,7 +21,7 @@ from writer_search.processes.causes import (
     Kind,
     of_error,
 )
-from writer_search.processes.devices import STARTS_IN_A_ROW, Devices
+from writer_search.processes.devices import FAULTS, STARTS_IN_A_ROW, Devices, Slot
 from writer_search.processes.messages import STOP, THREADS, Job
 from writer_search.processes.parent import ChildProcess, TrialProcesses
 from writer_search.processes.plan import Plan
@@ -30,7 +30,6 @@ from writer_search.results.progress import Progress
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
 CALM_SECONDS = 30.0  # after threads had to wait; twice as long each time
 # A trial that was told to stop and has not ended by then is killed; longer where its batches are.
 STOP_SECONDS = 20.0
@@ -61,6 +60,9 @@ class RunningTrial:
     killed: bool = False
     heard: float = math.inf  # when it last said anything, since it has trained
     slowest: float = 0.0  # the longest time between two messages: a batch, or a validation
+
+    opened: set[str] = field(default_factory=set)  # GPUs that its processes have opened
+    faulted: set[str] = field(default_factory=set)  # GPUs that failed under it
 
     @property
     def number(self) -> int:
@@ -121,6 +123,18 @@ class Runner:
     def has_room(self) -> bool:
         return self.devices.free(self.running) is not None
 
+    def next_displaced(self) -> RunningTrial | None:
+        """Give the first trial off its GPU for which there is room on another one."""
+        rooms = (
+            r for r in self.displaced if self.devices.free(self.running, r.faulted) is not None
+        )
+        return next(rooms, None)
+
+    def device(self) -> Slot:
+        """Give the device for one process after the trials: a GPU that works, or none: the CPU."""
+        usable = self.devices.usable
+        return self._plan.slots[usable[0]][:1] if usable else ()
+
     def connections(self) -> dict[Connection, RunningTrial]:
         """Give what becomes readable when a trial has said something."""
         return {pipe: r for r in self.running.values() for pipe in r.child.connections}
@@ -141,6 +155,7 @@ class Runner:
             plan.slots[slot],
             continue_from,
             ranks=plan.ranks,
+            sharing=self.devices.sharing(slot),
             # Ranks wait for one another: fewer threads in one would not help.
             gives_way=plan.cores is not None and plan.ranks == 1,
         )
@@ -150,9 +165,14 @@ class Runner:
         self.running[slot] = running
 
     def restart(self, running: RunningTrial) -> None:
-        """Start a trial again on a free slot, as its GPU failed before it began. OSError."""
-        running.slot, running.started = self._free_slot(), time.monotonic()
-        running.job = replace(running.job, gpus=self._plan.slots[running.slot])
+        """Start a trial again on a free slot, as its GPU failed. Raises OSError."""
+        self.displaced.remove(running)
+        running.slot, running.started = self._free_slot(running.faulted), time.monotonic()
+        running.job = replace(
+            running.job,
+            gpus=self._plan.slots[running.slot],
+            sharing=self.devices.sharing(running.slot),
+        )
         self.running[running.slot] = running
         self._start_again(running)
 
@@ -160,15 +180,20 @@ class Runner:
         """Start a trial's process anew, as its job now says."""
         running.threads = running.job.threads
         running.heard = math.inf
+        running.opened.clear()
         try:
             self._write_config(running.trial, running.job)
             running.child = TrialProcesses(running.job, ChildProcess)
         except OSError:
-            del self.running[running.slot]
+            self._remove(running)
             raise
 
-    def _free_slot(self) -> int:
-        slot = self.devices.free(self.running)
+    def _remove(self, running: RunningTrial) -> None:
+        del self.running[running.slot]
+        self.devices.ended(running.job.gpus)
+
+    def _free_slot(self, avoided: Collection[str] = ()) -> int:
+        slot = self.devices.free(self.running, avoided)
         assert slot is not None, "the loop has asked for room"
         return slot
 
@@ -226,6 +251,7 @@ class Runner:
         running.slowest = max(running.slowest, now - running.heard)
         if kind == "started":
             self.devices.started(content["gpu"])
+            running.opened.update({content["gpu"]} - {None})
         elif kind == "progress":
             running.heard = now
             running.progress = content["progress"]
@@ -249,7 +275,7 @@ class Runner:
 
     def _end(self, running: RunningTrial, kind: str, content: dict[str, Any]) -> News | None:
         """Act on a trial's last message, or on its death without one."""
-        may_restart = running.stop_cause is None
+        may_restart = running.stop_cause is None and not running.pruned
         if kind == "failed" and may_restart and content["cause"].kind is Kind.OUT_OF_MEMORY:
             smaller = smaller_batch(running.job, content.get("at_once"))
             if smaller is not None:
@@ -261,7 +287,12 @@ class Runner:
         if kind == "device_failed" and may_restart:
             self._leave_device(running, content["gpu"], content["cause"])
             return None
-        del self.running[running.slot]
+        if kind == "device_fault" and may_restart and not self._is_own_fault(running, content):
+            self._leave_sick_device(running, content["gpu"], content["cause"])
+            return None
+        self._remove(running)
+        if kind in ("done", "pruned"):
+            self.devices.worked(running.job.gpus)
         if running.pruned:
             return Pruned()
         if kind == "done":
@@ -272,7 +303,7 @@ class Runner:
         epoch = int(running.progress) + 1  # the one under way
         if kind == "stopped":
             return replace(running.stop_cause or TERMINATED, epoch=epoch)
-        if kind == "device_failed":
+        if kind in ("device_failed", "device_fault"):
             cause = Cause(Kind.OTHER, content["cause"], traceback=content.get("traceback", ""))
         else:
             cause = content["cause"]
@@ -288,13 +319,7 @@ class Runner:
 
         Gradients are accumulated to the same batch; the sampler never learns of it.
         """
-        directory = running.job.trial_dir
-        has_saved = (directory / "latest_checkpoint.pth").exists()
-        running.job = replace(
-            running.job,
-            micro_batch=micro_batch,
-            continue_from=directory if has_saved else running.job.continue_from,
-        )
+        running.job = replace(_going_on(running.job), micro_batch=micro_batch)
         running.trial.set_user_attr("micro_batch", micro_batch)
         self._start_again(running)
         self._progress.line(
@@ -304,18 +329,44 @@ class Runner:
 
     def _leave_device(self, running: RunningTrial, gpu: str, cause: str) -> None:
         """Take a trial off a GPU that failed before the trial began: that is not its fault."""
-        del self.running[running.slot]
-        self.displaced.append(running)
+        self._displace(running)
+        if any(gpu in other.opened for other in self.running.values()):
+            self.devices.full(gpu)
+            self._progress.line(
+                f"trial {running.number:3d} | GPU {gpu} has no room beside the trials there, one "
+                f"of which has to end first: {one_line(cause)}"
+            )
+            return
         self._progress.line(
             f"trial {running.number:3d} | GPU {gpu} failed at the start: {one_line(cause)}"
         )
         if self.devices.failed(gpu, cause):
-            print(
-                f"warning: GPU {gpu} failed {STARTS_IN_A_ROW} times in a row and is set aside: "
-                f"{one_line(cause)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            _warn(f"GPU {gpu} failed {STARTS_IN_A_ROW} times in a row and is set aside: {cause}")
+
+    def _displace(self, running: RunningTrial) -> None:
+        self._remove(running)
+        running.job = _going_on(running.job)
+        self.displaced.append(running)
+
+    def _is_own_fault(self, running: RunningTrial, fault: dict[str, Any]) -> bool:
+        """Tell whether a trial under which a GPU failed has had that before.
+
+        A kernel that reads beyond its data ends as a sick GPU does. On two GPUs it is the trial.
+        """
+        if running.faulted - {fault["gpu"]}:
+            self.devices.forgive(running.number)
+        return bool(running.faulted)
+
+    def _leave_sick_device(self, running: RunningTrial, gpu: str, cause: str) -> None:
+        """Let a trial under which a GPU failed go on from its checkpoint, on another one."""
+        self._displace(running)
+        running.faulted.add(gpu)
+        self._progress.line(
+            f"trial {running.number:3d} | GPU {gpu} failed, the trial starts again: "
+            f"{one_line(cause)}"
+        )
+        if self.devices.faulted(gpu, running.number, cause):
+            _warn(f"GPU {gpu} failed under {FAULTS} trials and is set aside: {cause}")
 
     def no_device(self) -> Cause | None:
         """Say why no device is left; None where one is."""
@@ -337,7 +388,8 @@ class Runner:
             now = time.monotonic()
             slowest = max(running.slowest, now - running.heard)
             running.stop_cause = cause
-            running.kill_at = now + max(STOP_SECONDS, STOP_BATCHES * slowest)
+            batches = STOP_BATCHES + STEPS_BETWEEN_RANKS * (running.job.ranks > 1)
+            running.kill_at = now + max(STOP_SECONDS, batches * slowest)
             running.child.order(STOP)
 
     def drop(self, running: RunningTrial) -> None:
@@ -347,6 +399,7 @@ class Runner:
         elif self.running.pop(running.slot, None) is not None:
             running.child.kill()
             running.child.end()
+            self.devices.ended(running.job.gpus)
 
     def kill_all(self) -> None:
         for running in self.running.values():
@@ -385,8 +438,17 @@ def smaller_batch(job: Job, at_once: int | None = None) -> int | None:
     at_once: how much that was, where it was no batch of the training.
     """
     share = -(-job.config.batch_size // job.ranks)
-    half = (at_once or min(share, job.micro_batch or share)) // 2
-    return half if half >= SMALLEST_BATCH else None
+    return half_batch(at_once or min(share, job.micro_batch or share))
+
+
+def _going_on(job: Job) -> Job:
+    """Let a trial that has saved a state go on from it."""
+    has_saved = (job.trial_dir / "latest_checkpoint.pth").exists()
+    return replace(job, continue_from=job.trial_dir) if has_saved else job
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _end_of(log: Path, lines: int = 30) -> str:

@@ -107,9 +107,11 @@ class Search:
             self.wait_for_news()
 
     def may_start(self) -> bool:
-        if not self.runner.has_room or self.stop.name is not None:
+        if self.stop.name is not None:
             return False
-        return bool(self.runner.displaced) or (self.supply.room > 0 and not self.is_over())
+        if self.runner.next_displaced() is not None:
+            return True
+        return self.runner.has_room and self.supply.room > 0 and not self.is_over()
 
     def is_over(self) -> bool:
         """Tell whether this run starts no more trials, however many are wanted."""
@@ -126,12 +128,13 @@ class Search:
 
     def start_next(self) -> None:
         """Start a trial whose GPU had failed on another one, or ask for the next trial."""
-        if self.runner.displaced:
-            running = self.runner.displaced.pop(0)
+        displaced = self.runner.next_displaced()
+        if displaced is not None:
             try:
-                self.runner.restart(running)
+                self.runner.restart(displaced)
             except OSError as error:
-                self.end_failed(running.trial, of_error(error, one_line(error)), 0, 0.0)
+                cause = of_error(error, one_line(error))
+                self.end_failed(displaced.trial, cause, displaced.epoch, 0.0)
             return
         try:
             trial = self.supply.next()
@@ -288,7 +291,7 @@ class Search:
         for running in self.runner.displaced:
             cause = by_signal(self.stop.name) if self.stop.name else self.runner.no_device()
             assert cause is not None, "a displaced trial is started again where a device is left"
-            self.end_failed(running.trial, cause, 0, 0.0)
+            self.end_failed(running.trial, cause, running.epoch, 0.0)
         self.runner.displaced.clear()
 
     def rescue(self, error: Exception) -> None:

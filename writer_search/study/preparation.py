@@ -116,9 +116,9 @@ def ask_machine(
     ranges: dict[str, Any],
     cores: SharedCores,
 ) -> dict[str, Any]:
-    """Let a child process find out devices, weights and precision. Raises UserError."""
+    """Let child processes find out devices, weights and precision. Raises UserError."""
+    from writer_search.processes import questions
     from writer_search.processes.messages import MachineQuestion
-    from writer_search.processes.parent import ChildProcess
 
     backbones: tuple[str, ...] | None = None
     weights = args.weights
@@ -128,24 +128,10 @@ def ask_machine(
         backbones = backbones_of(narrow(default_space("cpu", False), fix, ranges))
     measure = recorded is None and "precision" not in fix
     threads = asked_threads(os.environ) or min(usable_cores(), cores.left())
-    question = MachineQuestion(args.device, weights, backbones, measure, threads)
-    try:
-        child = ChildProcess("writer_search.processes.machine:answer_question", question)
-    except OSError as error:
-        raise UserError(f"torch cannot be used here: {one_line(error)}") from None
-    try:
-        message = child.receive()
-    except BaseException:
-        child.kill()
-        raise
-    finally:
-        child.end()
-    if message is None:
-        raise UserError("torch cannot be used here; see the messages above")
-    kind, answer = message
-    if kind == "mistake":
-        raise UserError(answer["cause"])
-    return answer
+    gpus, warnings = questions.find_gpus(args.device)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return questions.ask_machine(MachineQuestion(gpus, weights, backbones, measure, threads))
 
 
 def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Plan:
@@ -216,7 +202,7 @@ def make_plan(
     """Divide the machine between the trials that run at once."""
     from writer_search.processes.plan import Plan
 
-    slots = divide(machine["gpus"], args.n_jobs, args.gpus_per_trial)
+    slots = divide(machine["gpus"], args.n_jobs, args.gpus_per_trial, machine["device_names"])
     ranks, asked = args.gpus_per_trial, asked_threads(os.environ)
     smallest = min(smallest_batch(space), data.report["lines"]["train"])
     if ranks > smallest:

@@ -57,15 +57,16 @@ class Lines:
         return len(self.starts)
 
 
-def strip_on(data: LineSet, device: torch.device) -> Tensor:
+def strip_on(data: LineSet, device: torch.device, sharing: int = 1) -> Tensor:
     """Put the strip on the device where it leaves room there for training.
 
     On the CPU it stays mapped, shared by all processes; so does one that is too large for a device,
-    which then gets each batch's crops alone.
+    which then gets each batch's crops alone. sharing: trials on the device, which may start at once
+    and each find all of its memory free.
     """
     strip = torch.from_numpy(data.strip)
     room = free_memory(device)
-    if room is not None and strip.nbytes > STRIP_SHARE * room:
+    if room is not None and strip.nbytes > STRIP_SHARE * room / sharing:
         print(
             f"the lines ({strip.nbytes / 2**30:.1f} GiB) stay on the host: {device} has "
             f"{room / 2**30:.1f} GiB free",

@@ -53,23 +53,32 @@ class Ranks:
     def largest_share(self, batch: int) -> int:
         return -(-batch // self.size)
 
-    def shared(self, call: Callable[P, T], *outcomes: type[Exception]) -> Callable[P, T]:
+    def shared(
+        self, call: Callable[P, T], *outcomes: type[Exception], every: int = 1
+    ) -> Callable[P, T]:
         """Let rank 0 alone make a call, and all ranks raise which of `outcomes` it raises there.
 
-        `call` gives True, False or None; True is given to all.
-        The word goes through the CPUs: waiting for it waits for no device.
+        `call` gives True, False or None; True is given to all.   every: the ranks meet for it at
+        each so many calls only. The word goes through the CPUs: waiting for it waits for no device.
         """
         if self.size == 1:
             return call
+        calls = 0
+        found: Exception | None = None  # rank 0's, until the ranks meet
+        answered = False
 
         def call_on_first(*arguments: P.args, **named: P.kwargs) -> bool:
-            raised: Exception | None = None
-            answer = False
-            if self.is_first:
+            nonlocal calls, found, answered
+            calls += 1
+            if self.is_first and found is None:
                 try:
-                    answer = call(*arguments, **named) is True
+                    answered |= call(*arguments, **named) is True
                 except outcomes as error:
-                    raised = error
+                    found = error
+            if calls % every:
+                return False
+            raised, found = found, None
+            answer, answered = answered, False
             code = torch.tensor(int(answer) if raised is None else 2 + outcomes.index(type(raised)))
             # Not a broadcast, which rank 0 would leave without knowing that the others are there.
             dist.all_reduce(code, dist.ReduceOp.MAX)
@@ -114,7 +123,10 @@ class Ranks:
 
     def replicated(self, model: nn.Module) -> nn.Module:
         """Give the module to train with: its gradients are the mean over the ranks."""
-        return model if self.size == 1 else DistributedDataParallel(model)
+        if self.size == 1:
+            return model
+        # Statistics of batch norm are rank 0's where they count: see `buffers_of_first`.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulating(self, replicated: nn.Module) -> AbstractContextManager[None]:
         """Keep gradients to this rank, until a backward pass outside of this block."""

@@ -19,9 +19,10 @@ from writer_search.common.locks import DirectoryLock
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import duration, one_line, percent
-from writer_search.config import TrialConfig
+from writer_search.config import TrialConfig, half_batch
 from writer_search.lines.layout import SPLITS
 from writer_search.training.checkpoints import CheckpointMismatchError, load_checked
+from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.outcomes import Stopped
 
 
@@ -152,7 +153,10 @@ def run(
     stop: StopSignals,
     train: Callable[..., object],
 ) -> None:
-    """Train, with a line for each epoch. Raises Interrupted once all is saved."""
+    """Train, with a line for each epoch. Raises Interrupted once all is saved.
+
+    Out of memory, it goes on with half the images at once, as a search does.
+    """
     epochs = last_epoch or original.config.epochs
     best: list[float] = []
 
@@ -168,8 +172,9 @@ def run(
             raise Stopped
 
     torch.set_num_threads(original.threads)  # another number sums in another order
-    has_saved = (wanted.output_dir / "latest_checkpoint.pth").exists()
-    try:
+
+    def train_with(micro_batch: int | None) -> None:
+        has_saved = (wanted.output_dir / "latest_checkpoint.pth").exists()
         train(
             original.config,
             data,
@@ -178,13 +183,41 @@ def run(
             check,
             device=str(device),
             continue_from=wanted.output_dir if has_saved else None,
-            micro_batch=original.micro_batch,
+            micro_batch=micro_batch,
             last_epoch=last_epoch,
         )
+
+    images = original.micro_batch
+    try:
+        while (images := fitting(train_with, images, original.config.batch_size)) is not None:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            note_smaller(wanted.output_dir, images)
     except Stopped:
         raise Interrupted(str(stop.name), began=True) from None
     except OSError as error:
         raise UserError(f"--output_dir {wanted.output_dir}: {one_line(error)}") from None
+
+
+def fitting(
+    train_with: Callable[[int | None], None], micro_batch: int | None, batch_size: int
+) -> int | None:
+    """Train; give the images at once to try next where memory ran out, None when it is done."""
+    try:
+        train_with(micro_batch)
+    except (RuntimeError, MemoryError) as error:
+        smaller = half_batch(micro_batch or batch_size)
+        if not is_out_of_memory(error) or smaller is None:
+            raise
+        return smaller  # the error goes, and with it all that the training held
+    return None
+
+
+def note_smaller(output_dir: Path, micro_batch: int) -> None:
+    """Say that fewer images are on the device at once, also in config.json."""
+    print(f"out of memory: goes on with {micro_batch} images at once", flush=True)
+    record = read_json(output_dir / "config.json")
+    write_json(output_dir / "config.json", record | {"micro_batch": micro_batch})
 
 
 def device_like(name: str, on_gpu: bool) -> torch.device:
@@ -194,13 +227,25 @@ def device_like(name: str, on_gpu: bool) -> torch.device:
     """
     count = torch.cuda.device_count()
     if name == "auto":
-        if on_gpu and count == 0:
-            print("warning: the trial had a GPU, here is none: the CPU it is", file=sys.stderr)
-        return torch.device("cuda" if on_gpu and count else "cpu")
+        why = "there is none" if count == 0 else on_gpu and why_unusable("cuda")
+        if on_gpu and why:
+            print(f"warning: the trial had a GPU, here {why}: the CPU it is", file=sys.stderr)
+        return torch.device("cuda" if on_gpu and not why else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA device(s)")
+    if device.type == "cuda" and (why := why_unusable(name)):
+        raise UserError(f"--device {name}: {why}")
     return device
+
+
+def why_unusable(device: str) -> str:
+    """Say why a GPU that is counted cannot compute; nothing when it can."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # RuntimeError, AssertionError: an old driver, a full or sick GPU
+        return f"it cannot be used ({one_line(f'{type(error).__name__}: {error}', 150)})"
+    return ""
 
 
 def describe(
