@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import LineSet, default_cache_dir
@@ -46,6 +47,7 @@ from writer_search.training.batches import (
 )
 from writer_search.training.checkpoints import Checkpoints, load_model, save_model
 from writer_search.training.evaluation import evaluate
+from writer_search.training.fitting import describe, fit
 from writer_search.training.metrics import Metrics
 from writer_search.training.optimisation import (
     TensorPairs,
@@ -112,7 +114,7 @@ def train(
     strip = strip_on(data, place)
     training, validation = (Lines.of(data, split, strip, place) for split in ("train", "val"))
     state = TrainingState.start(config, len(data.writers), place, ranks)
-    steps = steps_per_epoch(config, len(training))
+    steps = 1 if config.is_fitted else steps_per_epoch(config, len(training))
 
     with Checkpoints(trial_dir, config, data, ranks.is_first) as checkpoints:
         if continue_from is not None:
@@ -121,9 +123,11 @@ def train(
                 report(row["epoch"], row)
         while not is_finished(state, config, last_epoch):
             started = time.perf_counter()
-            steps_before = state.step
             try:
-                train_epoch(state, config, training, steps, check, micro_batch)
+                if config.is_fitted:
+                    images = fit_at_once(state, config, training, len(data.writers), check)
+                else:
+                    images = train_epoch(state, config, training, steps, check, micro_batch)
                 metrics = validate(state, config, validation, data.writers, check)
             except Stopped:
                 ranks.add_up(state.loss_sum)
@@ -131,7 +135,6 @@ def train(
                 checkpoints.wait()
                 raise
             seconds = time.perf_counter() - started
-            images = (state.step - steps_before) * min(config.batch_size, len(training))
             end_epoch(state, config, checkpoints, metrics, steps, seconds, images)
             try:
                 report(state.epoch, state.history[-1])
@@ -151,9 +154,12 @@ def train_epoch(
     steps: int,
     check: Check,
     micro_batch: int | None = None,
-) -> None:
-    """Train the rest of an epoch: all of it, or what a stop in its middle left over."""
-    ranks, epoch = state.ranks, state.epoch
+) -> int:
+    """Train the rest of an epoch: all of it, or what a stop in its middle left over.
+
+    Returns the number of images.
+    """
+    ranks, epoch, steps_before = state.ranks, state.epoch, state.step
     rng = np.random.default_rng([config.seed, 1, epoch])
     order = epoch_order(lines.labels.cpu().numpy(), config.sampler_alpha, rng)
     batch_size = min(config.batch_size, len(lines))
@@ -184,6 +190,27 @@ def train_epoch(
         if state.step % CHECK_LOSS_STEPS == 0:
             require_finite(state.loss_sum, "the training loss", state)
     require_finite(state.loss_sum, "the training loss", state)
+    return (state.step - steps_before) * batch_size
+
+
+def fit_at_once(
+    state: TrainingState, config: TrialConfig, lines: Lines, writers: int, check: Check
+) -> int:
+    """Describe all lines and fit the classifier to them: all the training that a descriptor has.
+
+    Nothing is augmented, so that each line is described once. Ranks all do the same. Returns the
+    number of images.
+    """
+    descriptions = describe(state.model, lines, lambda: check(0.0))
+    labels, pages = lines.labels.cpu(), lines.pages.cpu()
+    fitted = fit(config, descriptions, labels, pages, writers, lambda: check(0.5))
+    for model in (state.model, state.average):
+        fitted.give_to(model)
+    loss = F.cross_entropy(fitted.logits(descriptions), labels)
+    state.loss_sum += loss.to(state.loss_sum) / state.ranks.size
+    state.step += 1
+    require_finite(state.loss_sum, "the training loss", state)
+    return len(lines)
 
 
 def training_step(
@@ -263,11 +290,13 @@ def end_epoch(
         "epoch": epoch,
         "train_loss": state.loss_sum.item() / steps,
         **(metrics.row() if metrics is not None else {}),
-        "learning_rate": config.learning_rate * schedule(state.step - 1, config.epochs * steps),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1),
         "threads": torch.get_num_threads(),
     }
+    if not config.is_fitted:
+        share = schedule(state.step - 1, config.epochs * steps)
+        row["learning_rate"] = config.learning_rate * share
     state.history.append(row)
     state.epoch = epoch
     state.loss_sum.zero_()

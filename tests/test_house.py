@@ -17,6 +17,7 @@ ORDER = (
     ("writer_search.common",),
     ("writer_search.config", "writer_search.space"),
     ("data",),
+    ("writer_search.descriptor",),
     ("model",),
     ("writer_search.training",),
     ("writer_search.flags", "writer_search.demo"),
@@ -27,7 +28,10 @@ ORDER = (
     ("hyperparameter_search",),
 )
 IN_A_CHILD = {f"writer_search.processes.{name}" for name in ("child", "machine", "preload")}
-OF_TRAINING = ("torch", "torchvision", "model", "train", "writer_search.training")
+OF_TRAINING = (
+    *("torch", "torchvision", "model", "train"),
+    *("writer_search.descriptor", "writer_search.training"),
+)
 
 
 def product() -> dict[str, Path]:

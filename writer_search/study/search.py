@@ -489,13 +489,15 @@ class Search:
         again: the epoch was trained before a break; it may be new to this trial all the same.
         """
         value = float(metrics["macro_top1"])
-        if epoch > running.epoch:
+        config = running.job.config
+        # A pruner compares epochs of training; what was fitted at once stands beside none of them.
+        if epoch > running.epoch and not config.is_fitted:
             running.trial.report(value, epoch)
         running.epoch, running.progress = max(epoch, running.epoch), float(epoch)
         if running.best is None or value > running.best:
             running.best, running.best_epoch = value, epoch
         # What is done is not pruned. A pruner goes through all trials, also to say: too early.
-        is_last = epoch >= self.plan.epochs or epoch - running.best_epoch >= self.plan.patience
+        is_last = epoch >= config.epochs or epoch - running.best_epoch >= config.patience
         is_judged = not is_last and epoch >= warm_up_epochs(self.plan.epochs)
         if running.stop_cause is None and is_judged and running.trial.should_prune():
             # Told at once: a search killed from here on leaves a pruned trial, not a lost one.

@@ -12,8 +12,7 @@ from writer_search.config import TrialConfig
 from writer_search.training.batches import (
     Lines,
     gather,
-    places,
-    windows,
+    views,
 )
 from writer_search.training.metrics import Metrics, compute_metrics
 from writer_search.training.optimisation import (
@@ -58,22 +57,24 @@ def line_logits(
 ) -> Tensor:
     """Average each line's logits over its windows: (lines, writers), float32.
 
-    Ranks take turns at batches of windows, the same ones as a single process; none is done twice.
+    A model that sees whole lines has one view of each. Ranks take turns at batches of views, the
+    same ones as a single process; none is done twice.
     """
     device = lines.device
-    line, offsets = windows(lines.widths, config.crop_width)
-    place = places(lines, line, offsets)
-    by_window = torch.zeros(len(line), num_writers, device=device)
+    if model.sees_whole_lines:
+        line, place, parts = views(lines, None)
+    else:
+        line, place, parts = views(lines, config.crop_width, EVALUATION_BATCH)
+    by_view = torch.zeros(len(line), num_writers, device=device)
     model = for_inference(model)
-    parts = torch.split(torch.arange(len(line), device=line.device), EVALUATION_BATCH)
     for turn in range(0, len(parts), ranks.size):
         check()
-        for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
-            images = gather(lines, place[part], config.crop_width)
+        for part, width in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
+            images = gather(lines, place[part], width)
             with autocast(config, device):
                 logits = model(images)
-            by_window[part.to(device)] = logits.float()
-    ranks.add_up(by_window)
+            by_view[part] = logits.float()
+    ranks.add_up(by_view)
     line = line.to(device)
-    total = torch.zeros(len(lines), num_writers, device=device).index_add_(0, line, by_window)
+    total = torch.zeros(len(lines), num_writers, device=device).index_add_(0, line, by_view)
     return total / torch.bincount(line, minlength=len(lines))[:, None]
