@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from hyperparameter_search import main
 from model import WriterModel
 from train import main as train_main
 from train import train
-from writer_search.config import COHOG, TrialConfig
+from writer_search.common.text import percent
+from writer_search.config import COHOG, OF_COHOG, TrialConfig
 from writer_search.descriptor import CoHOG
 from writer_search.results.rows import read_rows
 from writer_search.study.store import open_study
@@ -176,6 +178,12 @@ def test_logits_are_as_sure_as_they_may_be() -> None:
     assert best_factor(logits / 7, labels) == pytest.approx(7, rel=0.15)
 
 
+def test_a_few_easy_lines_make_nothing_certain() -> None:
+    logits, labels = 5 * torch.eye(3, dtype=torch.float64).repeat(3, 1), torch.arange(9) % 3
+    sure = (best_factor(logits, labels) * logits).softmax(1).amax(1)
+    assert 0.8 < sure.min() <= sure.max() < 0.99
+
+
 # ----------------------------------------------------------------------------------------- a trial
 
 
@@ -212,11 +220,20 @@ def test_a_search_begins_with_the_descriptor(
         *("--space", str(space), *(word for name in fixed for word in ("--fix", name))),
     ]
     assert main([*command, "--n_trials", "1"]) == 0
+    first = capsys.readouterr().out
     more = ["--confirm_top", "1", "--confirm_seeds", "2", "--evaluate_test"]
     assert main([*command, "--n_trials", "3", *more]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^trial   0 \| epoch  1/1 \| ", first, re.MULTILINE)
+    assert re.search(r"^trial   1 \| epoch  3/3 \| ", printed, re.MULTILINE)
+    value = read_rows(tmp_path / "c" / "optuna_study.db")[0].value
+    floor = f"CoHOG + LDA, no training: {percent(value)} (trial 0)"
+    assert floor in first
+    assert floor in printed
+    assert floor in (tmp_path / "c" / "summary" / "report.html").read_text()
     descriptor, network, *_ = open_study(tmp_path / "c").get_trials()
     assert descriptor.params["backbone"] == COHOG
-    assert set(descriptor.params) < {"backbone", *(n for n in descriptor.params if COHOG in n)}
+    assert all(name == "backbone" or name in OF_COHOG for name in descriptor.params)
     assert descriptor.intermediate_values == {}, "no pruner compares it with epochs of training"
     assert network.params["backbone"] == "tiny"
     assert network.params["learning_rate"] == 0.002

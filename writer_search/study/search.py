@@ -505,7 +505,8 @@ class Search:
             self.finish(running.trial, TrialState.PRUNED, epoch)
         running.child.order(PRUNE if running.pruned else STOP if running.stop_cause else CONTINUE)
         if not again:
-            self.progress.epoch(running.number, epoch, self.epoch_facts(value, metrics))
+            facts = self.epoch_facts(value, metrics)
+            self.progress.epoch(running.number, epoch, config.epochs, facts)
 
     def epoch_facts(self, value: float, metrics: dict[str, Any]) -> str:
         left = self.time_left()
