@@ -198,11 +198,10 @@ def fit_at_once(
 ) -> int:
     """Describe all lines and fit the classifier to them: all the training that a descriptor has.
 
-    Nothing is augmented, so that each line is described once. Ranks all do the same. Returns the
-    number of images.
+    Ranks all do the same. Returns the number of images.
     """
-    descriptions = describe(state.model, lines, lambda: check(0.0))
-    labels, pages = lines.labels.cpu(), lines.pages.cpu()
+    descriptions, line = describe(state.model, lines, config.cohog_variation, lambda: check(0.0))
+    labels, pages = lines.labels.cpu()[line], lines.pages.cpu()[line]
     fitted = fit(config, descriptions, labels, pages, writers, lambda: check(0.5))
     for model in (state.model, state.average):
         fitted.give_to(model)
@@ -210,7 +209,7 @@ def fit_at_once(
     state.loss_sum += loss.to(state.loss_sum) / state.ranks.size
     state.step += 1
     require_finite(state.loss_sum, "the training loss", state)
-    return len(lines)
+    return len(line)
 
 
 def training_step(

@@ -70,6 +70,7 @@ OTHER_OF_COHOG: dict[str, Value] = {
     "cohog_reach": 5,
     "cohog_smoothing": 1.3,
     "cohog_edge": 0.4,
+    "cohog_variation": 0.5,
     "cohog_head": "softmax",
     "cohog_penalty": 0.02,
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from books import write_books
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
@@ -26,16 +27,20 @@ from writer_search.config import COHOG, OF_COHOG, TrialConfig
 from writer_search.descriptor import CoHOG
 from writer_search.results.rows import read_rows
 from writer_search.study.store import open_study
+from writer_search.training import fitting
 from writer_search.training.batches import Lines
 from writer_search.training.fitting import (
+    VARIANTS,
     best_factor,
     describe,
     fit,
     ledoit_wolf,
     shrinkage_lda,
     softmax_regression,
+    varied_lines,
 )
 from writer_search.training.outcomes import Stopped
+from writer_search.training.test_split import measure_test_split
 
 DESCRIPTOR = TrialConfig(seed=1, epochs=1, patience=1, backbone=COHOG, line_height=16)
 
@@ -108,10 +113,51 @@ def test_an_empty_line_is_all_zeros() -> None:
 def test_lines_of_all_widths_are_described_in_their_own_place(data: LineSet) -> None:
     model = WriterModel(COHOG, 4)
     lines = Lines.of(data, "train", torch.from_numpy(data.strip))
-    described = describe(model, lines)
+    described, line = describe(model, lines, variation=0)
+    assert sorted(line.tolist()) == list(range(len(lines)))
+    described = described[line.argsort()]
     for number, (start, width) in enumerate(zip(lines.starts, lines.widths, strict=True)):
         ink = torch.from_numpy(data.strip[start : start + width].T.astype(np.float32)) / 40
         assert torch.equal(described[number], model.backbone(ink[None, None])[0].double())
+
+
+def test_lines_are_also_described_larger_smaller_and_more_slanted(data: LineSet) -> None:
+    lines = Lines.of(data, "train", torch.from_numpy(data.strip))
+    model = WriterModel(COHOG, 4)
+    described, line = describe(model, lines, variation=1)
+    itself, own_line = describe(model, lines, variation=0)
+    assert torch.bincount(line).tolist() == [1 + len(VARIANTS)] * len(lines)
+    for number in range(len(lines)):
+        versions = described[line == number]
+        assert torch.equal(versions[0], itself[own_line == number][0])
+        distances = (versions - versions[0]).norm(dim=1)
+        assert (distances[1:] > 0.05).all()
+        others = (itself[own_line != number] - versions[0]).norm(dim=1)
+        assert distances.median() < others.median(), "still the same hand"
+
+
+def test_many_lines_take_turns_at_the_variants(
+    data: LineSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Lines.of(data, "train", torch.from_numpy(data.strip))
+    monkeypatch.setattr(fitting, "MOST_ROWS", 3 * len(lines))
+    _, line = describe(WriterModel(COHOG, 4), lines, variation=1)
+    assert torch.bincount(line).tolist() == [3] * len(lines)
+    monkeypatch.setattr(fitting, "NO_VARIANTS", len(lines) - 1)
+    _, line = describe(WriterModel(COHOG, 4), lines, variation=1)
+    assert torch.bincount(line).tolist() == [1] * len(lines)
+
+
+def test_a_varied_line_is_larger_or_leans() -> None:
+    bar = torch.zeros(1, 1, 40, 60)
+    bar[..., 10:30, 28:32] = 1
+    larger = varied_lines(bar, math.log(1.5), 0)
+    assert larger.shape == (1, 1, 60, 90)
+    assert larger.sum() == pytest.approx(1.5**2 * bar.sum().item(), rel=0.02)
+    leaning = varied_lines(bar, 0, 0.2)[0, 0]
+    columns = torch.arange(leaning.shape[1], dtype=torch.float32)
+    upper, lower = ((leaning[y] * columns).sum() / leaning[y].sum() for y in (12, 27))
+    assert upper - lower == pytest.approx(0.2 * 15, abs=0.1)
 
 
 # -------------------------------------------------------------------------------- the classifiers
@@ -289,13 +335,27 @@ def first_lines(data: LineSet, number: int) -> LineSet:
     return replace(data, splits=splits, fingerprint=f"{data.fingerprint} first {number}")
 
 
-@pytest.mark.parametrize(("number", "at_least"), [(8, 0.97), (1000, 0.99)])
+@pytest.mark.parametrize(("number", "at_least"), [(8, 0.98), (1000, 0.99)])
 def test_real_hands_are_told_within_seconds(
     real_lines: Path, cache_dir: Path, tmp_path: Path, number: int, at_least: float
 ) -> None:
-    """98.4 % and 99.4 % when this was written."""
+    """99.2 % and 100 % when this was written."""
     data = load_lines(real_lines, find_lines(real_lines), 64, cache_dir)
     config = replace(DESCRIPTOR, line_height=64)
     metrics = train(config, first_lines(data, number), tmp_path / "t")
     assert metrics is not None
     assert metrics.macro_top1 >= at_least
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_hands_are_told_in_books_that_no_training_has_seen(
+    cache_dir: Path, tmp_path: Path, seed: int
+) -> None:
+    """As well as in the others, but for a point: paper, ink, pen and size are no labels."""
+    write_books(tmp_path / "lines", writers=12, line_height=64, scale=0.12, seed=seed)
+    data = load_lines(tmp_path / "lines", find_lines(tmp_path / "lines"), 64, cache_dir)
+    metrics = train(replace(DESCRIPTOR, line_height=64), data, tmp_path / "t")
+    assert metrics is not None
+    measured = measure_test_split(tmp_path / "t" / "best_model.pth", data, torch.device("cpu"))
+    assert metrics.macro_top1 >= 0.98
+    assert measured["macro_top1"] >= metrics.macro_top1 - 0.0105

@@ -89,6 +89,7 @@ LIMITS: dict[str, Rule] = {
     "cohog_reach": Range(1, 64, integer=True),
     "cohog_smoothing": Range(0.3, 8.0),
     "cohog_edge": Range(0.0, 8.0),
+    "cohog_variation": Range(0.0, 4.0),
     "cohog_head": Choice(HEADS),
     "cohog_penalty": Range(1e-8, 1e4),
 }
@@ -152,6 +153,7 @@ class TrialConfig:
     cohog_reach: int = 3
     cohog_smoothing: float = 1.0
     cohog_edge: float = 0.6
+    cohog_variation: float = 1.0  # of size and slant, in training
     cohog_head: str = "lda"
     cohog_penalty: float = 1e-3  # of softmax alone
 

@@ -75,6 +75,7 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
         values["cohog_smoothing"] = space.draw(trial, "cohog_smoothing")
         values["cohog_edge"] = space.draw(trial, "cohog_edge")
         values["cohog_directions"] = space.draw(trial, "cohog_directions")
+        values["cohog_variation"] = space.draw(trial, "cohog_variation")
         values["cohog_head"] = space.draw(trial, "cohog_head")
         if values["cohog_head"] == "softmax":
             values["cohog_penalty"] = space.draw(trial, "cohog_penalty")
@@ -149,6 +150,7 @@ def default_space(tier: str, pretrained: bool) -> Space:
         "cohog_reach": Range(2, 6, integer=True),
         "cohog_smoothing": Range(0.6, 1.6),
         "cohog_edge": Range(0.3, 1.2),
+        "cohog_variation": Range(0.5, 1.5),
         "cohog_head": Choice(HEADS),
         "cohog_penalty": Range(1e-5, 0.1, log=True),
     }

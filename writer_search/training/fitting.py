@@ -5,6 +5,7 @@ All of it is done on the CPU in float64, so that the device makes no difference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from model import WriterModel
 from writer_search.config import TrialConfig
-from writer_search.training.batches import Lines, gather, views
+from writer_search.training.batches import Lines, distort, gather, views
 
-FOLDS = 5  # of the training lines, to find out how sure the classifier may be
+FOLDS = 3  # of the training lines, to find out how sure the classifier may be
 SHARPEST, FLATTEST = 100.0, 1e-3  # of the factors that its logits may get
 ITERATIONS = 200  # of the softmax; it has settled after some dozens
 
@@ -48,16 +49,61 @@ class Classifier:
         model.classifier.load_state_dict({"weight": self.weight, "bias": self.bias})
 
 
+# Sizes and slants that a line is described in besides its own, at a variation of 1: a book may be
+# written larger or smaller than those to train on, and more or less upright.
+VARIANTS = (
+    *((size, 0.0) for size in (-0.29, 0.29, -0.145, 0.145)),  # logarithms of a factor
+    *((0.0, slant) for slant in (-0.1, 0.1)),  # pixels to the left for each one downwards
+)
+MOST_ROWS = 8000  # of descriptions: beyond, a line has fewer variants, one at least
+NO_VARIANTS = 20_000  # lines: for more of them none, for the sake of memory
+
+
 @torch.no_grad()
-def describe(model: WriterModel, lines: Lines, check: Callable[[], None] = lambda: None) -> Tensor:
-    """Describe each line whole by the model's backbone: (lines, channels), float64, on the CPU."""
+def describe(
+    model: WriterModel, lines: Lines, variation: float, check: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
+    """Describe each line whole by the model's backbone, also in other sizes and slants.
+
+    variation: how much those differ from the line; 0: nothing but the line itself.
+    Returns descriptions (rows, channels), float64, and which line's they are (rows,), int64; both
+    are on the CPU. Where lines are many, they take turns at the variants.
+    """
     line, place, parts = views(lines, None)
-    described: list[Tensor] = []
-    for part, width in parts:
+    number = min(len(VARIANTS), max(1, MOST_ROWS // max(1, len(lines)) - 1))
+    if variation == 0 or len(lines) > NO_VARIANTS:
+        number = 0
+    described, of_line = [], []
+    for turn, (part, width) in enumerate(parts):
         check()
-        described.append(model.backbone(gather(lines, place[part], width)).cpu())
-    together = torch.cat(described).double()
-    return torch.empty_like(together).index_copy_(0, line.cpu(), together)
+        images = gather(lines, place[part], width)
+        chosen = [VARIANTS[(turn * number + i) % len(VARIANTS)] for i in range(number)]
+        varied = [
+            varied_lines(images, size * variation, slant * variation) for size, slant in chosen
+        ]
+        for version in (images, *varied):
+            described.append(model.backbone(version).cpu())
+            of_line.append(line[part].cpu())
+    return torch.cat(described).double(), torch.cat(of_line)
+
+
+def varied_lines(images: Tensor, size: float, slant: float) -> Tensor:
+    """Resize (batch, 1, height, width) by a factor whose logarithm is `size`, and shear it.
+
+    Both dimensions grow alike; slant: pixels to the left for each one downwards.
+    """
+    if size != 0:
+        images = F.interpolate(
+            images, scale_factor=math.exp(size), mode="bilinear", antialias=size < 0
+        )
+    if slant != 0:
+        height = images.shape[2]
+        room = math.ceil(abs(slant) * height / 2)
+        images = F.pad(images, (room, room))
+        theta = torch.eye(2, 3, device=images.device)
+        theta[0, 1] = slant * height / images.shape[3]
+        images = distort(images, theta.expand(len(images), 2, 3))
+    return images
 
 
 def fit(
