@@ -339,9 +339,10 @@ def first_lines(data: LineSet, number: int) -> LineSet:
 def test_real_hands_are_told_within_seconds(
     real_lines: Path, cache_dir: Path, tmp_path: Path, number: int, at_least: float
 ) -> None:
-    """99.2 % and 100 % when this was written."""
+    """99.0 % and 99.4 % when this was written; 100 % with variants of all lines, which take longer."""
     data = load_lines(real_lines, find_lines(real_lines), 64, cache_dir)
-    config = replace(DESCRIPTOR, line_height=64)
+    variation = 1.0 if number == 8 else 0.0
+    config = replace(DESCRIPTOR, line_height=64, cohog_variation=variation)
     metrics = train(config, first_lines(data, number), tmp_path / "t")
     assert metrics is not None
     assert metrics.macro_top1 >= at_least
