@@ -339,7 +339,7 @@ def first_lines(data: LineSet, number: int) -> LineSet:
 def test_real_hands_are_told_within_seconds(
     real_lines: Path, cache_dir: Path, tmp_path: Path, number: int, at_least: float
 ) -> None:
-    """99.0 % and 99.4 % when this was written; 100 % with variants of all lines, which take longer."""
+    """99.0 % and 99.4 % when this was written; all lines without variants, which take longer."""
     data = load_lines(real_lines, find_lines(real_lines), 64, cache_dir)
     variation = 1.0 if number == 8 else 0.0
     config = replace(DESCRIPTOR, line_height=64, cohog_variation=variation)
