@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from writer_search.config import TrialConfig
+from writer_search.config import COHOG, TrialConfig
+from writer_search.descriptor import CoHOG
 
 CONNECT_SECONDS = 8.0  # a machine without network is noticed within this time
 
@@ -205,11 +206,28 @@ class UncountedBatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class Standardised(nn.Module):
+    """What describes a line, in deviations from the mean of training lines."""
+
+    mean: Tensor  # (channels,), as is the other
+    deviation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+
+    def forward(self, descriptions: Tensor) -> Tensor:
+        standardised: Tensor = (descriptions - self.mean) / self.deviation
+        return standardised
+
+
 class WriterModel(nn.Module):
     """A backbone, a pooling, dropout and a classifier.
 
     Images (batch, 1, height, width), float; returns logits (batch, writers), float32; with the
-    cosface loss they are `scale` times a cosine.
+    cosface loss they are `scale` times a cosine. The backbone "cohog" is a descriptor of whole
+    lines, of which nothing is trained; `descriptor` is the one to take, if not the default.
     Raises KeyError for an unknown backbone or pooling.
     """
 
@@ -223,14 +241,23 @@ class WriterModel(nn.Module):
         loss: str = "cross_entropy",
         scale: float = 32.0,
         pretrained: bool = False,
+        descriptor: CoHOG | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, channels = BUILDERS[backbone](pretrained)
-        _to_one_channel(self.backbone)
-        for module in self.backbone.modules():
-            if type(module) is nn.BatchNorm2d and module.momentum is not None:
-                module.__class__ = UncountedBatchNorm2d
-        self.pool = POOLINGS[pooling](channels)
+        self.sees_whole_lines = backbone == COHOG
+        self.backbone: nn.Module
+        self.pool: nn.Module
+        if backbone == COHOG:
+            self.backbone = descriptor = descriptor or CoHOG()
+            channels = descriptor.channels
+            self.pool = Standardised(channels)
+        else:
+            self.backbone, channels = BUILDERS[backbone](pretrained)
+            _to_one_channel(self.backbone)
+            for module in self.backbone.modules():
+                if type(module) is nn.BatchNorm2d and module.momentum is not None:
+                    module.__class__ = UncountedBatchNorm2d
+            self.pool = POOLINGS[pooling](channels)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale if loss == "cosface" else 1.0
         self.classifier: nn.Module = (
@@ -242,6 +269,14 @@ class WriterModel(nn.Module):
     @classmethod
     def of(cls, config: TrialConfig, num_writers: int) -> WriterModel:
         """Build a configuration's model."""
+        if config.backbone == COHOG:
+            descriptor = CoHOG(
+                config.cohog_directions,
+                config.cohog_reach,
+                config.cohog_smoothing,
+                config.cohog_edge,
+            )
+            return cls(COHOG, num_writers, descriptor=descriptor)
         return cls(
             config.backbone,
             num_writers,

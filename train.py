@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import LineSet, default_cache_dir
@@ -42,6 +43,7 @@ from writer_search.training.batches import EpochImages, Lines, epoch_order, stri
 from writer_search.training.checkpoints import LATEST, PREVIOUS, Checkpoints, load_model, save_model
 from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.evaluation import evaluate
+from writer_search.training.fitting import describe, fit
 from writer_search.training.metrics import Metrics
 from writer_search.training.optimisation import (
     TensorPairs,
@@ -110,7 +112,7 @@ def train(
     strip = strip_on(data, place, sharing)
     training, validation = (Lines.of(data, split, strip, place) for split in ("train", "val"))
     state = TrainingState.start(config, len(data.writers), place, ranks)
-    steps = steps_per_epoch(config, len(training))
+    steps = 1 if config.is_fitted else steps_per_epoch(config, len(training))
 
     with Checkpoints(trial_dir, config, data, ranks.is_first, place, state.nbytes) as checkpoints:
         if continue_from is not None:
@@ -121,7 +123,10 @@ def train(
         while not is_finished(state, config, last_epoch):
             state.started = time.perf_counter()
             try:
-                train_epoch(state, config, training, steps, check, micro_batch)
+                if config.is_fitted:
+                    fit_at_once(state, config, training, len(data.writers), check)
+                else:
+                    train_epoch(state, config, training, steps, check, micro_batch)
                 metrics = validate(state, config, validation, data.writers, check, micro_batch)
                 end_epoch(state, config, checkpoints, metrics, steps, len(training))
                 report(state.epoch, state.history[-1])
@@ -189,6 +194,24 @@ def train_epoch(
             update_average(state.pairs, state.step, config.epochs * steps, covered)
         if state.step % CHECK_LOSS_STEPS == 0:
             require_finite(state.loss_sum, "the training loss", state)
+    require_finite(state.loss_sum, "the training loss", state)
+
+
+def fit_at_once(
+    state: TrainingState, config: TrialConfig, lines: Lines, writers: int, check: Check
+) -> None:
+    """Describe all lines and fit the classifier to them: all the training that a descriptor has.
+
+    Ranks all do the same.
+    """
+    descriptions, line = describe(state.model, lines, config.cohog_variation, lambda: check(0.0))
+    labels, pages = lines.labels.cpu()[line], lines.pages.cpu()[line]
+    fitted = fit(config, descriptions, labels, pages, writers, lambda: check(0.5))
+    for model in (state.model, state.average):
+        fitted.give_to(model)
+    loss = F.cross_entropy(fitted.logits(descriptions), labels)
+    state.loss_sum += loss.to(state.loss_sum) / state.ranks.size
+    state.step += 1
     require_finite(state.loss_sum, "the training loss", state)
 
 
@@ -263,17 +286,19 @@ def end_epoch(
 ) -> None:
     """Note the epoch's metrics, and keep the model when it is the best so far."""
     epoch, seconds = state.epoch + 1, state.seconds_of_epoch()
-    images = steps * min(config.batch_size, num_lines)
+    images = num_lines if config.is_fitted else steps * min(config.batch_size, num_lines)
     state.ranks.add_up(state.loss_sum)
     row = {
         "epoch": epoch,
         "train_loss": state.loss_sum.item() / steps,
         **(metrics.row() if metrics is not None else {}),
-        "learning_rate": config.learning_rate * schedule(state.step - 1, config.epochs * steps),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1),
         "threads": torch.get_num_threads(),
     }
+    if not config.is_fitted:
+        share = schedule(state.step - 1, config.epochs * steps)
+        row["learning_rate"] = config.learning_rate * share
     state.history.append(row)
     state.epoch = epoch
     state.seconds = 0.0

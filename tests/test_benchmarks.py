@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     cache,
     epoch,
+    first_minutes,
     operations,
     record_trials,
     search_efficiency,
@@ -116,3 +117,25 @@ def test_search_efficiency(result: Any) -> None:
     found = result(search_efficiency, "--seeds", "2", "--trials", "1")
     assert set(found) == {"default", "unpruned", "optuna", "random"}
     assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_first_minutes(result: Any) -> None:
+    found = result(
+        first_minutes,
+        *(*LINES, "--lines", "3", "--seconds", "60", "--n_trials", "1"),
+        *("--fix", "line_height=16", "--fix", "precision=float32", "--fix", "crop_width=32"),
+        *("--epochs", "1"),
+    )
+    assert 0 <= found["default_best"] <= 1
+    assert 0 <= found["networks_best"] <= 1
+    assert found["default_first_seconds"] > 0
+
+
+def test_first_lines_are_taken_page_by_page_in_turn(lines_root: Path, tmp_path: Path) -> None:
+    first_minutes.link_first_lines(lines_root, tmp_path / "few", 3)
+    chosen = find_lines(tmp_path / "few")
+    names = [f"{line.page}/{Path(line.path).name}" for line in chosen if line.split == "train"]
+    own = ["page_01/line_001.png", "page_01/line_002.png", "page_02/line_001.png"]
+    assert names == own * 4
+    others = [line.path for line in chosen if line.split != "train"]
+    assert others == [line.path for line in find_lines(lines_root) if line.split != "train"]

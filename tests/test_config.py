@@ -16,8 +16,11 @@ from model import BUILDERS
 from writer_search.common.errors import UserError
 from writer_search.config import (
     BACKBONES,
+    COHOG,
+    HEADS,
     LIMITS,
     LOSSES,
+    OF_COHOG,
     POOLINGS,
     Choice,
     Range,
@@ -30,6 +33,7 @@ from writer_search.space import (
     Space,
     baseline,
     default_space,
+    first_trials,
     narrow,
     parse_fix,
     parse_value,
@@ -60,6 +64,15 @@ OTHER: dict[str, Value] = {
     "margin": 0.15,
     "scale": 20.0,
     "mixup_alpha": 0.31,
+}
+OTHER_OF_COHOG: dict[str, Value] = {
+    "cohog_directions": 12,
+    "cohog_reach": 5,
+    "cohog_smoothing": 1.3,
+    "cohog_edge": 0.4,
+    "cohog_variation": 0.5,
+    "cohog_head": "softmax",
+    "cohog_penalty": 0.02,
 }
 OPENED_BY_SPACE: dict[str, Rule] = {
     "backbone_lr_mult": Range(0.1, 1.0, log=True),
@@ -98,7 +111,7 @@ def inside(rule: Rule) -> list[Value]:
 
 
 def some_parameters(space: Space, **chosen: Value) -> dict[str, Any]:
-    """Give a value to each searched hyperparameter."""
+    """Give a value to each searched hyperparameter, of backbones the last: a network."""
     return {name: inside(rule)[-1] for name, rule in space.searched.items()} | chosen
 
 
@@ -147,9 +160,22 @@ def test_unknown_and_missing_plain_values_are_refused() -> None:
 def test_hash_changes_with_every_field() -> None:
     config = TrialConfig(**REQUIRED)
     others: dict[str, Any] = {**OTHER, "seed": 2, "epochs": 4, "patience": 3, "pretrained": True}
-    assert set(others) == {field.name for field in fields(TrialConfig)}
+    assert set(others) | set(OF_COHOG) == {field.name for field in fields(TrialConfig)}
     hashes = {replace(config, **{name: value}).hash() for name, value in others.items()}
     assert len(hashes | {config.hash()}) == len(others) + 1
+
+
+def test_descriptor_s_values_are_part_of_its_own_configurations_alone() -> None:
+    """A network's hash, which its checkpoints carry, is what it was before there were any."""
+    network = TrialConfig(**REQUIRED)
+    assert network.hash() == "db204deb620c4265"
+    assert not set(network.to_dict()) & set(OF_COHOG)
+    descriptor = replace(network, backbone=COHOG)
+    assert set(OTHER_OF_COHOG) == set(OF_COHOG)
+    others = [replace(descriptor, **{n: v}) for n, v in OTHER_OF_COHOG.items()]
+    assert len({config.hash() for config in [descriptor, *others]}) == len(others) + 1
+    for config in others:
+        assert TrialConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_hash_does_not_depend_on_the_order_of_values() -> None:
@@ -166,7 +192,10 @@ def test_each_drawn_value_arrives(tier: str, pretrained: bool) -> None:
     space = default_space(tier, pretrained)
     for name, rule in space.searched.items():
         for value in inside(rule):
-            values, asked = draw(space, **{"mixup": True, name: value})
+            chosen: dict[str, Value] = {"mixup": True}
+            if name in OF_COHOG:
+                chosen = {"backbone": COHOG, "cohog_head": "softmax"}
+            values, asked = draw(space, **(chosen | {name: value}))
             if name == "mixup":
                 assert ("mixup_alpha" in values) == value
             else:
@@ -213,6 +242,19 @@ def test_conditional_hyperparameters_are_asked_for_only_where_they_act(
     assert set(values) & CONDITIONAL == expected
     assert asked & CONDITIONAL == expected
     assert ("mixup" in asked) == (loss == "cross_entropy")
+
+
+@pytest.mark.parametrize(("tier", "pretrained"), SPACES)
+@pytest.mark.parametrize("head", HEADS)
+def test_a_descriptor_is_asked_for_its_own_hyperparameters_alone(
+    tier: str, pretrained: bool, head: str
+) -> None:
+    space = default_space(tier, pretrained)
+    values, asked = draw(space, backbone=COHOG, cohog_head=head)
+    own = set(OF_COHOG) - ({"cohog_penalty"} if head == "lda" else set())
+    assert set(values) == own | {"backbone", "line_height"}
+    assert asked == set(values) & set(space.searched)
+    assert not draw(space)[1] & set(OF_COHOG), "a network is not asked for them"
 
 
 # ------------------------------------------------------------------------ default space, baseline
@@ -266,8 +308,47 @@ def test_baseline_lies_inside_of_narrowed_ranges(name: str) -> None:
         assert all(good[n] in space.searched[n] for n in space.searched), (description, good[name])
 
 
+@pytest.mark.parametrize(("tier", "pretrained"), SPACES)
+def test_descriptor_comes_first_and_the_network_next(tier: str, pretrained: bool) -> None:
+    space = default_space(tier, pretrained)
+    descriptor, network = first_trials(space)
+    assert network == baseline(space)
+    values = suggest(FixedTrial(descriptor), space)
+    default = TrialConfig(**{**REQUIRED, "backbone": COHOG})
+    assert values["backbone"] == COHOG
+    assert all(values[n] == getattr(default, n) for n in set(OF_COHOG) & set(values))
+    assert suggest(FixedTrial(network), space)["backbone"] != COHOG
+
+
+@pytest.mark.parametrize(
+    ("fix", "ranges", "first"),
+    [
+        ({"backbone": "tiny"}, {}, [None]),
+        ({"backbone": COHOG}, {}, [None]),
+        ({}, {"backbone": {"choices": ["tiny", "resnet18"]}}, ["tiny"]),
+        ({}, {"backbone": {"choices": [COHOG]}}, [COHOG]),
+        ({}, {"backbone": {"choices": ["resnet18", COHOG]}}, [COHOG, "resnet18"]),
+        ({}, {"backbone": {"choices": [COHOG, "resnet34"]}}, [COHOG, "resnet34"]),
+    ],
+)
+def test_first_trials_are_of_backbones_that_the_space_has(
+    fix: dict[str, Value], ranges: dict[str, Any], first: list[str | None]
+) -> None:
+    space = narrow(default_space("cpu", False), fix, ranges)
+    assert [trial.get("backbone") for trial in first_trials(space)] == first
+
+
+def test_a_space_without_the_descriptor_knows_nothing_of_it() -> None:
+    """So a search that was begun before there was one has the space that it recorded."""
+    for tier, pretrained in SPACES:
+        networks = {"choices": list(BACKBONES_BY_TIER[tier, pretrained])}
+        for fix, ranges in (({"backbone": "tiny"}, {}), ({}, {"backbone": networks})):
+            space = narrow(default_space(tier, pretrained), dict(fix), dict(ranges))
+            assert not set(space.to_dict()) & set(OF_COHOG)
+
+
 def test_backbones_are_those_that_can_be_built() -> None:
-    assert set(BACKBONES) == set(BUILDERS)
+    assert set(BACKBONES) == {*BUILDERS, COHOG}
     published = set(torchvision.models.list_models(torchvision.models))
     for name, has_weights in BACKBONES.items():
         assert has_weights == (name in published)

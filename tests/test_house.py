@@ -18,6 +18,7 @@ ORDER = (
     ("writer_search.config", "writer_search.space"),
     ("writer_search.lines",),
     ("data",),
+    ("writer_search.descriptor",),
     ("model",),
     ("writer_search.training",),
     ("writer_search.flags", "writer_search.demo"),
@@ -28,7 +29,10 @@ ORDER = (
     ("hyperparameter_search",),
 )
 IN_A_CHILD = {f"writer_search.processes.{name}" for name in ("child", "machine", "preload")}
-OF_TRAINING = ("torch", "torchvision", "model", "train", "writer_search.training")
+OF_TRAINING = (
+    *("torch", "torchvision", "model", "train"),
+    *("writer_search.descriptor", "writer_search.training"),
+)
 
 
 def product() -> dict[str, Path]:

@@ -63,6 +63,8 @@ Rule = Choice | Range
 LOSSES = ("cross_entropy", "cosface")
 POOLINGS = ("avg", "gem", "attention")
 PRECISIONS = ("float32", "bfloat16")
+HEADS = ("lda", "softmax")
+COHOG = "cohog"  # the backbone without a network: a descriptor, and a head fitted at once
 
 # What a value may be at all. The space that is searched lies within.
 LIMITS: dict[str, Rule] = {
@@ -83,11 +85,20 @@ LIMITS: dict[str, Rule] = {
     "scale": Range(1.0, 256.0),
     "mixup_alpha": Range(0.0, 8.0),
     "precision": Choice(PRECISIONS),
+    "cohog_directions": Range(2, 64, integer=True),
+    "cohog_reach": Range(1, 64, integer=True),
+    "cohog_smoothing": Range(0.3, 8.0),
+    "cohog_edge": Range(0.0, 8.0),
+    "cohog_variation": Range(0.0, 4.0),
+    "cohog_head": Choice(HEADS),
+    "cohog_penalty": Range(1e-8, 1e4),
 }
+OF_COHOG = tuple(name for name in LIMITS if name.startswith(f"{COHOG}_"))
 
 
 # Every backbone by name, and whether ImageNet weights exist for it.
 BACKBONES: dict[str, bool] = {
+    COHOG: False,
     "tiny": False,
     "resnet_thin": False,
     "resnet18": True,
@@ -137,6 +148,14 @@ class TrialConfig:
     margin: float = 0.2  # cosface alone reads margin and scale
     scale: float = 32.0
     mixup_alpha: float = 0.0  # 0: no mixup; cross_entropy alone mixes
+    # The descriptor's own, see `CoHOG`. Of the others it reads the seed and the line height alone.
+    cohog_directions: int = 16
+    cohog_reach: int = 3
+    cohog_smoothing: float = 1.0
+    cohog_edge: float = 0.6
+    cohog_variation: float = 1.0  # of size and slant, in training
+    cohog_head: str = "lda"
+    cohog_penalty: float = 1e-3  # of softmax alone
 
     def __post_init__(self) -> None:
         for name, rule in (LIMITS | LIMITS_BESIDE_THE_SPACE).items():
@@ -144,10 +163,20 @@ class TrialConfig:
 
     def hash(self) -> str:
         """Name this configuration; a checkpoint carries it and no other configuration loads it."""
-        return content_hash(asdict(self))
+        return content_hash(self.to_dict())
+
+    @property
+    def is_fitted(self) -> bool:
+        """Tell a trial that is fitted in one step from one that is trained in epochs."""
+        return self.backbone == COHOG
 
     def to_dict(self) -> dict[str, Value]:
-        return asdict(self)
+        """Give all that this backbone reads: a network's hash is what it was before CoHOG."""
+        values: dict[str, Value] = asdict(self)
+        if self.backbone != COHOG:
+            for name in OF_COHOG:
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:

@@ -8,8 +8,11 @@ from typing import Any, Protocol
 
 from writer_search.common.errors import UserError
 from writer_search.config import (
+    COHOG,
+    HEADS,
     LIMITS,
     LIMITS_BESIDE_THE_SPACE,
+    OF_COHOG,
     Choice,
     Range,
     Rule,
@@ -65,12 +68,23 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
     """
     values: dict[str, Value] = {}
 
-    # model
     values["backbone"] = space.draw(trial, "backbone")
+    values["line_height"] = space.fixed["line_height"]  # the cache has one height
+    if values["backbone"] == COHOG:
+        values["cohog_reach"] = space.draw(trial, "cohog_reach")
+        values["cohog_smoothing"] = space.draw(trial, "cohog_smoothing")
+        values["cohog_edge"] = space.draw(trial, "cohog_edge")
+        values["cohog_directions"] = space.draw(trial, "cohog_directions")
+        values["cohog_variation"] = space.draw(trial, "cohog_variation")
+        values["cohog_head"] = space.draw(trial, "cohog_head")
+        if values["cohog_head"] == "softmax":
+            values["cohog_penalty"] = space.draw(trial, "cohog_penalty")
+        return values
+
+    # model
     values["pooling"] = space.draw(trial, "pooling")
     values["dropout"] = space.draw(trial, "dropout")
     values["crop_width"] = space.draw(trial, "crop_width")
-    values["line_height"] = space.fixed["line_height"]  # the cache has one height
 
     # optimiser
     values["learning_rate"] = space.draw(trial, "learning_rate")
@@ -108,6 +122,7 @@ OPENED_BY_SPACE: dict[str, Rule] = {
 }
 
 
+# Of networks; the descriptor stands beside them in every tier.
 BACKBONES_BY_TIER: dict[tuple[str, bool], tuple[str, ...]] = {
     ("cpu", False): ("resnet_thin", "resnet18"),
     ("cpu", True): ("resnet18", "mobilenet_v3_small"),
@@ -123,7 +138,7 @@ def default_space(tier: str, pretrained: bool) -> Space:
     """
     backbones = BACKBONES_BY_TIER[tier, pretrained]
     searched: dict[str, Rule] = {
-        "backbone": Choice(backbones),
+        "backbone": Choice((COHOG, *backbones)),
         "learning_rate": Range(5e-5, 1e-3, log=True) if pretrained else Range(5e-4, 5e-3, log=True),
         "weight_decay": Range(1e-3, 0.3, log=True),
         "label_smoothing": Range(0.0, 0.2),
@@ -132,6 +147,12 @@ def default_space(tier: str, pretrained: bool) -> Space:
         "augment_photometry": Range(0.5, 1.5),
         "mixup": Choice((False, True)),
         "mixup_alpha": Range(0.05, 0.4, log=True),
+        "cohog_reach": Range(2, 6, integer=True),
+        "cohog_smoothing": Range(0.6, 1.6),
+        "cohog_edge": Range(0.3, 1.2),
+        "cohog_variation": Range(0.5, 1.5),
+        "cohog_head": Choice(HEADS),
+        "cohog_penalty": Range(1e-5, 0.1, log=True),
     }
     if pretrained:
         searched["backbone_lr_mult"] = OPENED_BY_SPACE["backbone_lr_mult"]
@@ -150,10 +171,37 @@ def _fixed_defaults(tier: str, searched: Mapping[str, Rule]) -> dict[str, Value]
     return fixed
 
 
+def backbones_of(space: Space) -> tuple[str, ...]:
+    """Name the backbones that trials of this space may have."""
+    rule = space.searched.get("backbone")
+    if isinstance(rule, Choice):
+        return tuple(map(str, rule.choices))
+    return (str(space.fixed["backbone"]),)
+
+
+def networks_of(space: Space) -> tuple[str, ...]:
+    """Name the backbones of this space that are networks."""
+    return tuple(name for name in backbones_of(space) if name != COHOG)
+
+
+def first_trials(space: Space) -> list[dict[str, Value]]:
+    """Give the trials that every search begins with, so that no search ends below them.
+
+    First the descriptor, which is there within a minute, then the network's defaults.
+    """
+    good = baseline(space)
+    if "backbone" not in space.searched:
+        return [good]
+    network = [good] if networks_of(space) else []
+    if COHOG in backbones_of(space):
+        return [{**good, "backbone": COHOG}, *network]
+    return network
+
+
 def baseline(space: Space) -> dict[str, Value]:
     """Give the known-good values of the searched hyperparameters, moved into their ranges.
 
-    They are the first trial of every search, so that no search ends below them.
+    Of backbones a network, where the space has one.
     """
     pretrained = bool(space.fixed["pretrained"])
     good: dict[str, Value] = {
@@ -166,7 +214,10 @@ def baseline(space: Space) -> dict[str, Value]:
     }
     if pretrained:
         good |= {"learning_rate": 3e-4, "backbone_lr_mult": 0.5}
-    return {name: rule.nearest(good[name]) for name, rule in space.searched.items()}
+    nearest = {name: rule.nearest(good[name]) for name, rule in space.searched.items()}
+    if nearest.get("backbone") == COHOG and networks_of(space):
+        nearest["backbone"] = networks_of(space)[0]
+    return nearest
 
 
 def narrow(space: Space, fix: Mapping[str, Value], ranges: Mapping[str, Any]) -> Space:
@@ -186,7 +237,12 @@ def narrow(space: Space, fix: Mapping[str, Value], ranges: Mapping[str, Any]) ->
         fixed[name] = _checked(f"--fix {name}", name, value)
         searched.pop(name, None)
     _settle_mixup(searched, fixed)
-    return Space(searched, fixed)
+    narrowed = Space(searched, fixed)
+    if COHOG not in backbones_of(narrowed):
+        for name in set(OF_COHOG) - set(fix) - set(ranges):
+            searched.pop(name, None)
+            fixed.pop(name, None)
+    return narrowed
 
 
 def _settle_mixup(searched: dict[str, Rule], fixed: dict[str, Value]) -> None:

@@ -42,7 +42,9 @@ def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
     gpus = question.gpus
     tier = "gpu" if gpus else "cpu"
     weights, why = _decide_weights(question, tier)
-    backbones = question.backbones or BACKBONES_BY_TIER[tier, weights == "imagenet"]
+    backbones = question.backbones
+    if backbones is None:
+        backbones = BACKBONES_BY_TIER[tier, weights == "imagenet"]
     return {
         "gpus": [gpu.entry for gpu in gpus],
         "device_names": [gpu.name for gpu in gpus],
@@ -109,11 +111,15 @@ def _visible_gpus(device: str) -> list[str]:
 
 def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
     """Decide between ImageNet weights and none, once per study; also say why."""
-    if question.weights == "none":
+    if question.weights == "none" or (question.weights == "auto" and question.backbones == ()):
         return "none", ""
-    backbones = question.backbones or BACKBONES_BY_TIER[tier, True]
+    backbones = question.backbones
+    if backbones is None:
+        backbones = BACKBONES_BY_TIER[tier, True]
     without = [name for name in backbones if not BACKBONES[name]]
     why = f"there are no ImageNet weights for {without[0]}" if without else ""
+    if not backbones:
+        why = "no trial of this search has a network"
     try:
         for name in [] if without else backbones:
             ensure_imagenet_weights(name)

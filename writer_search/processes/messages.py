@@ -42,7 +42,7 @@ class MachineQuestion:
 
     gpus: tuple[Gpu, ...]  # none: the CPU
     weights: str  # auto, imagenet or none
-    backbones: tuple[str, ...] | None  # None: the tier's own
+    backbones: tuple[str, ...] | None  # the networks; None: the tier's own
     measure: bool  # whether to find out the faster precision of each
     threads: int  # to measure with
 

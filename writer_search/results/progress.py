@@ -53,13 +53,14 @@ class Progress:
         bar.n = min(epochs, self._epochs)
         bar.refresh()
 
-    def epoch(self, number: int, epoch: int, facts: str) -> None:
+    def epoch(self, number: int, epoch: int, epochs: int, facts: str) -> None:
         """Tell an epoch's end: in the bar, or in a line where there is no bar."""
         if self._on_terminal:
+            self._bars[number].total = epochs
             self._bars[number].set_postfix_str(facts, refresh=False)
             self.advance(number, epoch)
         else:
-            self.line(f"trial {number:3d} | epoch {epoch:2d}/{self._epochs} | {facts}")
+            self.line(f"trial {number:3d} | epoch {epoch:2d}/{epochs} | {facts}")
 
     def end(self, number: int, facts: str, complete: int) -> None:
         """Tell a trial's end and take its bar away."""

@@ -22,6 +22,7 @@ from writer_search.common.text import duration, one_line, percent, shown_value
 from writer_search.results.chosen import read_confirmation
 from writer_search.results.confirmed import describe as describe_confirmation
 from writer_search.results.rows import Row, best_row, home_of, trial_dir
+from writer_search.results.tables import floor_lines
 from writer_search.results.tested import describe
 
 # Name, title, how to read it.
@@ -204,6 +205,7 @@ def _result(checkpoint_dir: Path, rows: Sequence[Row], recorded: Mapping[str, An
         value = f'<span class="value">{percent(best.value)}</span>'
         parts.append(f"<h1>Best: {value} validation macro top-1, trial {best.number}</h1>")
         parts.append(f"<p>{_how_sure(checkpoint_dir, rows, best)}</p>")
+        parts += [f"<p>{_text(line)}</p>" for line in floor_lines(rows)]
         parts.append(_facts((name, shown_value(value)) for name, value in best.params.items()))
         model = _directory(checkpoint_dir, best) / "best_model.pth"
         if model.exists():

@@ -11,6 +11,7 @@ from typing import Any
 
 from writer_search.common.files import read_json, write_json, write_text
 from writer_search.common.text import one_line, percent, shown_value
+from writer_search.config import COHOG
 from writer_search.results.rows import Row, best_row, home_of, trial_dir
 
 
@@ -98,6 +99,18 @@ def _csv_line(cells: Sequence[Any]) -> str:
     return text.getvalue()
 
 
+def floor_lines(rows: Sequence[Row]) -> list[str]:
+    """Say what the descriptor alone reaches, which a network has to beat; nothing without it.
+
+    It is the first such trial's value: that of values known beforehand, not the best of many.
+    """
+    for row in rows:
+        is_floor = row.params.get("backbone") == COHOG and row.params.get("cohog_head") == "lda"
+        if is_floor and row.state == "COMPLETE" and row.value is not None:
+            return [f"CoHOG + LDA, no training: {percent(row.value)} (trial {row.number})"]
+    return []
+
+
 def closing_lines(
     checkpoint_dir: Path, rows: Sequence[Row], n_trials: int, exhausted: bool = False
 ) -> list[str]:
@@ -114,6 +127,7 @@ def closing_lines(
         lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
         width = max((len(name) for name in best.params), default=0)
         lines += [f"  {name:<{width}}  {shown_value(v)}" for name, v in best.params.items()]
+        lines += floor_lines(rows)
         home = home_of(best.attributes, checkpoint_dir)
         lines.append(f"Best model: {trial_dir(home, best.number) / 'best_model.pth'}")
     lines.append(f"Summary: {checkpoint_dir / 'summary'}")

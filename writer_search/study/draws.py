@@ -22,8 +22,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from writer_search.common.errors import UserError
-from writer_search.config import TrialConfig
-from writer_search.space import Space, baseline, suggest
+from writer_search.config import COHOG, TrialConfig
+from writer_search.space import Space, first_trials, suggest
 
 STARTUP_TRIALS = 5
 
@@ -187,8 +187,8 @@ class Drawer:
             # It remembers which trials it has seen; a new one would go through all at each draw.
             sampler._search_space = self._intersection
         self._memory.sampler = sampler
-        if number == 0 and attempt == 0:
-            self._memory.enqueue_trial(baseline(self._space))
+        if attempt == 0 and number < len(first := first_trials(self._space)):
+            self._memory.enqueue_trial(first[number])
         trial = self._memory.ask()
         suggest(trial, self._space)
         return self._memory.tell(trial, state=TrialState.FAIL)
@@ -206,12 +206,13 @@ def _seed(*words: int) -> int:
 def config_of(trial: Trial, space: Space, settings: Mapping[str, Any], seed: int) -> TrialConfig:
     """Give a trial's configuration. Raises UserError when it breaks a limit."""
     values: dict[str, Any] = suggest(trial, space)
+    is_network = values["backbone"] != COHOG
     return TrialConfig(
         # A trial that was enqueued by hand has no draw number.
         seed=trial.user_attrs.get("seed", _seed(seed, 2**31 + trial.number)),
-        epochs=settings["epochs"],
-        patience=settings["patience"],
-        pretrained=settings["weights"] == "imagenet",
+        epochs=settings["epochs"] if is_network else 1,
+        patience=settings["patience"] if is_network else 1,
+        pretrained=settings["weights"] == "imagenet" and is_network,
         precision=settings["precision"].get(values["backbone"], "float32"),
         **values,
     )

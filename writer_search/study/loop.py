@@ -233,7 +233,9 @@ class Search:
     def hear_report(self, running: RunningTrial, report: Report) -> None:
         """Store an epoch's value and answer whether the trial goes on."""
         epoch, value = report.epoch, float(report.metrics["macro_top1"])
-        if epoch > running.epoch:
+        config = running.job.config
+        # A pruner compares epochs of training; what was fitted at once stands beside none of them.
+        if epoch > running.epoch and not config.is_fitted:
             self.recorder.report(running.trial, value, epoch)
         running.epoch, running.progress = max(epoch, running.epoch), float(epoch)
         if report.again:
@@ -241,7 +243,7 @@ class Search:
         if running.best is None or value > running.best:
             running.best, running.best_epoch = value, epoch
         # What is done is not pruned. A pruner goes through all trials, also to say: too early.
-        is_last = epoch >= self.plan.epochs or epoch - running.best_epoch >= self.plan.patience
+        is_last = epoch >= config.epochs or epoch - running.best_epoch >= config.patience
         is_judged = not is_last and epoch >= warm_up_epochs(self.plan.epochs)
         if running.stop_cause is None and is_judged and running.trial.should_prune():
             running.pruned = True
@@ -249,7 +251,7 @@ class Search:
         running.child.order(PRUNE if running.pruned else STOP if running.stop_cause else CONTINUE)
         if not report.again:
             facts = self.outlook.epoch_facts(value, report.metrics)
-            self.progress.epoch(running.number, epoch, facts)
+            self.progress.epoch(running.number, epoch, config.epochs, facts)
 
     # ----------------------------------------------------------------------------------------- ends
 

@@ -26,7 +26,14 @@ from writer_search.lines.walk import LeftOut
 from writer_search.processes.deadlines import stop_time
 from writer_search.processes.devices import divide
 from writer_search.results.rows import DATABASE, read_database
-from writer_search.space import Space, default_space, narrow, parse_fix
+from writer_search.space import (
+    BACKBONES_BY_TIER,
+    Space,
+    default_space,
+    narrow,
+    networks_of,
+    parse_fix,
+)
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -85,16 +92,6 @@ def read_ranges(path: Path | None) -> dict[str, Any]:
     return ranges
 
 
-def backbones_of(space: Space) -> tuple[str, ...]:
-    """Name the backbones that trials of this space may have."""
-    rule = space.searched.get("backbone")
-    return (
-        tuple(map(str, rule.choices))
-        if isinstance(rule, Choice)
-        else (str(space.fixed["backbone"]),)
-    )
-
-
 def smallest_batch(space: Space) -> int:
     """Give the smallest batch size that trials of this space may have."""
     rule = space.searched.get("batch_size")
@@ -104,9 +101,9 @@ def smallest_batch(space: Space) -> int:
 
 
 def precision_of(space: Space) -> dict[str, Value]:
-    """Give each backbone's precision where --fix names it: then nothing is measured."""
+    """Give each network's precision where --fix names it: then nothing is measured."""
     precision = space.fixed.get("precision")
-    return dict.fromkeys(backbones_of(space), precision) if precision is not None else {}
+    return dict.fromkeys(networks_of(space), precision) if precision is not None else {}
 
 
 def ask_machine(
@@ -125,7 +122,7 @@ def ask_machine(
     if recorded is not None:  # decided once per study
         backbones, weights = tuple(recorded["precision"]), recorded["weights"]
     elif "backbone" in fix or "backbone" in ranges:
-        backbones = backbones_of(narrow(default_space("cpu", False), fix, ranges))
+        backbones = networks_of(narrow(default_space("cpu", False), fix, ranges))
     measure = recorded is None and "precision" not in fix
     threads = asked_threads(os.environ) or min(usable_cores(), cores.left())
     gpus, warnings = questions.find_gpus(args.device)
@@ -159,6 +156,10 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
     left_out = LeftOut()
     lines = find_lines(args.data_root, wanted, args.seed, left_out)
     recorded = recorded_settings(args, storage)
+    if recorded is not None and "cohog_head" not in recorded["space"]:
+        # It was begun before there was a descriptor, or without it: its default backbones are so.
+        networks = BACKBONES_BY_TIER[recorded["tier"], recorded["weights"] == "imagenet"]
+        ranges = {"backbone": {"choices": list(networks)}, **ranges}
     machine = ask_machine(args, recorded, fix, ranges, cores)
     decided = recorded or machine
     if recorded is not None and args.weights not in ("auto", recorded["weights"]):

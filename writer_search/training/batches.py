@@ -126,6 +126,28 @@ def windows(widths: Tensor, crop_width: int) -> tuple[Tensor, Tensor]:
     return line, offset.round().long()
 
 
+def views(
+    lines: Lines, crop_width: int | None, at_once: int = 8
+) -> tuple[Tensor, Tensor, list[tuple[slice, int]]]:
+    """Cover each line with windows, or see it whole where crop_width is None.
+
+    Returns the views' lines (views,), their places for `cut`, and parts of about `at_once` views:
+    which, and how wide they are. Whole lines come by width, so that a part has little empty space.
+    """
+    if crop_width is None:
+        line = lines.widths.argsort(stable=True)
+        offset = torch.zeros_like(line)
+        widths = lines.widths[line].tolist()
+    else:
+        line, offset = windows(lines.widths, crop_width)
+        widths = [crop_width] * len(line)
+    parts = []
+    for start in range(0, len(line), at_once):
+        end = min(start + at_once, len(line))
+        parts.append((slice(start, end), widths[end - 1]))
+    return line, places(lines, line, offset), parts
+
+
 def random_offsets(widths: Tensor, crop_width: int, generator: torch.Generator) -> Tensor:
     """Choose where a crop starts in lines of these widths: as many; negative in narrower lines.
 

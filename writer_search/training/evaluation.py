@@ -12,8 +12,7 @@ from writer_search.config import TrialConfig
 from writer_search.training.batches import (
     Lines,
     gather,
-    places,
-    windows,
+    views,
 )
 from writer_search.training.metrics import Metrics, compute_metrics
 from writer_search.training.optimisation import (
@@ -67,28 +66,29 @@ def line_logits(
 ) -> Tensor:
     """Average each line's logits over its windows: (lines, writers), float32, on the host.
 
-    Ranks take turns at batches of windows, the same ones as a single process; none is done twice.
+    A model that sees whole lines has one view of each. Ranks take turns at batches of views, the
+    same ones as a single process; none is done twice.
     """
     device = lines.device
-    line, offsets = windows(lines.widths, config.crop_width)
-    place = places(lines, line, offsets)
-    by_window = torch.zeros(len(line), num_writers, device=device)
+    if model.sees_whole_lines:
+        line, place, parts = views(lines, None)
+    else:
+        line, place, parts = views(lines, config.crop_width, windows_at_once(device, micro_batch))
+    by_view = torch.zeros(len(line), num_writers, device=device)
     model = for_inference(model)
     if config.precision == "bfloat16":
         cast_weights(model)
-    every = torch.arange(len(line), device=line.device)
-    parts = torch.split(every, windows_at_once(device, micro_batch))
     for turn in range(0, len(parts), ranks.size):
         check()
-        for part in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
-            images = gather(lines, place[part], config.crop_width)
+        for part, width in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
+            images = gather(lines, place[part], width)
             with autocast(config, device):
                 logits = model(images)
-            by_window[part.to(device)] = logits.float()
-    ranks.add_up(by_window)
+            by_view[part] = logits.float()
+    ranks.add_up(by_view)
     # On the host, where sums are taken in the same order each time.
-    by_window, line = by_window.cpu(), line.cpu()
-    total = torch.zeros(len(lines), num_writers).index_add_(0, line, by_window)
+    by_view, line = by_view.cpu(), line.cpu()
+    total = torch.zeros(len(lines), num_writers).index_add_(0, line, by_view)
     return total / torch.bincount(line, minlength=len(lines))[:, None]
 
 
