@@ -19,8 +19,8 @@ class Metrics:
     macro_top5: the same for the first five guesses; None with five writers or fewer.
     micro_top1: share of all lines. page_macro_top1: pages instead of lines.
     loss: mean cross-entropy of lines. per_writer: each writer's share, writers with lines only.
-    confusion: (pairs, 3), int32: true writer, guessed writer, lines, where there are any; a table of
-    2,000 writers would have four million numbers. Not compared by `==`.
+    confusion: (pairs, 3), int32: true writer, guessed writer, lines, where there are any; a table
+    of 2,000 writers would have four million numbers. Not compared by `==`.
     """
 
     macro_top1: float
