@@ -35,8 +35,8 @@ PREVIOUS = "previous_best_model.pth"  # until a checkpoint names the new one
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two saved states
 SHARE = 0.01  # of the training time that saving its state may take
 SHARE_OF_HISTORY = 0.001
-# Seconds that training takes longer for each that the writing thread computes. On 2 busy cores, each
-# with a thread of the training, a save of resnet_thin that computed 17 ms took 64 ms.
+# Seconds that training takes longer for each that the writing thread computes, where no core is
+# free: a save of resnet_thin with 26 ms of copying and computing cost 64 ms (2 cores, 2026-11-26).
 SLOWDOWN = 4.0
 CPU = torch.device("cpu")
 ASSUMED_RATE = 200 * 2**20  # bytes a second; the first copy, into new memory, was about as slow
