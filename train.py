@@ -336,8 +336,8 @@ def _write_results(
     final, best = state.history[-1], state.best
     save_model(trial_dir / "final_model.pth", state.average, config, data, final)
     if best is not None:
-        counts = best["confusion"].tolist()
-        best = {**best, "confusion": {"writers": list(data.writers), "counts": counts}}
+        pairs = best["confusion"].tolist()
+        best = {**best, "confusion": {"writers": list(data.writers), "pairs": pairs}}
     write_json(
         trial_dir / "metrics.json",
         {
@@ -458,7 +458,9 @@ class TrainingState:
         self.seconds = contents.get("seconds", 0.0)  # an earlier version did not note it
         self.best, self.history = contents["best"], contents["history"]
         if self.best is not None and isinstance(self.best["confusion"], dict):  # the same
-            self.best["confusion"] = torch.tensor(self.best["confusion"]["counts"])
+            counts = torch.tensor(self.best["confusion"]["counts"], dtype=torch.int32)
+            pairs = counts.nonzero()
+            self.best["confusion"] = torch.cat([pairs, counts[pairs.unbind(1)][:, None]], 1)
         if self.ranks.is_first:  # it is the sum over the ranks
             self.loss_sum.copy_(contents["loss_sum"])
 

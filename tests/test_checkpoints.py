@@ -102,7 +102,7 @@ def test_a_minute_holds_with_slow_batches_and_slow_disks(monkeypatch: pytest.Mon
 def test_what_a_save_costs_is_measured(
     data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time that training waits for the copy, and what the thread computes."""
+    """The time that training waits for the copy, and how far what the thread computes slows it."""
 
     def contents() -> dict[str, Any]:
         time.sleep(0.2)
@@ -117,7 +117,8 @@ def test_what_a_save_costs_is_measured(
     monkeypatch.setattr(checkpoints, "write_tensors", write_tensors)
     with Checkpoints(tmp_path, config, data) as files:
         files.save(contents, at_once=True)
-    assert 0.3 <= files.times._cost < 0.5
+    slowdown = 0.1 * checkpoints.SLOWDOWN
+    assert 0.2 + slowdown <= files.times._cost < 0.35 + 1.5 * slowdown
     assert files.times._took >= 0.6
 
 
@@ -269,7 +270,7 @@ def test_best_model_is_the_checkpoint_s_wherever_a_kill_comes(
     values: Iterator[float] = iter([0.4, 0.5, 0.6, 0.3])
 
     def scripted(*_: Any, **__: Any) -> Metrics:
-        return Metrics(next(values), None, 0.0, 0.0, 1.0, {}, np.zeros((4, 4), np.int32))
+        return Metrics(next(values), None, 0.0, 0.0, 1.0, {}, np.zeros((0, 3), np.int32))
 
     monkeypatch.setattr(train_module, "evaluate", scripted)
     real, moved = os.replace, iter(range(1000))

@@ -328,6 +328,19 @@ def test_word_that_another_rank_is_lost_is_traced_to_it(
     assert ranks[0].asked == ("hung" in str(cause))
 
 
+def test_a_state_saved_within_an_epoch_has_the_loss_of_all_ranks(
+    config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And training goes on with each rank's own."""
+    state = TrainingState.start(config, 4, torch.device("cpu"))
+    state.ranks = Ranks(0, 2)
+    state.loss_sum += 1.5
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.add_(2.0))
+    for _ in range(2):
+        assert state.contents()["loss_sum"] == 3.5
+    assert state.loss_sum == 1.5
+
+
 def test_ranks_are_told_only_what_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def call() -> None:
         raise KeyError

@@ -19,6 +19,7 @@ from searches import make_search
 
 from writer_search.common.files import read_json, write_json
 from writer_search.common.text import percent
+from writer_search.results.confusion import confusion_of
 from writer_search.results.report import ranges, report_html, standard_error, write_report
 from writer_search.results.rows import DATABASE, best_row, read_database, trial_dir
 from writer_search.study.store import open_study
@@ -176,6 +177,26 @@ def test_standard_error_is_that_of_a_mean_of_shares() -> None:
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
     assert count == 70
     assert error == pytest.approx(deviation, rel=0.05)
+
+
+def test_confusion_is_read_as_pairs_and_as_an_earlier_version_s_table() -> None:
+    table = confusion([[3, 0, 1], [0, 2, 0], [0, 0, 0]])
+    pairs = {"confusion": {"writers": ["0", "1", "2"], "pairs": [[0, 0, 3], [0, 2, 1], [1, 1, 2]]}}
+    assert confusion_of(table) == confusion_of(pairs)
+    assert standard_error(table) == standard_error(pairs) == (6, pytest.approx(0.10825, abs=1e-5))
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        *({}, [], None, 3, {"writers": ["a"]}, {"writers": ["a"], "counts": [[1, 2]]}),
+        *({"writers": ["a"], "pairs": [[0, 1, 1]]}, {"writers": ["a"], "pairs": [[0, 0]]}),
+        *({"writers": ["a"], "pairs": [[0, 0, -1]]}, {"writers": 3, "pairs": []}),
+    ],
+)
+def test_confusion_that_makes_no_sense_is_none(recorded: Any) -> None:
+    with pytest.raises(ValueError, match="no confusion of writers"):
+        confusion_of({"confusion": recorded})
 
 
 @pytest.mark.parametrize("metrics", [{}, {"confusion": 3}, {"confusion": {"counts": [[0]]}}])

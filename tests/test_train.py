@@ -70,7 +70,7 @@ def test_metrics_by_hand() -> None:
     # Page 0 of a: log-softmax sums favour a (3 of the first line outweigh the second line).
     assert metrics.page_macro_top1 == pytest.approx((1 + 1 / 2) / 2)
     assert metrics.macro_top5 is None
-    assert metrics.confusion.tolist() == [[1, 0, 1], [1, 2, 0], [0, 0, 0]]
+    assert metrics.confusion.tolist() == [[0, 0, 1], [0, 2, 1], [1, 0, 1], [1, 1, 2]]
 
 
 def test_top5_needs_more_than_five_writers_and_counts_them() -> None:
@@ -192,7 +192,7 @@ def test_epochs_and_patience_end_a_trial(
     values = iter([0.3, 0.5, 0.4, 0.5, 0.2, 0.9])
 
     def scripted(*_: Any, **__: Any) -> Metrics:
-        return Metrics(next(values), None, 0.0, 0.0, 1.0, {}, np.zeros((4, 4), np.int32))
+        return Metrics(next(values), None, 0.0, 0.0, 1.0, {}, np.zeros((0, 3), np.int32))
 
     monkeypatch.setattr(train_module, "evaluate", scripted)
     epochs: list[int] = []
@@ -211,7 +211,7 @@ def test_of_equally_good_epochs_the_one_of_the_least_loss_is_kept(
 
     def scripted(*_: Any, **__: Any) -> Metrics:
         value, loss = next(shown)
-        return Metrics(value, None, 0.0, 0.0, loss, {}, np.zeros((4, 4), np.int32))
+        return Metrics(value, None, 0.0, 0.0, loss, {}, np.zeros((0, 3), np.int32))
 
     monkeypatch.setattr(train_module, "evaluate", scripted)
     config = changed(config, epochs=6, patience=3)
@@ -501,7 +501,9 @@ def test_files_of_a_finished_trial(data: LineSet, config: TrialConfig, tmp_path:
     confusion = written["best"].pop("confusion")
     assert written["best"] in history
     assert not any("confusion" in row for row in history)
-    counts = np.array(confusion["counts"])
+    counts = np.zeros((len(data.writers), len(data.writers)))
+    for true, guessed, lines in confusion["pairs"]:
+        counts[true, guessed] = lines
     assert confusion["writers"] == list(data.writers)
     assert counts.sum() == data.report["lines"]["val"]
     assert (counts.diagonal() / counts.sum(1)).mean() == pytest.approx(metrics.macro_top1)

@@ -12,6 +12,7 @@ import html
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from writer_search.common.files import read_dict, write_text
 from writer_search.common.text import duration, one_line, percent, shown_value
 from writer_search.results.chosen import read_confirmation
 from writer_search.results.confirmed import describe as describe_confirmation
+from writer_search.results.confusion import confusion_of
 from writer_search.results.rows import Row, best_row, home_of, trial_dir
 from writer_search.results.tables import floor_lines
 from writer_search.results.tested import describe
@@ -251,14 +253,18 @@ def standard_error(metrics: Mapping[str, Any]) -> tuple[int, float]:
     over the number of writers. (0, 0.0) where the confusion is not recorded.
     """
     try:
-        counts = [[int(n) for n in row] for row in metrics["confusion"]["counts"]]
-        measured = [(row[true] / sum(row), sum(row)) for true, row in enumerate(counts) if sum(row)]
-    except (KeyError, TypeError, ValueError, IndexError):
+        _, pairs = confusion_of(metrics)
+    except ValueError:
         return 0, 0.0
-    if not measured:
+    lines, right = Counter[int](), Counter[int]()
+    for true, guessed, count in pairs:
+        lines[true] += count
+        right[true] += count * (true == guessed)
+    if not lines:
         return 0, 0.0
-    variance = sum(share * (1 - share) / lines for share, lines in measured)
-    return sum(lines for _, lines in measured), math.sqrt(variance) / len(measured)
+    shares = {writer: right[writer] / count for writer, count in lines.items()}
+    variance = sum(shares[w] * (1 - shares[w]) / count for w, count in lines.items())
+    return lines.total(), math.sqrt(variance) / len(lines)
 
 
 def _confirmation(found: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from writer_search.results.confusion import confusion_of
 from writer_search.results.pictures.figures import (
     BLUE,
     VERMILLION,
@@ -81,15 +82,17 @@ def _lines_of_writers(metrics: Mapping[str, Any]) -> dict[str, int]:
 
 def _confusion_of(metrics: Mapping[str, Any]) -> tuple[list[str], np.ndarray[Any, Any]]:
     """Give the writers' names and the counts (true writer, guessed writer)."""
-    recorded = metrics.get("confusion")
-    if not recorded:
+    if not metrics.get("confusion"):
         raise TooLittleError("the best trial has recorded no confusion matrix")
     try:
-        names, counts = list(recorded["writers"]), np.asarray(recorded["counts"], dtype=float)
-    except (KeyError, TypeError, ValueError):
+        names, pairs = confusion_of(metrics)
+    except ValueError:
         raise TooLittleError("the best trial's confusion matrix cannot be read") from None
-    if counts.shape != (len(names), len(names)) or len(names) < 2:
+    if len(names) < 2:
         raise TooLittleError("the best trial's confusion matrix cannot be read")
+    counts = np.zeros((len(names), len(names)))
+    for true, guessed, lines in pairs:
+        counts[true, guessed] = lines
     return names, counts
 
 
