@@ -477,6 +477,8 @@ def predict_command(args: argparse.Namespace) -> int:
     predictions = predict(model, config, writers, args.predict, device)
     for name, cause in predictions.skipped.items():
         print(f"not read: {one_line(name)}: {cause}", file=sys.stderr)
+    for name, doubt in predictions.doubtful.items():
+        print(f"warning: {one_line(name)}: {doubt}", file=sys.stderr)
     if not predictions.lines:
         raise UserError("--predict: no image could be read")
     show = as_json if args.json else as_csv if args.csv else as_table

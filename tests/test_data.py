@@ -533,6 +533,28 @@ def test_a_file_that_is_no_image_is_called_by_its_name(content: bytes) -> None:
     assert "0x" not in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "1", "P", "I;16", "F"])
+def test_big_pictures_are_made_smaller_before_they_become_grey(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a sixth of the pixels they give nearly the same ink, and are marked as read anew."""
+    rough = np.asarray(Image.fromarray(GREY).resize((1760, 200), Image.Resampling.BICUBIC))
+    rough = np.pad(rough, 20, constant_values=220)
+    if mode == "1":
+        big = Image.fromarray(np.where(rough < 140, 0, 255).astype(np.uint8)).convert("1")
+    elif mode in ("I;16", "F"):
+        big = Image.fromarray(rough.astype({"I;16": np.uint16, "F": np.float32}[mode]) * 200)
+    else:
+        big = Image.fromarray(rough).convert(mode)
+    content = encoded(big, "TIFF")
+    whole = decode_line(content, HEIGHT)
+    monkeypatch.setattr("writer_search.lines.decoding.BIG", 100_000)
+    smaller = decode_line(content, HEIGHT)
+    assert (whole.version, smaller.version) == (1, 2)
+    assert smaller.size == whole.size == (1800, 240)
+    assert_alike(smaller.ink, like=whole.ink, mean=2.5)
+
+
 def huge_png(width: int, height: int) -> bytes:
     """A PNG of a few bytes that says it is huge."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from data import LineSet
 from train import main, train
@@ -255,3 +256,24 @@ def test_a_model_with_changed_bytes_is_refused(
     assert code == 2
     assert "changed.pth is not a model of this program: " in problems
     assert "damaged" in problems or "CRC" in problems
+
+
+def test_what_is_not_looked_at_or_odd_is_told(
+    trial: Path, lines_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page = next((lines_root / "val").rglob("line_001.png")).parent
+    shutil.copytree(page, tmp_path / "page")
+    shutil.copytree(page, tmp_path / "page" / "@eaDir")
+    (tmp_path / "page" / "photo.heic").write_bytes(b"photo")
+    with Image.open(page / "line_001.png") as image:
+        image.rotate(90, expand=True).save(tmp_path / "page" / "turned.png")
+    code, found, problems = predicted(capfd, tmp_path / "page", "--model", trial / "best_model.pth")
+    assert code == 1
+    assert len(found["lines"]) == 4
+    assert len(found["pages"]) == 1
+    assert "1 .heic files (first " in problems
+    assert "eaDir" not in problems
+    (doubt,) = found["doubtful"].items()
+    assert doubt[0].endswith("turned.png")
+    assert "taller than wide" in doubt[1]
+    assert doubt[1] in problems

@@ -37,8 +37,8 @@ class DecodedLine:
     ink (width, line_height), uint8, 0 is paper.
     size: width and height of the upright picture, in its own pixels.
     is_light: the ink is lighter than its paper.
-    version: the first version of this decoding that gives this ink: 1 knew no outside, and took the
-    geometry of a header.
+    version: the first version of this decoding that gives this ink: 1 knew no outside, took the
+    geometry of a header, and reduced big pictures less.
     """
 
     ink: NDArray[np.uint8]
@@ -115,11 +115,13 @@ def _read_upright(
         ImageOps.exif_transpose(image, in_place=True)
     if is_whole:  # Pillow turns TIFFs by itself, some of its versions when it opens them
         width, height = image.size
-    grey, is_repainted = _to_grey(image)
+    step = height // (4 * line_height) if width * height > BIG else 0
+    grey, is_repainted = _to_grey(_reduced(image, step) if step > 1 else image)
     wanted = (max(1, round(width * line_height / height)), line_height)
     resized = np.asarray(grey.resize(wanted, Image.Resampling.BILINEAR))
     was_turned = orientation > 8 or (is_turned and image.format == "TIFF")  # by a header alone
-    return resized, (width, height), 2 if is_repainted or was_turned else 1
+    is_new = is_repainted or was_turned or step > 1
+    return resized, (width, height), 2 if is_new else 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -136,6 +138,18 @@ def _count_pictures(image: Image.Image) -> int:
         return int(getattr(image, "n_frames", 1))
     except Exception:  # what follows the first picture is damaged
         return 1
+
+
+def _reduced(image: Image.Image, step: int) -> Image.Image:
+    """Make a big picture smaller by a whole number, before what needs several bytes a pixel."""
+    if not image.mode.startswith("I;16"):
+        if image.mode in ("1", "P"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return image.reduce(step)
+    values = np.asarray(image)
+    rows, columns = (length // step for length in values.shape)
+    blocks = values[: rows * step, : columns * step].reshape(rows, step, columns, step)
+    return Image.fromarray(blocks.mean((1, 3), dtype=np.float32))
 
 
 def _to_grey(image: Image.Image) -> tuple[Image.Image, bool]:

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
+from writer_search.lines.decoding import INK_DEVIATION, DecodedLine
 from writer_search.lines.layout import SPLITS
 from writer_search.lines.walk import describe_left_out
 
 MEASURED = ("sizes", "is_light", "ink_share")  # of each line, when it is decoded
 LEAST_INK, MOST_INK = 0.005, 0.6  # shares of a line; real ones have 0.03 to 0.3
 TENFOLD = 10
+TALL = "images taller than wide (whole pages, or turned?)"
+EMPTY, FULL = "lines with almost no ink", "lines that are almost only ink"
 STRANGERS = "test lines of writers without training lines"
 
 
@@ -97,6 +100,17 @@ def data_report(
     }
 
 
+def doubt_of(line: DecodedLine) -> str:
+    """Say what is odd about a line by itself; empty where nothing is."""
+    share = (line.ink > INK_DEVIATION).mean()
+    doubts = {
+        TALL: line.size[1] > line.size[0],
+        EMPTY: share < LEAST_INK,
+        FULL: share > MOST_INK,
+    }
+    return ", ".join(f"one of the {doubt}" for doubt, is_there in doubts.items() if is_there)
+
+
 def odd_lines(
     kept: list[LineFile], measured: Mapping[str, NDArray[Any]], digests: NDArray[np.uint8]
 ) -> dict[str, dict[str, Any]]:
@@ -113,9 +127,9 @@ def odd_lines(
         for line, digest in zip(kept, digests, strict=True)
     ]
     found = {
-        "images taller than wide (whole pages, or turned?)": height > width,
-        "lines with almost no ink": measured["ink_share"] < LEAST_INK,
-        "lines that are almost only ink": measured["ink_share"] > MOST_INK,
+        TALL: height > width,
+        EMPTY: measured["ink_share"] < LEAST_INK,
+        FULL: measured["ink_share"] > MOST_INK,
         "images that stand under two writers": np.array(shared, bool),
         "lines read as light ink on dark paper, unlike others of their writer": np.zeros(
             len(kept), bool

@@ -28,7 +28,8 @@ from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
-from writer_search.lines.decoding import BrokenImageError, decode_line
+from writer_search.lines.decoding import BrokenImageError, DecodedLine, decode_line
+from writer_search.lines.report import doubt_of
 from writer_search.lines.walk import LeftOut, describe_left_out, walk
 from writer_search.training.batches import Lines
 from writer_search.training.evaluation import line_logits
@@ -56,12 +57,14 @@ class Guess:
 class Predictions:
     """What a model says of images, in the order in which they were given.
 
-    skipped: image or directory → why nothing can be said of it.
+    skipped: image or directory → why nothing can be said of it, or of some files in it.
+    doubtful: image → why its guess may be worth nothing, though there is one.
     """
 
     lines: list[Guess]
     pages: list[Guess]
     skipped: dict[str, str]
+    doubtful: dict[str, str]
 
 
 @torch.inference_mode()
@@ -79,15 +82,18 @@ def predict(
     Raises UserError when the model's output is not finite.
     """
     images, skipped = _find(paths)
+    doubtful = {}
     model.to(device)
     scores: dict[Path, Tensor] = {}  # log-softmax, (writers,), float64
     for decoded in tqdm(list(_in_parts(images)), "predicting", disable=None, leave=False):
         inks = {}
-        for path, ink in _decode(decoded, config.line_height):
-            if isinstance(ink, str):
-                skipped[str(path)] = ink
-            else:
-                inks[path] = ink
+        for path, line in _decode(decoded, config.line_height):
+            if isinstance(line, str):
+                skipped[str(path)] = line
+                continue
+            inks[path] = line.ink
+            if doubt := doubt_of(line):
+                doubtful[str(path)] = doubt
         if inks:
             lines = _side_by_side(list(inks.values()), config.line_height, device)
             logits = line_logits(model, config, lines, len(writers)).double().cpu()
@@ -104,6 +110,7 @@ def predict(
             for own in pages.values()
         ],
         skipped,
+        doubtful,
     )
 
 
@@ -138,12 +145,12 @@ def _in_parts(images: Sequence[Path]) -> Iterator[Sequence[Path]]:
         yield images[start : start + LINES_AT_ONCE]
 
 
-def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, NDArray[np.uint8] | str]]:
+def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, DecodedLine | str]]:
     """Decode images into ink, or say why one cannot be."""
 
-    def read(path: Path) -> NDArray[np.uint8] | str:
+    def read(path: Path) -> DecodedLine | str:
         try:
-            return decode_line(path.read_bytes(), line_height).ink
+            return decode_line(path.read_bytes(), line_height)
         except (OSError, BrokenImageError) as error:
             return one_line(error, 150)
 
