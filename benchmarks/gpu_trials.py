@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
@@ -138,10 +139,10 @@ def checkpoints(setting: Setting) -> Found:
             lambda epoch, row: ends.append(time.perf_counter()),
             device=setting.device,
         )
-        return median(later - sooner for sooner, later in zip(ends[1:], ends[2:], strict=False))
+        return median(later - sooner for sooner, later in pairwise(ends[1:]))
 
     with_saving = median_epoch("with")
-    with mock.patch.object(Checkpoints, "save", lambda self, contents, is_best=False: None):
+    with mock.patch.object(Checkpoints, "save", return_value=None):
         without = median_epoch("without")
     ratio = with_saving / without
     return Found(ratio <= 1.05, ratio, 1.05)
