@@ -122,7 +122,8 @@ class Ranks:
         if self.size == 1:
             return model
         # Statistics of batch norm are rank 0's where they count: see `buffers_of_first`.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, SYNC_BUFFERS: False}
+        return DistributedDataParallel(model, **options)
 
     def accumulating(self, replicated: nn.Module) -> AbstractContextManager[None]:
         """Keep gradients to this rank, until a backward pass outside of this block."""
