@@ -28,7 +28,6 @@ from writer_search.training.optimisation import autocast, build_model, steps_per
 
 CPU = torch.device("cpu")
 FLOAT32, TF32, BFLOAT16 = 1e-4, 5e-3, 3e-2  # of the largest value: what rounding may change
-CLEAR = 4.0  # times the difference: a margin that rounding does not turn
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,8 @@ def logits(setting: Setting) -> Found:
             answer = _answer(there, images.to(setting.place), config, name)
             apart = difference(answer, wanted)
             value[f"{kind['backbone']} {kind.get('pooling', 'cosface')} {name}"] = apart
-            passes = passes and apart <= bar and names_agree(answer, wanted)
+            tolerance = bar * float(wanted.abs().max())
+            passes = passes and apart <= bar and names_agree(answer, wanted, tolerance)
     return Found(passes, value, {"float32": FLOAT32, "tf32": TF32, "bfloat16": BFLOAT16})
 
 
@@ -131,10 +131,10 @@ def _answer(model: torch.nn.Module, images: Tensor, config: TrialConfig, name: s
     return found.cpu()
 
 
-def names_agree(found: Tensor, wanted: Tensor) -> bool:
-    """Tell whether both name the same writer, images without a clear margin aside."""
+def names_agree(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """Tell whether both name the same writer, images aside where rounding may decide."""
     first, second = wanted.topk(2, dim=1).values.unbind(1)
-    is_clear = first - second > CLEAR * (found - wanted).abs().amax(1)
+    is_clear = first - second > 2 * tolerance
     return torch.equal(found.argmax(1)[is_clear], wanted.argmax(1)[is_clear])
 
 
@@ -307,4 +307,4 @@ def prediction(setting: Setting) -> Found:
             found.append(line_logits(state.average.to(place), own, lines, len(data.writers)))
     there, here = (logits.softmax(1) for logits in found)
     apart = float((there - here).abs().max())
-    return Found(apart <= 0.02 and names_agree(*found), apart, 0.02)
+    return Found(apart <= 0.02 and names_agree(there, here, 0.02), apart, 0.02)

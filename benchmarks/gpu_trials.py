@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
@@ -139,7 +139,7 @@ def checkpoints(setting: Setting) -> Found:
             lambda epoch, row: ends.append(time.perf_counter()),
             device=setting.device,
         )
-        return median(later - sooner for sooner, later in itertools.pairwise(ends))
+        return median(later - sooner for sooner, later in pairwise(ends[1:]))
 
     with_saving = median_epoch("with")
     with mock.patch.object(Checkpoints, "is_due", return_value=False):

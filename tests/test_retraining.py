@@ -132,6 +132,7 @@ def test_stopped_training_goes_on(
     assert history_of(broken) == history_of(whole)
 
 
+@pytest.mark.usefixtures("save_each_batch")
 def test_training_that_is_out_of_memory_goes_on_with_fewer_images(
     search: Path,
     lines_root: Path,

@@ -243,7 +243,7 @@ def test_schedule_rises_then_falls_to_nothing() -> None:
 def test_average_is_the_moving_average_of_weights_and_statistics() -> None:
     model, average = (WriterModel("tiny", 3) for _ in range(2))
     before = {name: value.clone() for name, value in average.state_dict().items()}
-    model(torch.rand(4, 1, 16, 64))  # batch norm counts it
+    model(torch.rand(4, 1, 16, 64))
     pairs = TensorPairs.of(average, model)
     update_average(pairs, step=1, total_steps=10_000)  # decay 1 / 10 at the first step
     current = model.state_dict()

@@ -362,7 +362,9 @@ def _load_saved_model(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on files that are not its own
-            saved = read_tensors(path)
+            saved = read_tensors(path, is_summed=False)
+            if not (isinstance(saved, dict) and "optimizer" in saved):
+                require_whole(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; give a best_model.pth or final_model.pth"
@@ -417,12 +419,18 @@ def read_tensors(path: Path, is_summed: bool = True) -> Any:
     is_summed: whether the file has checksums: then every byte of it is checked. Raises nearly
     anything where the file is not whole.
     """
-    if is_summed and zipfile.is_zipfile(path):
+    if is_summed:
+        require_whole(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def require_whole(path: Path) -> None:
+    """Raise ValueError when a file's checksums, which torch leaves unread, say that it is damaged."""
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch itself leaves the checksums unread
+            damaged = file.testzip()
         if damaged is not None:
             raise ValueError(f"the file is damaged: {damaged} has another checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_tensors(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:

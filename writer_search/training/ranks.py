@@ -6,6 +6,7 @@ are those of one process. Rank 0 alone reports and writes files.
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIME_LIMIT = 300.0  # seconds that a rank waits for the others, in whatever they do together
+
+# The option of torch, named anew since 2.11.
+_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,7 +131,8 @@ class Ranks:
         if self.size == 1:
             return model
         # Statistics of batch norm are rank 0's where they count: see `buffers_of_first`.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, SYNC_BUFFERS: False}
+        return DistributedDataParallel(model, **options)
 
     def accumulating(self, replicated: nn.Module) -> AbstractContextManager[None]:
         """Keep gradients to this rank, until a backward pass outside of this block."""
