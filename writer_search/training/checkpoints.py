@@ -425,7 +425,7 @@ def read_tensors(path: Path, is_summed: bool = True) -> Any:
 
 
 def require_whole(path: Path) -> None:
-    """Raise ValueError when a file's checksums, which torch leaves unread, say that it is damaged."""
+    """Raise ValueError when a file's checksums, which torch leaves unread, are wrong."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
