@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shlex
-import sqlite3
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from writer_search.processes.deadlines import stop_time
 from writer_search.processes.devices import divide
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
-from writer_search.results.rows import DATABASE, Row, read_rows, read_study
+from writer_search.results.rows import DATABASE, Row, read_rows
 from writer_search.results.status import read_status, show
 from writer_search.results.tables import closing_lines, write_summary
 from writer_search.space import Space, default_space, narrow, parse_fix
@@ -74,15 +73,12 @@ def recorded_settings(
         from writer_search.study.shared.storage import settings_of
 
         return settings_of(storage, args.study_name)
-    database = args.checkpoint_dir / DATABASE
-    if not database.exists():
-        return None
-    try:
-        settings = read_study(database).get("settings")
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{database} cannot be read: {one_line(error)}") from None
+    from writer_search.study.recovery import standing_settings
+
+    settings = standing_settings(args.checkpoint_dir)
     if settings is None:
         return None
+    database = args.checkpoint_dir / DATABASE
     if not isinstance(settings, dict) or not {"tier", "weights", "precision"} <= settings.keys():
         raise UserError(
             f"{database} was begun by another version of this program: its settings cannot be "
@@ -167,10 +163,10 @@ def ask_machine(
     return answer
 
 
-def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Plan:
+def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None) -> Plan:
     """Check everything and decode the lines; nothing is written to the checkpoint directory.
 
-    Raises UserError.
+    recorded: the settings of the study to go on with. Raises UserError.
     """
     from writer_search.processes.fork_server import start_fork_server
 
@@ -190,7 +186,6 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
         make_lines(args.data_root)
     wanted = None if args.use_all_writers else args.num_writers_subset
     lines = find_lines(args.data_root, wanted, args.seed)
-    recorded = recorded_settings(args, storage)
     machine = ask_machine(args, recorded, fix, ranges, cores)
     decided = recorded or machine
     if recorded is not None and args.weights not in ("auto", recorded["weights"]):
@@ -285,10 +280,15 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     from writer_search.results.events import Events
     from writer_search.study.draws import make_pruner
     from writer_search.study.loop import Search
+    from writer_search.study.recovery import heal, remove_workplace
     from writer_search.study.store import open_study, record_settings
     from writer_search.study.supplies import LocalSupply
     from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 
+    for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
+        for warning in heal(directory, plan.settings):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        remove_workplace(directory)
     study = open_study(args.checkpoint_dir)
     is_new = "settings" not in study.user_attrs
     record_settings(study, plan.settings)
@@ -484,7 +484,8 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
 
 def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None:
     """Rebuild the study from the trial directories. Raises UserError."""
-    from writer_search.study.recovery import recover, trial_directories
+    from writer_search.study.rebuilding import trial_directories
+    from writer_search.study.recovery import recover
 
     if not args.checkpoint_dir.is_dir():
         raise UserError(f"--recover: {args.checkpoint_dir} does not exist")
@@ -526,7 +527,7 @@ def make_checkpoint_dir(directory: Path) -> None:
 def run_search(args: argparse.Namespace) -> int:
     """Prepare, search, conclude."""
     with StopSignals() as stop:
-        from writer_search.study.recovery import refuse_damage
+        from writer_search.study.recovery import standing_settings
 
         check_checkpoint_dir(args.checkpoint_dir)
         if args.storage is not None:
@@ -535,9 +536,8 @@ def run_search(args: argparse.Namespace) -> int:
             recover_study(args, None)
             if args.data_root is None:
                 return EXIT_OK
-        for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
-            refuse_damage(directory)
-        plan = prepare(args)
+        standing_settings(args.checkpoint_dir / CONFIRM)  # or its damage is told
+        plan = prepare(args, recorded_settings(args, None))
         make_checkpoint_dir(args.checkpoint_dir)
         with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
             search = open_search(args, plan, stop)
@@ -585,14 +585,14 @@ def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan
     """Prepare, and create the study where it is not there; also tell whether this search did."""
     from writer_search.study.shared.storage import create_shared_study, find_study, settings_of
 
-    plan = prepare(args, storage)
+    plan = prepare(args, recorded_settings(args, storage))
     if find_study(storage, args.study_name) is None and create_shared_study(
         storage, args.study_name, plan.settings
     ):
         return plan, True
     recorded = settings_of(storage, args.study_name)
     if recorded not in (None, json.loads(json.dumps(plan.settings))):
-        plan = prepare(args, storage)  # what the quicker search has measured holds for all
+        plan = prepare(args, recorded)  # what the quicker search has measured holds for all
     return plan, False
 
 

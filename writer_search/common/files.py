@@ -67,6 +67,26 @@ def read_dict(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def write_signed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object whole, with a checksum of its contents, for `read_signed`."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # keys as they will be read
+    write_json(path, {**plain, "checksum": content_hash(plain)})
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none, or one that its checksum does not fit.
+
+    One without a checksum, an older version's, is believed.
+    """
+    value = read_dict(path)
+    checksum = value.pop("checksum", None)
+    try:
+        is_whole = checksum in (None, content_hash(value))
+    except (ValueError, RecursionError):
+        return {}
+    return value if is_whole else {}
+
+
 def content_hash(value: Any) -> str:
     """Hash a JSON-able value independently of the order of its keys: 16 hexadecimal digits."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -15,7 +15,7 @@ from multiprocessing import connection
 from optuna.trial import Trial
 
 from writer_search.common.errors import UserError
-from writer_search.common.files import write_json
+from writer_search.common.files import write_signed
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind, by_signal, of_error
@@ -153,7 +153,7 @@ class Search:
 
     def write_config(self, trial: Trial, job: Job) -> None:
         """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
-        write_json(
+        write_signed(
             job.trial_dir / "config.json",
             {
                 "number": trial.number,

@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from writer_search.common.files import read_json, write_json, write_text
+from writer_search.common.files import read_json, write_signed, write_text
 from writer_search.results.rows import trial_dir
 
 
@@ -29,7 +29,7 @@ def write_record(checkpoint_dir: Path, trial: FrozenTrial) -> None:
     """Write a finished trial's trial.json: all that it takes to rebuild the study's row."""
     directory = trial_dir(checkpoint_dir, trial.number)
     directory.mkdir(exist_ok=True)
-    write_json(
+    write_signed(
         directory / "trial.json",
         {
             "number": trial.number,

@@ -32,6 +32,10 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
         if trial.state == TrialState.RUNNING:
             settled.append(settle(study, checkpoint_dir, trial))
         elif trial.state.is_finished() and not (directory / "trial.json").exists():
+            if trial.user_attrs.get("interrupted") and not (directory / "error.log").exists():
+                # Cut off, and its database damaged or lost besides.
+                epochs = trial.user_attrs.get("epochs") or None
+                write_error_log(directory, trial.user_attrs["failure"], epoch=epochs)
             write_record(checkpoint_dir, trial)
     return settled
 
