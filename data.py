@@ -358,7 +358,12 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 def default_cache_dir() -> Path:
     """Give the user's cache directory for decoded lines."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a name, as containers have it
+        raise UserError(
+            "there is no home directory to keep decoded lines in: give --cache_dir, or set HOME"
+        ) from None
     return Path(base) / "writer_lines"
 
 

@@ -24,6 +24,7 @@ from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_to
 from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock, refuse_if_in_use
 from writer_search.common.output import lasting_output
+from writer_search.common.place import open_standard_streams, require_directories
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line, percent
@@ -529,6 +530,7 @@ def run_search(args: argparse.Namespace) -> int:
     with StopSignals() as stop:
         from writer_search.study.recovery import standing_settings
 
+        require_directories()
         check_checkpoint_dir(args.checkpoint_dir)
         if args.storage is not None:
             return run_shared_search(args, stop)
@@ -598,6 +600,7 @@ def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    open_standard_streams()
     with lasting_output():
         return _main(sys.argv[1:] if argv is None else argv)
 
