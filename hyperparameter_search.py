@@ -24,14 +24,18 @@ from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_to
 from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock, refuse_if_in_use
 from writer_search.common.output import lasting_output
-from writer_search.common.place import open_standard_streams, require_directories
+from writer_search.common.place import (
+    open_standard_streams,
+    require_directories,
+    require_short_path,
+)
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line, percent
 from writer_search.config import Choice, Value
 from writer_search.flags import parse_args
 from writer_search.processes.deadlines import stop_time
-from writer_search.processes.devices import divide
+from writer_search.processes.devices import divide, refuse_other_kind
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
 from writer_search.results.rows import DATABASE, Row, read_rows
@@ -63,6 +67,7 @@ def check_checkpoint_dir(directory: Path) -> None:
         raise UserError(f"--checkpoint_dir {directory}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--checkpoint_dir {directory} cannot be written: no permission")
+    require_short_path(directory)
     refuse_if_in_use(directory)
 
 
@@ -188,6 +193,7 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None) -> Plan:
     wanted = None if args.use_all_writers else args.num_writers_subset
     lines = find_lines(args.data_root, wanted, args.seed)
     machine = ask_machine(args, recorded, fix, ranges, cores)
+    refuse_other_kind(recorded, machine, args.device)
     decided = recorded or machine
     if recorded is not None and args.weights not in ("auto", recorded["weights"]):
         decided = {**recorded, "weights": args.weights}  # to be refused with the other differences

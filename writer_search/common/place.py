@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 from writer_search.common.errors import UserError
+
+# Bytes of the longest path that SQLite opens, and what a search's databases have below its
+# directory, a journal beside them included.
+LONGEST_PATH = 512
+LONGEST_NAME = "/confirm/.recovery/optuna_study.db-journal"
 
 
 def open_standard_streams() -> None:
@@ -43,3 +49,14 @@ def require_directories() -> None:
         raise UserError(
             "no directory for temporary files can be written: set TMPDIR to one that can"
         ) from None
+
+
+def require_short_path(directory: Path) -> None:
+    """Raise UserError for a directory whose path is too long for a database in it."""
+    length = len(os.fsencode(os.path.realpath(directory)))
+    most = LONGEST_PATH - len(LONGEST_NAME)
+    if length > most:
+        raise UserError(
+            f"--checkpoint_dir: its path has {length} bytes, and SQLite opens no database where it "
+            f"has more than {most}: give a shorter one"
+        )

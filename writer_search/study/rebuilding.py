@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_signed
 from writer_search.results.rows import read_history, trial_dir
-from writer_search.study.records import finished_value
+from writer_search.study.records import count_in_utc, finished_value
 
 MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
 
@@ -61,6 +61,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
 
     Raises UserError where there is nothing to rebuild from, or trials of several searches.
     """
+    count_in_utc()
     numbers = trial_directories(checkpoint_dir)
     if not numbers:
         raise UserError(f"{checkpoint_dir} has no trial directories to rebuild a study from")

@@ -19,6 +19,7 @@ from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
 from writer_search.results.rows import DATABASE
+from writer_search.study.records import count_in_utc
 
 # SQLite's codes for what the system keeps from being written; the database itself is whole.
 UNWRITABLE = {
@@ -42,6 +43,7 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
     system keeps from being written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    count_in_utc()
     database = checkpoint_dir / DATABASE
     try:
         storage = optuna.storages.RDBStorage(

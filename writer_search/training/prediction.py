@@ -31,6 +31,7 @@ from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
 from writer_search.training.batches import Lines
 from writer_search.training.evaluation import line_logits
+from writer_search.training.optimisation import for_use_on
 
 LINES_AT_ONCE = 256  # decoded lines in memory: 15 MB at 64 px
 
@@ -77,6 +78,7 @@ def predict(
     mean log-softmax of its lines, so that a sure line weighs more than an unsure one.
     Raises UserError when the model's output is not finite.
     """
+    config = for_use_on(config, device)
     images, skipped = _find(paths)
     model.to(device)
     scores: dict[Path, Tensor] = {}  # log-softmax, (writers,), float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,7 @@ def describe(
         "config": original.config.to_dict(),
         "config_hash": original.config.hash(),
         "data_fingerprint": data.fingerprint,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": str(device),
         "threads": original.threads,
         "micro_batch": original.micro_batch,

@@ -14,7 +14,7 @@ from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
 from writer_search.results.rows import trial_dir
 from writer_search.study.rebuilding import rebuild, trial_directories
-from writer_search.study.records import write_record
+from writer_search.study.records import count_in_utc, write_record
 from writer_search.study.shared.storage import (
     find_study,
     shown_url,
@@ -30,6 +30,7 @@ def open_shared(
     pruner: BasePruner,
 ) -> optuna.Study:
     """Open the study, and check that this search belongs to it. Raises UserError."""
+    count_in_utc()
     study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
     recorded = study.user_attrs.get("settings")
     if recorded is None:  # whoever created the study has died since
