@@ -504,6 +504,7 @@ def open_lines(entry: Path, lines: Iterable[LineFile]) -> LineSet:
         widths, digests = index["widths"], index["digests"]
         line_height = int(index["line_height"])
     broken = json.loads((entry / "broken.json").read_bytes())
+    _refuse_broken(lines, broken)  # another split of the same files may need what is broken
     starts = 1 + np.concatenate([[0], np.cumsum(widths)[:-1]])
     usable = np.flatnonzero(widths)
     kept = [lines[i] for i in usable]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from data import default_cache_dir, describe_report, find_lines, load_lines
 from writer_search.common.cores import SharedCores, asked_threads, usable_cores
 from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told
-from writer_search.common.files import write_json
+from writer_search.common.files import read_json, write_json
 from writer_search.common.locks import DirectoryLock, SharedLock, refuse_if_in_use
 from writer_search.common.output import lasting_output
 from writer_search.common.place import (
@@ -40,7 +40,7 @@ from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
 from writer_search.results.rows import DATABASE, Row, read_rows
 from writer_search.results.status import read_status, show
-from writer_search.results.tables import closing_lines, write_summary
+from writer_search.results.tables import closing_lines, keep_failing, write_summary
 from writer_search.space import Space, default_space, narrow, parse_fix
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def read_ranges(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        ranges = json.loads(path.read_text())
+        ranges = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--space {path} cannot be read: {one_line(error)}") from None
     if not isinstance(ranges, dict):
@@ -290,7 +290,11 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     from writer_search.study.recovery import heal, remove_workplace
     from writer_search.study.store import open_study, record_settings
     from writer_search.study.supplies import LocalSupply
-    from writer_search.study.unfinished import continue_interrupted, settle_unfinished
+    from writer_search.study.unfinished import (
+        continue_interrupted,
+        settle_unfinished,
+        told_of_checkpoints,
+    )
 
     for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
         for warning in heal(directory, plan.settings):
@@ -301,8 +305,11 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     record_settings(study, plan.settings)
     study.pruner = make_pruner(args.pruner, args.epochs)
     settled = settle_unfinished(study, args.checkpoint_dir)
-    if args.continue_interrupted:
-        settled += continue_interrupted(study)
+    settled += (
+        continue_interrupted(study)
+        if args.continue_interrupted
+        else told_of_checkpoints(study, args.checkpoint_dir)
+    )
     study.set_user_attr("run", describe_run(args, plan))
     database = args.checkpoint_dir / DATABASE
     rows = None if is_new else read_rows(database)
@@ -423,7 +430,7 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
 
     if search.stop.name is not None or search.gave_up:
         return search, False, []
-    if not search.complete or (search.complete < args.n_trials and not search.exhausted):
+    if not search.has_all:
         return search, False, ["Not confirmed yet: that begins when all trials are complete."]
     confirmation = confirm(search, args.confirm_top, args.confirm_seeds)
     last, left = confirmation.search, confirmation.runs_left
@@ -451,7 +458,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
     lines += confirmed
-    is_settled = is_settled and not (last.stop.name or last.gave_up)
+    is_settled = is_settled and search.has_all and not (last.stop.name or last.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
     assert search.drawing is not None, "only a confirmation draws nothing"
@@ -476,7 +483,12 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         )
         if args.requeue_exit_code is not None:
             return int(args.requeue_exit_code)
-    return EXIT_OK if any(row.state == "COMPLETE" for row in rows) else EXIT_NOTHING_COMPLETE
+    if not search.complete:
+        return EXIT_NOTHING_COMPLETE
+    is_in_vain = keep_failing(rows, args.max_consecutive_failed_trials)
+    if args.requeue_exit_code is not None and not search.has_all and not is_in_vain:
+        return int(args.requeue_exit_code)  # the same command has more to do
+    return EXIT_OK
 
 
 def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:

@@ -101,6 +101,23 @@ def test_continued_search_equals_an_unbroken_one(
     assert study.trials[1 + breaks].intermediate_values == whole.trials[1].intermediate_values
 
 
+def test_saved_epochs_that_nobody_goes_on_with_are_told(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    put_back: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search_late"}))
+    assert run(n_trials="2") == 143
+    put_back()
+    told = "1 interrupted trial(s) have saved 1 epoch(s): --continue_interrupted goes on with them"
+    capfd.readouterr()
+    assert run(n_trials="1") == 0
+    assert told in capfd.readouterr().out
+    assert run("--continue_interrupted", n_trials="1") == 0
+    assert told not in capfd.readouterr().out
+
+
 def test_trial_is_continued_three_times_at_most(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: Callable[[], None]
 ) -> None:

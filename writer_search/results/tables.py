@@ -11,7 +11,7 @@ from typing import Any
 
 from writer_search.common.files import read_json, write_json, write_text
 from writer_search.common.text import one_line, percent, shown_value
-from writer_search.results.rows import Row, best_row, home_of, trial_dir
+from writer_search.results.rows import UNFINISHED, Row, best_row, home_of, trial_dir
 
 
 class SummaryFiles:
@@ -96,6 +96,13 @@ def _csv_line(cells: Sequence[Any]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
+
+
+def keep_failing(rows: Sequence[Row], most: int) -> bool:
+    """Tell whether the last trials, `most` of them, all failed by themselves, over all runs."""
+    ended = [row for row in rows if row.state not in UNFINISHED]
+    last = [row for row in ended if not row.attributes.get("interrupted")][-most:]
+    return len(last) == most and all(row.state == "FAIL" for row in last)
 
 
 def closing_lines(

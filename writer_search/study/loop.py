@@ -77,6 +77,11 @@ class Search:
         return self.recorder.complete
 
     @property
+    def has_all(self) -> bool:
+        """Tell whether all wanted trials are complete, or all that the space has."""
+        return self.complete >= self.plan.n_trials or (self.exhausted and self.complete > 0)
+
+    @property
     def gave_up(self) -> str:
         return self.recorder.gave_up
 

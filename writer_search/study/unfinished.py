@@ -90,6 +90,22 @@ def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = Non
     return lines
 
 
+def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
+    """Say in a line how many epochs interrupted trials have saved that nobody goes on with."""
+    saved = []
+    for trial in continuations(study.get_trials(deepcopy=False)):
+        number = trial.user_attrs["continues"]
+        directory = trial_dir(checkpoint_dir, number)
+        if (directory / "latest_checkpoint.pth").exists():
+            saved.append(len(read_history(directory)))
+    if not sum(saved):
+        return []
+    return [
+        f"{len(saved)} interrupted trial(s) have saved {sum(saved)} epoch(s): "
+        "--continue_interrupted goes on with them"
+    ]
+
+
 def continuations(
     trials: Sequence[FrozenTrial], state: TrialState = TrialState.WAITING
 ) -> Iterator[FrozenTrial]:

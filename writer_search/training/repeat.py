@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 from data import SPLITS, LineSet, find_lines, load_lines
+from model import WeightsUnavailableError, ensure_imagenet_weights
 from writer_search.common.errors import UserError
 from writer_search.common.files import content_hash, read_json, write_json
 from writer_search.common.locks import DirectoryLock
@@ -60,7 +61,7 @@ def read_original(config_file: Path) -> Original:
             config,
             str(found["data_fingerprint"]),
             int(found["threads"]),
-            found["micro_batch"],
+            _images_at_once(found, config),
             found["device"] != "cpu",
             dict(found["settings"]),
             None,
@@ -82,6 +83,17 @@ def read_original(config_file: Path) -> Original:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a trial that was cut off, or its configuration alone
     return original
+
+
+def _images_at_once(found: dict[str, Any], config: TrialConfig) -> int | None:
+    """Give the images that one device of the trial had at once; None: the whole batch.
+
+    One process trains it here: what several GPUs had shared may not fit on one.
+    """
+    ranks = int(found.get("ranks") or 1)
+    if found["micro_batch"] is not None or ranks == 1:
+        return None if found["micro_batch"] is None else int(found["micro_batch"])
+    return -(-config.batch_size // ranks)
 
 
 def find_data(wanted: Retraining, original: Original) -> LineSet:
@@ -166,6 +178,8 @@ def run(
         if stop.name is not None:
             raise Stopped
 
+    if original.config.pretrained:
+        fetch_weights(original.config.backbone)
     torch.set_num_threads(original.threads)  # another number sums in another order
     has_saved = (wanted.output_dir / "latest_checkpoint.pth").exists()
     try:
@@ -184,6 +198,17 @@ def run(
         raise Interrupted(str(stop.name), began=True) from None
     except OSError as error:
         raise UserError(f"--output_dir {wanted.output_dir}: {one_line(error)}") from None
+
+
+def fetch_weights(backbone: str) -> None:
+    """Have ImageNet weights at hand before a training. Raises UserError where they cannot be."""
+    try:
+        ensure_imagenet_weights(backbone)
+    except WeightsUnavailableError as error:
+        raise UserError(
+            f"ImageNet weights of {backbone} cannot be had: {one_line(error)}; the trial began "
+            "from them: mend that, and the same command goes on"
+        ) from None
 
 
 def device_like(name: str, on_gpu: bool) -> torch.device:
