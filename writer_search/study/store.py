@@ -20,6 +20,7 @@ from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
 from writer_search.results.rows import DATABASE
 from writer_search.study.records import count_in_utc
+from writer_search.study.value_column import add_value_column
 
 # SQLite's codes for what the system keeps from being written; the database itself is whole.
 UNWRITABLE = {
@@ -58,6 +59,7 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
             load_if_exists=True,
         )
         study.get_trials(deepcopy=False)
+        add_value_column(database)
     except Exception as error:  # nearly anything, where contents make no sense
         cause = f"{database} cannot be used ({one_line(error.__cause__ or error)})"
         if is_unwritable(error):
