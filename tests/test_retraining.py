@@ -72,7 +72,11 @@ def test_repeated_trial_is_the_same_bit_for_bit(
 ) -> None:
     trial = search / f"trial_{number:03d}"
     before = contents(trial)
+    (tmp_path / "again").mkdir()
+    planted = tmp_path / "again" / ".best_model.pth.host.1.tmp"
+    planted.touch()
     assert again(trial, lines_root, tmp_path / "again") == 0
+    assert not planted.exists(), "a killed training had left it half-written"
     printed, problems = capfd.readouterr()
     assert problems == ""
     metrics = json.loads((trial / "metrics.json").read_text())

@@ -36,6 +36,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     sync_directory(path.parent)
 
 
+def remove_temporaries(directory: Path) -> None:
+    """Remove half-written files of processes that were killed; no other may write there now."""
+    for leftover in directory.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def sync_directory(directory: Path) -> None:
     """Bring the names in a directory to the disk, where its file system can."""
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from writer_search.common.files import remove_temporaries
 from writer_search.results.rows import home_of, read_history, trial_dir
 from writer_search.study.records import finished_value, tell, write_error_log, write_record
 
@@ -22,11 +23,8 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     records that are missing. Returns a line for each trial that was settled.
     """
     settled = []
-    for leftover in [
-        *checkpoint_dir.glob("trial_*/.*.tmp"),
-        *checkpoint_dir.glob("summary/.*.tmp"),
-    ]:
-        leftover.unlink(missing_ok=True)  # half-written by a process that was killed
+    for directory in [*checkpoint_dir.glob("trial_*"), checkpoint_dir / "summary"]:
+        remove_temporaries(directory)
     for trial in study.get_trials(deepcopy=False):
         directory = trial_dir(checkpoint_dir, trial.number)
         if trial.state == TrialState.RUNNING:
@@ -48,6 +46,7 @@ def settle(
 ) -> str:
     """Finish a trial whose search is dead; returns what became of it, in a line."""
     directory = trial_dir(checkpoint_dir, trial.number)
+    remove_temporaries(directory)
     epochs = len(trial.intermediate_values)
     most = study.user_attrs.get("settings", {}).get("epochs", epochs + 1)
     handle = Trial(study, trial._trial_id)  # Optuna has no public way to a trial that runs

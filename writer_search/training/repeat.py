@@ -15,7 +15,7 @@ import torchvision
 from data import SPLITS, LineSet, find_lines, load_lines
 from model import WeightsUnavailableError, ensure_imagenet_weights
 from writer_search.common.errors import UserError
-from writer_search.common.files import content_hash, read_json, write_json
+from writer_search.common.files import content_hash, read_json, remove_temporaries, write_json
 from writer_search.common.locks import DirectoryLock
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
@@ -147,6 +147,7 @@ def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object])
     except OSError as error:
         raise UserError(f"--output_dir cannot be made: {one_line(error)}") from None
     with DirectoryLock(wanted.output_dir), stop.deferred():
+        remove_temporaries(wanted.output_dir)
         write_json(wanted.output_dir / "config.json", record)
         for line in opening_lines(wanted, original, data, last_epoch, device, goes_on):
             print(line, flush=True)
