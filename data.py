@@ -213,7 +213,12 @@ def _check_writers(
 
 def default_cache_dir() -> Path:
     """Give the user's cache directory for decoded lines."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a name, as containers have it
+        raise UserError(
+            "there is no home directory to keep decoded lines in: give --cache_dir, or set HOME"
+        ) from None
     return Path(base) / "writer_lines"
 
 
@@ -425,6 +430,7 @@ def open_lines(entry: Path, lines: Iterable[LineFile], left_out: LeftOut | None 
     index = read_index(entry)
     widths, digests, line_height = index["widths"], index["digests"], int(index["line_height"])
     broken = json.loads(index["broken"].tobytes())
+    _refuse_broken(lines, broken)  # another split of the same files may need what is broken
     starts = 1 + np.concatenate([[0], np.cumsum(widths)[:-1]])
     usable = np.flatnonzero(widths)
     kept = [lines[i] for i in usable]

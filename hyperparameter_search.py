@@ -22,6 +22,7 @@ from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_to
 from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock
 from writer_search.common.output import lasting_output
+from writer_search.common.place import open_standard_streams, require_directories
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line, percent
 from writer_search.flags import parse_args
@@ -30,8 +31,14 @@ from writer_search.results.compare import compare_text
 from writer_search.results.pictures.lines import draw_lines
 from writer_search.results.rows import DATABASE, Row
 from writer_search.results.status import read_status, show
-from writer_search.results.tables import closing_lines, write_summary
-from writer_search.study.preparation import check_checkpoint_dir, hidden, prepare, prepare_shared
+from writer_search.results.tables import closing_lines, keep_failing, write_summary
+from writer_search.study.preparation import (
+    check_checkpoint_dir,
+    hidden,
+    prepare,
+    prepare_shared,
+    recorded_settings,
+)
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -55,17 +62,29 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     from writer_search.results.events import Events
     from writer_search.study.draws import make_pruner
     from writer_search.study.loop import Search
+    from writer_search.study.recovery import heal, remove_workplace
     from writer_search.study.store import open_study, record_settings
     from writer_search.study.supplies import LocalSupply
-    from writer_search.study.unfinished import continue_interrupted, settle_unfinished
+    from writer_search.study.unfinished import (
+        continue_interrupted,
+        settle_unfinished,
+        told_of_checkpoints,
+    )
 
+    for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
+        for warning in heal(directory, plan.settings):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        remove_workplace(directory)
     study = open_study(args.checkpoint_dir)
     is_new = "settings" not in study.user_attrs
     record_settings(study, plan.settings)
     study.pruner = make_pruner(args.pruner, args.epochs)
     settled = settle_unfinished(study, args.checkpoint_dir)
-    if args.continue_interrupted:
-        settled += continue_interrupted(study)
+    settled += (
+        continue_interrupted(study)
+        if args.continue_interrupted
+        else told_of_checkpoints(study, args.checkpoint_dir)
+    )
     supply = LocalSupply(study, plan)
     rows = supply.rows()
     study.set_user_attr("run", describe_run(args, plan, rows))
@@ -186,7 +205,7 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
 
     if search.stop.name is not None or search.gave_up:
         return search, False, []
-    if not search.complete or (search.complete < args.n_trials and not search.exhausted):
+    if not search.has_all:
         return search, False, ["Not confirmed yet: that begins when all trials are complete."]
     confirmation = confirm(search, args.confirm_top, args.confirm_seeds)
     last, left = confirmation.search, confirmation.runs_left
@@ -214,7 +233,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
     lines += confirmed
-    is_settled = is_settled and not (last.stop.name or last.gave_up)
+    is_settled = is_settled and search.has_all and not (last.stop.name or last.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
     assert search.drawing is not None, "only a confirmation draws nothing"
@@ -239,7 +258,12 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         )
         if args.requeue_exit_code is not None:
             return int(args.requeue_exit_code)
-    return EXIT_OK if any(row.state == "COMPLETE" for row in rows) else EXIT_NOTHING_COMPLETE
+    if not search.complete:
+        return EXIT_NOTHING_COMPLETE
+    is_in_vain = keep_failing(rows, args.max_consecutive_failed_trials)
+    if args.requeue_exit_code is not None and not search.has_all and not is_in_vain:
+        return int(args.requeue_exit_code)  # the same command has more to do
+    return EXIT_OK
 
 
 def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:
@@ -254,7 +278,8 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
 
 def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None:
     """Rebuild the study from the trial directories. Raises UserError."""
-    from writer_search.study.recovery import recover, trial_directories
+    from writer_search.study.rebuilding import trial_directories
+    from writer_search.study.recovery import recover
 
     if not args.checkpoint_dir.is_dir():
         raise UserError(f"--recover: {args.checkpoint_dir} does not exist")
@@ -296,8 +321,9 @@ def make_checkpoint_dir(directory: Path) -> None:
 def run_search(args: argparse.Namespace) -> int:
     """Prepare, search, conclude."""
     with StopSignals() as stop:
-        from writer_search.study.recovery import refuse_damage
+        from writer_search.study.recovery import standing_settings
 
+        require_directories()
         check_checkpoint_dir(args.checkpoint_dir)
         if args.storage is not None:
             return run_shared_search(args, stop)
@@ -305,9 +331,8 @@ def run_search(args: argparse.Namespace) -> int:
             recover_study(args, None)
             if args.data_root is None:
                 return EXIT_OK
-        for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
-            refuse_damage(directory)
-        plan = prepare(args)
+        standing_settings(args.checkpoint_dir / CONFIRM)  # or its damage is told
+        plan = prepare(args, recorded_settings(args, None))
         make_checkpoint_dir(args.checkpoint_dir)
         with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
             search = open_search(args, plan, stop)
@@ -353,6 +378,7 @@ def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    open_standard_streams()
     with lasting_output():
         return _main(sys.argv[1:] if argv is None else argv)
 

@@ -35,6 +35,7 @@ from writer_search.common.environment import as_in_a_trial
 from writer_search.common.errors import UserError, place_errors_told
 from writer_search.common.files import write_json
 from writer_search.common.output import lasting_output
+from writer_search.common.place import open_standard_streams, require_directories
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
 from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig
@@ -509,8 +510,10 @@ def retrain_command(args: argparse.Namespace, stop: StopSignals) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    open_standard_streams()
     with lasting_output():
         try:
+            require_directories()
             args = parse_train_args(sys.argv[1:] if argv is None else argv)
             if argv is None and args.config is not None:
                 as_in_a_trial()  # some seconds; steps of large models gain up to a quarter

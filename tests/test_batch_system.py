@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 from faults import faulty
-from test_search import Run, run, trials_of
+from test_search import PruneTrial, Run, run, trials_of
 
 from writer_search.processes import deadlines as batch_system
 from writer_search.processes import runner as runner_module
 from writer_search.processes.deadlines import END_TIME, MARGIN_SECONDS, longest_epoch, stop_time
-from writer_search.results.rows import read_history
+from writer_search.results.rows import Row, read_history
+from writer_search.results.tables import keep_failing
+from writer_search.study import draws, outlook
 from writer_search.study import loop as loop_module
-from writer_search.study import outlook
 
 __all__ = ["run"]  # the fixture
 ROOT = Path(__file__).parents[1]
@@ -204,3 +205,29 @@ def test_examples_are_scripts_that_bash_can_read() -> None:
         subprocess.run(["bash", "-n", str(script)], check=True)
         assert "#SBATCH --signal=B:USR1@120" in script.read_text()
     assert batch_system.MARGIN_SECONDS < 120
+
+
+def test_pruned_trials_leave_more_to_do(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the test lines are measured then nor the job is done; 0 means that all is."""
+    monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(1))
+    flags = ("--requeue_exit_code", "99", "--evaluate_test")
+    assert run(*flags, n_trials="2") == 99
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", "PRUNED"]
+    assert not (tmp_path / "c" / "summary" / "test_metrics.json").exists()
+    assert run(*flags, n_trials="2") == 0
+    assert (tmp_path / "c" / "summary" / "test_metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("states", "is_in_vain"),
+    [("CFF", False), ("CFFF", True), ("CFFIF", True), ("CFPF", False), ("FF", False)],
+)
+def test_job_that_keeps_failing_is_not_queued_again(states: str, is_in_vain: bool) -> None:
+    names = {"C": "COMPLETE", "P": "PRUNED", "F": "FAIL", "I": "FAIL"}
+    rows = [
+        Row(number, names[letter], None, {}, None, None, {"interrupted": letter == "I"})
+        for number, letter in enumerate(states)
+    ]
+    assert keep_failing(rows, 3) is is_in_vain

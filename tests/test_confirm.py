@@ -251,18 +251,17 @@ def test_shared_search_is_refused_at_once(
     assert not (tmp_path / "c").exists()
 
 
-def test_recover_rebuilds_a_confirmation(
+def test_database_of_a_confirmation_heals(
     confirm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert confirm() == 0
     found = read(tmp_path / "c")
     (tmp_path / "c" / "confirm" / "optuna_study.db").write_bytes(b"not a database")
     capfd.readouterr()
-    assert confirm() == 2
-    assert "confirm/optuna_study.db is damaged" in capfd.readouterr().err
-    assert confirm("--recover") == 0
-    printed = capfd.readouterr().out
-    assert "rebuilt 4 trials from their directories: 4 COMPLETE" in printed
+    assert confirm() == 0
+    printed, warned = capfd.readouterr()
+    assert "confirm/optuna_study.db is damaged" in warned
+    assert "rebuilt with 4 trials from their directories: 4 COMPLETE" in warned
     assert "| epoch " not in printed
     assert read(tmp_path / "c") == found
 

@@ -688,6 +688,21 @@ def test_a_writer_whose_lines_are_all_broken_is_an_error(
     assert entries(tmp_path / "cache") == []
 
 
+def test_another_split_of_cached_lines_is_checked_as_well(
+    own_many_lines: Path, tmp_path: Path
+) -> None:
+    """The cache knows the broken files; with another --seed they may be all that a split has."""
+    write_lines(own_many_lines, ["train/zoe/p/1.png"])
+    write_file(own_many_lines / "train/zoe/p/2.png", b"")
+    lines = find_lines(own_many_lines, None, 0)
+    entry = load_lines(own_many_lines, lines, HEIGHT, tmp_path / "cache")
+    assert len(entry.report["broken"]) == 1
+    sound = next(n for n, line in enumerate(lines) if line.path.endswith("zoe/p/1.png"))
+    lines[sound] = replace(lines[sound], split="val")
+    message = refused(lambda: load_lines(own_many_lines, lines, HEIGHT, tmp_path / "cache"))
+    assert "all training lines of writer zoe" in message
+
+
 def test_a_writer_whose_training_lines_are_all_broken_is_an_error(
     own_many_lines: Path, tmp_path: Path
 ) -> None:

@@ -260,9 +260,9 @@ def test_commands_that_read_work(project: Path, capsys: pytest.CaptureFixture[st
 def test_query_works(project: Path) -> None:
     (query,) = blocks("sql")
     connection = sqlite3.connect("runs/search_001/optuna_study.db")
-    ((number, state, value),) = connection.execute(query).fetchall()
+    ((trial_id, state, value),) = connection.execute(query).fetchall()
     connection.close()
-    assert (number, state) == (0, "COMPLETE")
+    assert (trial_id, state) == (1, "COMPLETE")
     assert 0 <= value <= 1
 
 

@@ -19,8 +19,10 @@ from test_train import assert_same_weights, weights_of
 import hyperparameter_search
 import train as train_module
 from data import SPLITS, LineSet
+from model import WeightsUnavailableError
 from train import main
 from writer_search.common.environment import training_environment
+from writer_search.common.errors import UserError
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.config import TrialConfig
 from writer_search.training import repeat as retraining
@@ -71,7 +73,11 @@ def test_repeated_trial_is_the_same_bit_for_bit(
 ) -> None:
     trial = search / f"trial_{number:03d}"
     before = contents(trial)
+    (tmp_path / "again").mkdir()
+    planted = tmp_path / "again" / ".best_model.pth.host.1.tmp"
+    planted.touch()
     assert again(trial, lines_root, tmp_path / "again") == 0
+    assert not planted.exists(), "a killed training had left it half-written"
     printed, problems = capfd.readouterr()
     assert problems == ""
     metrics = json.loads((trial / "metrics.json").read_text())
@@ -331,3 +337,27 @@ def test_signal_while_a_checkpoint_is_read_blames_no_file(
     monkeypatch.setattr(retraining, "load_checked", interrupted)
     with pytest.raises(Interrupted), StopSignals():
         retraining.check_checkpoint(checkpoint, config, data)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "at_once"), [(1, None, None), (4, None, 2), (2, 2, 2), (None, 4, 4)]
+)
+def test_trial_of_several_gpus_is_trained_in_their_parts(
+    ranks: int | None, micro_batch: int | None, at_once: int | None, search: Path, tmp_path: Path
+) -> None:
+    """One process has the whole batch of 8, and no more memory than one GPU of the trial had."""
+    found = json.loads((search / "trial_000" / "config.json").read_text())
+    found |= {"ranks": ranks, "micro_batch": micro_batch}
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    assert retraining.read_original(tmp_path / "config.json").micro_batch == at_once
+
+
+def test_weights_that_cannot_be_had_are_no_fault_of_the_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(_: str) -> None:
+        raise WeightsUnavailableError("no network")
+
+    monkeypatch.setattr(retraining, "ensure_imagenet_weights", offline)
+    with pytest.raises(UserError, match="ImageNet weights of resnet18 cannot be had: no network"):
+        retraining.fetch_weights("resnet18")

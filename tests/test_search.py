@@ -535,6 +535,7 @@ def test_metrics_of_another_configuration_finish_no_trial(run: Run, tmp_path: Pa
         connection.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL")
         connection.execute("DELETE FROM trial_values")
     connection.close()
+    (directory / "trial_000" / "trial.json").unlink()
     metrics = directory / "trial_000" / "metrics.json"
     metrics.write_text(metrics.read_text().replace('"config_hash": "', '"config_hash": "0'))
     assert run(n_trials="1") == 0
@@ -639,10 +640,11 @@ def test_trials_without_their_database_are_not_overwritten(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(n_trials="1") == 0
+    before = trials_of(tmp_path / "c")
     (tmp_path / "c" / "optuna_study.db").unlink()
-    assert run(n_trials="1") == 2
+    assert run(n_trials="1") == 0
     assert "is missing beside trial directories" in capfd.readouterr().err
-    assert not (tmp_path / "c" / "optuna_study.db").exists()
+    assert trials_of(tmp_path / "c") == before
 
 
 # ----------------------------------------------------------------------------------------- status

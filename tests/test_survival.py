@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -37,7 +38,7 @@ from writer_search.processes import parent as processes
 from writer_search.processes import runner as runner_module
 from writer_search.processes.causes import Kind
 from writer_search.results.rows import Row, read_history
-from writer_search.study import draws, recorder, recovery
+from writer_search.study import draws, rebuilding, recorder, recovery
 from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 from writer_search.study.weights import remove_weights
@@ -102,6 +103,23 @@ def test_continued_search_equals_an_unbroken_one(
     study = open_study(directory)
     whole = open_study(tmp_path / "whole")
     assert study.trials[1 + breaks].intermediate_values == whole.trials[1].intermediate_values
+
+
+def test_saved_epochs_that_nobody_goes_on_with_are_told(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    put_back: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search_late"}))
+    assert run(n_trials="2") == 143
+    put_back()
+    told = "1 interrupted trial(s) have saved 1 epoch(s): --continue_interrupted goes on with them"
+    capfd.readouterr()
+    assert run(n_trials="1") == 0
+    assert told in capfd.readouterr().out
+    assert run("--continue_interrupted", n_trials="1") == 0
+    assert told not in capfd.readouterr().out
 
 
 def test_trial_is_continued_three_times_at_most(
@@ -494,47 +512,186 @@ def damage(database: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["empty", "text", "truncated", "cut page", "header", "middle", "deleted"]
 )
-def test_damaged_database_is_refused_and_recovered(
+def test_damaged_database_heals_under_the_same_command(
     kind: str, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = facts(copied)
-    database = copied / "optuna_study.db"
-    damage(database, kind)
-    left = snapshot(copied)
+    damage(copied / "optuna_study.db", kind)
     capfd.readouterr()
-    assert run(n_trials="3") == 2
-    printed, problem = capfd.readouterr()
-    assert printed == ""
-    assert problem.count("\n") == 1
-    assert "--recover" in problem
-    assert snapshot(copied) == left, "nothing was touched"
-    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
-    assert facts(copied) == before
-    assert len(list(copied.glob("optuna_study.db.damaged-*"))) == (kind != "deleted")
     assert run(n_trials="3") == 0
+    printed, problem = capfd.readouterr()
+    assert "RESUMING EXISTING STUDY" in printed
+    assert problem.count("\n") == 1
+    assert "rebuilt with 5 trials from their directories: 2 COMPLETE, 2 FAIL, 1 PRUNED" in problem
+    assert facts(copied)[:5] == before
+    assert len(list(copied.glob("optuna_study.db.damaged-*"))) == (kind != "deleted")
     assert [state for _, state, _ in trials_of(copied)][5:] == ["COMPLETE"]
     params = [json.dumps(p, sort_keys=True) for p in params_of(copied)]
     assert len(set(params)) == len(params), "no draw repeats"
+    assert run(n_trials="3") == 0
+    assert "rebuilt" not in capfd.readouterr().err, "it is whole now"
 
 
-def test_damage_anywhere_is_recovered(copied: Path) -> None:
-    """Flip bytes at random offsets: what is rebuilt equals the original, trial by trial.
+def damaged_somewhere(whole: bytes, rng: random.Random) -> bytes:
+    """Damage a file at a random place, in a random way."""
+    content = bytearray(whole)
+    at, length = rng.randrange(len(content)), rng.choice([1, 16, 512, 4096, 20000])
+    way = rng.choice(["flip", "flip", "bit", "zero", "noise", "cut", "remove", "shift", "header"])
+    if way == "cut":
+        return bytes(content[:at])
+    if way == "remove":
+        return bytes(content[:at] + content[at + length :])
+    if way == "shift":
+        return bytes(content[:at] + rng.randbytes(length) + content[at:])
+    if way == "header":
+        content[rng.randrange(100)] = rng.randrange(256)
+    elif way == "flip":
+        for _ in range(rng.choice([1, 20, 400])):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    elif way == "bit":
+        content[at] ^= 1 << rng.randrange(8)
+    else:
+        part = slice(at, min(at + length, len(content)))
+        size = part.stop - part.start
+        content[part] = bytes(size) if way == "zero" else rng.randbytes(size)
+    return bytes(content)
 
-    Also where SQLite's own check finds nothing: inside of a value.
-    """
+
+@pytest.mark.parametrize(
+    ("seed", "damages"),
+    [
+        *((seed, 10) for seed in range(2)),
+        *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in range(10, 15)),
+    ],
+)
+def test_damage_anywhere_heals(seed: int, damages: int, copied: Path) -> None:
+    """Also where SQLite's own check finds nothing: inside of a value."""
     before = facts(copied)
     settings = open_study(copied).user_attrs["settings"]
     database = copied / "optuna_study.db"
     whole = database.read_bytes()
-    rng = random.Random(1)
-    for _ in range(int(os.environ.get("DAMAGES", "12"))):
-        content = bytearray(whole)
-        for _ in range(rng.choice([1, 20, 400])):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        database.write_bytes(content)
-        assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
-        assert facts(copied) == before
-        assert open_study(copied).user_attrs["settings"] == settings
+    rng = random.Random(seed)
+    healed = 0
+    for number in range(damages):
+        database.write_bytes(damaged_somewhere(whole, rng))
+        assert recovery.standing_settings(copied) == settings, number
+        healed += len(recovery.heal(copied, settings))
+        assert facts(copied) == before, number
+        assert open_study(copied).user_attrs["settings"] == settings, number
+        for aside in copied.glob("optuna_study.db.damaged-*"):
+            aside.unlink()
+    assert healed > 0.5 * (number + 1), "the others hit unused bytes"
+
+
+def test_healing_that_is_cut_off_at_each_step_is_begun_again(
+    copied: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = facts(copied)
+    damage(copied / "optuna_study.db", "text")
+    Path(f"{copied / 'optuna_study.db'}-journal").write_bytes(b"of the damaged file")
+    settings = recovery.standing_settings(copied)
+    assert settings is not None
+    for step in range(1000):
+        with monkeypatch.context() as patch:
+            made = crash_before(patch, step)
+            try:
+                assert len(recovery.heal(copied, settings)) == 1
+                break
+            except Crash:
+                assert len(made) == step + 1
+    assert step > 5
+    assert facts(copied) == before
+    assert run(n_trials="3") == 0
+    assert not (copied / ".recovery").exists()
+    assert len(list(copied.glob("optuna_study.db.damaged-*"))) <= 2, "the file and its journal"
+    assert not (copied / "optuna_study.db-journal").exists()
+
+
+@pytest.mark.slow
+def test_kill_during_the_healing(copied: Path, lines_root: Path, cache_dir: Path) -> None:
+    """A real SIGKILL at random moments; the last start heals, and all trials are there."""
+    before = facts(copied)
+    rng = random.Random(0)
+    words = arguments(lines_root, copied, "--cache_dir", str(cache_dir), n_trials="2")
+    command = [sys.executable, "hyperparameter_search.py", *words]
+    for _ in range(10):
+        damage(copied / "optuna_study.db", "text")
+        started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (copied / ".recovery").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.4))
+        started.kill()
+        started.wait()
+    assert subprocess.run(command).returncode == 0
+    assert facts(copied) == before
+
+
+def test_what_cannot_heal_is_refused_and_untouched(
+    copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Trials of other settings, of two searches, or nothing that tells of any trial."""
+    damage(copied / "optuna_study.db", "text")
+    (copied / "search.lock").unlink()
+
+    def refused(words: str, *changed: str, **options: str) -> None:
+        left = snapshot(copied)
+        capfd.readouterr()
+        assert run(*changed, **options) == 2
+        printed, problem = capfd.readouterr()
+        assert printed == ""
+        assert problem.count("\n") == 1
+        assert words in problem
+        after = snapshot(copied)
+        after.pop("search.lock", None)
+        assert after == left
+
+    refused("epochs: 2 in the study, 3 now", epochs="3")
+    (copied / "search.lock").unlink(missing_ok=True)
+    config = copied / "trial_002" / "config.json"
+    kept = config.read_text()
+    changed = json.loads(kept)
+    del changed["checksum"]
+    changed["settings"]["patience"] = 77
+    config.write_text(json.dumps(changed))
+    refused("trial_002 is a trial of other settings")
+    config.write_text(kept)
+    for number in range(5):
+        for name in ("trial.json", "config.json"):
+            (copied / f"trial_{number:03d}" / name).unlink()
+    refused("its trial directories hold nothing to rebuild from")
+    for number in range(5):
+        shutil.rmtree(copied / f"trial_{number:03d}")
+    refused("has no trial directories to rebuild a study from")
+
+
+@pytest.mark.parametrize("name", ["trial.json", "config.json"])
+def test_damaged_record_beside_a_whole_database_changes_nothing(
+    name: str, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = facts(copied)
+    for path in copied.glob(f"trial_*/{name}"):
+        text = path.read_text()
+        path.write_text(text.replace('"value": 0.', '"value": 0.9').replace("epochs", "epoxhs"))
+    assert run(n_trials="2") == 0
+    assert "rebuilt" not in capfd.readouterr().err
+    assert facts(copied) == before
+
+
+def test_what_a_file_cannot_be_read_for_is_no_damage(
+    copied: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+        raise error
+
+    left = snapshot(copied)
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "_check", busy)
+        assert run(n_trials="3") == 2
+    assert "cannot be read: database is locked" in capfd.readouterr().err
+    assert snapshot(copied) == left
 
 
 def test_recovery_of_what_had_not_been_told(copied: Path, run: Run) -> None:
@@ -554,26 +711,6 @@ def test_recovery_of_what_had_not_been_told(copied: Path, run: Run) -> None:
     assert after[3][1] == TrialState.FAIL
     assert "cut off" in after[3][6]["failure"]
     assert run(n_trials="3") == 0
-
-
-def test_recovery_that_is_cut_off_at_each_step_is_begun_again(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = facts(copied)
-    damage(copied / "optuna_study.db", "text")
-    made: list[str] = []
-    for step in range(1000):
-        with monkeypatch.context() as patch:
-            made = crash_before(patch, step)
-            try:
-                assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
-                break
-            except Crash:
-                pass
-        assert len(made) == step + 1
-    assert step > 5
-    assert facts(copied) == before
-    assert len(list(copied.glob("optuna_study.db.damaged-*"))) == 1
 
 
 def test_recovery_keeps_numbers_equal_to_directories(copied: Path, run: Run) -> None:
@@ -631,8 +768,10 @@ def test_record_that_makes_no_sense_is_not_believed(
         (tmp_path / "trial_000").mkdir(exist_ok=True)
         shutil.copy(searched / "trial_000" / kind, tmp_path / "trial_000")
     record = json.loads((tmp_path / "trial_000" / "trial.json").read_text())
-    (tmp_path / "trial_000" / "trial.json").write_text(json.dumps(record | change))
-    trial = recovery._rebuild(tmp_path, 0)
+    record = {k: v for k, v in record.items() if k != "checksum"} | change
+    (tmp_path / "trial_000" / "trial.json").write_text(json.dumps(record))
+    trial = rebuilding._rebuild(tmp_path, 0)
+    assert trial is not None
     assert (trial.state, trial.value, trial.params) == (before.state, before.value, before.params)
     assert trial.intermediate_values == before.intermediate_values
     assert trial.user_attrs == before.user_attrs
@@ -721,12 +860,12 @@ def test_contents_that_make_no_sense_are_damage(
         assert connection.execute(statement).rowcount > 0
     connection.close()
     capfd.readouterr()
-    for command in (run, lambda: main(["--status", "--checkpoint_dir", str(copied)])):
-        assert command() == 2
-        problem = capfd.readouterr().err
-        assert problem.count("\n") == 1
-        assert "its contents make no sense" in problem
-    assert main(["--recover", "--checkpoint_dir", str(copied)]) == 0
+    assert main(["--status", "--checkpoint_dir", str(copied)]) == 2
+    problem = capfd.readouterr().err
+    assert problem.count("\n") == 1
+    assert "its contents make no sense" in problem
+    assert run(n_trials="2") == 0
+    assert "its contents make no sense" in capfd.readouterr().err
     assert facts(copied) == before
 
 
@@ -736,7 +875,11 @@ def test_settings_of_another_version_are_refused(
 ) -> None:
     study = open_study(copied)
     settings = study.user_attrs["settings"]
-    study.set_user_attr("settings", {k: v for k, v in settings.items() if k != name and name})
+    old = {k: v for k, v in settings.items() if k != name and name}
+    study.set_user_attr("settings", old)
+    for path in copied.glob("trial_*/config.json"):
+        config = json.loads(path.read_text()) | {"settings": old}
+        path.write_text(json.dumps({k: v for k, v in config.items() if k != "checksum"}))
     assert run() == 2
     assert "was begun by another version of this program" in capfd.readouterr().err
 
@@ -751,7 +894,7 @@ def test_study_without_settings_takes_those_of_the_next_start(copied: Path, run:
     assert open_study(copied).user_attrs["settings"] == recorded
 
 
-@pytest.mark.parametrize("version", ["v0.1.old", "v99.0.0.a"])
+@pytest.mark.parametrize("version", ["v0.9.0.z", "v99.0.0.a"])
 def test_database_of_another_version_is_refused(
     version: str, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:

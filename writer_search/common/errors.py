@@ -17,6 +17,7 @@ class UserError(Exception):
 OF_THE_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE),  # ulimit
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,10 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# A file system's word that it cannot do this at all, as CIFS and shared folders of virtual machines
+# have it for directories.
+NOT_POSSIBLE = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
 def write_whole(
@@ -27,7 +32,7 @@ def write_whole(
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -37,13 +42,33 @@ def write_whole(
     sync_directory(path.parent)
 
 
+def remove_temporaries(directory: Path) -> None:
+    """Remove half-written files of processes that were killed; no other may write there now."""
+    for leftover in directory.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    """Bring the names in a directory to the disk, where its file system can."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in NOT_POSSIBLE:
+            raise
+        return
+    try:
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Bring a file to the disk: safety from power cuts is no precondition of a search."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_POSSIBLE:
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,6 +96,26 @@ def read_dict(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def write_signed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object whole, with a checksum of its contents, for `read_signed`."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # keys as they will be read
+    write_json(path, {**plain, "checksum": content_hash(plain)})
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none, or one that its checksum does not fit.
+
+    One without a checksum, an older version's, is believed.
+    """
+    value = read_dict(path)
+    checksum = value.pop("checksum", None)
+    try:
+        is_whole = checksum in (None, content_hash(value))
+    except (ValueError, RecursionError):
+        return {}
+    return value if is_whole else {}
 
 
 def content_hash(value: Any) -> str:

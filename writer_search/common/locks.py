@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
@@ -34,7 +34,7 @@ class DirectoryLock:
             os.close(descriptor)
             raise _in_use(self.path)
         os.ftruncate(descriptor, 0)
-        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        started = datetime.now(UTC).isoformat(timespec="seconds")
         holder = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
         os.pwrite(descriptor, holder.encode(), 0)
         self._descriptor = descriptor

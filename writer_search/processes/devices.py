@@ -7,7 +7,8 @@ file imports no torch.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from writer_search.common.errors import UserError
 
@@ -140,3 +141,18 @@ class Devices:
         is_new = gpu not in self.set_aside
         self.set_aside.setdefault(gpu, cause)
         return is_new
+
+
+def refuse_other_kind(
+    recorded: Mapping[str, Any] | None, machine: Mapping[str, Any], device: str
+) -> None:
+    """Raise UserError where a GPU's search would silently go on without one.
+
+    recorded: the study's settings.   device: what --device asks for.
+    """
+    is_of_gpu = recorded is not None and recorded["tier"] == "gpu"
+    if is_of_gpu and device == "auto" and machine["tier"] != "gpu":
+        raise UserError(
+            "this search was begun on a GPU, and none is visible here: look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES; or give --device cpu to go on without, many times slower"
+        )

@@ -20,6 +20,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind
 from writer_search.processes.fork_server import _context, _work, start_fork_server
 from writer_search.processes.messages import UNDER_WAY, Job, Message
@@ -44,14 +45,15 @@ class ChildProcess:
             try:
                 self._process.start()
                 return
-            except (
-                EOFError,
-                OSError,
-            ):  # killed meanwhile; what it may have forked ends by its pipe
+            except (EOFError, OSError) as error:
+                # Killed meanwhile; what it may have forked ends by its pipe.
+                last: EOFError | OSError = error
                 self.connection.close()
                 time.sleep(0.1)
             finally:
                 theirs.close()  # otherwise the end of the child would not be the end of the pipe
+        if isinstance(last, OSError):  # the last real error, whatever ended the server before
+            raise OSError(last.errno, f"no process can be started: {one_line(last)}") from last
         raise ChildProcessError(f"the server that starts processes died {STARTS} times in a row")
 
     @property

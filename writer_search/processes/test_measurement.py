@@ -5,7 +5,7 @@ The measuring is done in a child process (`worker.measure_on_test`); this file i
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def evaluate_test(
         **identity,
         "note": NOTE,
         **content,
-        "evaluated": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
         "earlier": earlier,
     }
     write_json(path, found)

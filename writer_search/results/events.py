@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -146,7 +146,7 @@ def _common(checkpoint_dir: Path, rows: Sequence[Row], n_trials: int) -> dict[st
     best = best_row(rows)
     states = [row.state for row in rows]
     return {
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         "n_trials": n_trials,
         "complete": states.count("COMPLETE"),

@@ -67,6 +67,10 @@ def best_row(rows: Sequence[Row]) -> Row | None:
 # ----------------------------------------------------------------------------- reading a database
 
 
+class OtherVersionError(UserError):
+    """The database is another Optuna version's."""
+
+
 class Reading(NamedTuple):
     """What a database holds: Optuna's trials, the same for people, the study's user attributes."""
 
@@ -79,11 +83,9 @@ def read_database(database: Path) -> Reading:
     """Read a study from a copy of its database in memory.
 
     Optuna opens a database to write, and only the search process may write this one. Raises
-    sqlite3.DatabaseError when it is damaged, UserError when it is of another version of Optuna.
+    sqlite3.DatabaseError when it is damaged, OtherVersionError when it is another Optuna's.
     """
     import optuna
-    from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
     from sqlalchemy.pool import StaticPool
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -101,12 +103,9 @@ def read_database(database: Path) -> Reading:
             study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
             trials = study.get_trials(deepcopy=False)
             return Reading(trials, rows_of(trials), study.user_attrs)
-        except RuntimeError as error:  # Optuna's word on another version of its tables
-            raise UserError(f"{database}: {one_line(error)}") from None
-        except (
-            *(OptunaError, SQLAlchemyError, ValueError, LookupError, TypeError),
-            *(ArithmeticError, AttributeError, AssertionError),
-        ) as error:
+        except Exception as error:  # nearly anything, where contents make no sense
+            if type(error) is RuntimeError:  # Optuna's word on another version of its tables
+                raise OtherVersionError(f"{database}: {one_line(error)}") from None
             raise sqlite3.DatabaseError(f"its contents make no sense: {error!r}") from error
 
 

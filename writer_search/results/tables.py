@@ -12,7 +12,7 @@ from typing import Any
 from writer_search.common.files import read_json, write_json, write_text
 from writer_search.common.text import one_line, percent, shown_value
 from writer_search.config import COHOG
-from writer_search.results.rows import Row, best_row, home_of, trial_dir
+from writer_search.results.rows import UNFINISHED, Row, best_row, home_of, trial_dir
 
 
 class SummaryFiles:
@@ -109,6 +109,13 @@ def floor_lines(rows: Sequence[Row]) -> list[str]:
         if is_floor and row.state == "COMPLETE" and row.value is not None:
             return [f"CoHOG + LDA, no training: {percent(row.value)} (trial {row.number})"]
     return []
+
+
+def keep_failing(rows: Sequence[Row], most: int) -> bool:
+    """Tell whether the last trials, `most` of them, all failed by themselves, over all runs."""
+    ended = [row for row in rows if row.state not in UNFINISHED]
+    last = [row for row in ended if not row.attributes.get("interrupted")][-most:]
+    return len(last) == most and all(row.state == "FAIL" for row in last)
 
 
 def closing_lines(

@@ -15,7 +15,7 @@ from multiprocessing import connection
 from optuna.trial import Trial
 
 from writer_search.common.errors import UserError
-from writer_search.common.files import write_json
+from writer_search.common.files import write_signed
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind, by_signal, of_error
@@ -75,6 +75,11 @@ class Search:
     @property
     def complete(self) -> int:
         return self.recorder.complete
+
+    @property
+    def has_all(self) -> bool:
+        """Tell whether all wanted trials are complete, or all that the space has."""
+        return self.complete >= self.plan.n_trials or (self.exhausted and self.complete > 0)
 
     @property
     def gave_up(self) -> str:
@@ -156,7 +161,7 @@ class Search:
 
     def write_config(self, trial: Trial, job: Job) -> None:
         """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
-        write_json(
+        write_signed(
             job.trial_dir / "config.json",
             {
                 "number": trial.number,

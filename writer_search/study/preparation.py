@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sqlite3
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 from data import default_cache_dir, find_lines, load_lines
 from writer_search.common.cores import SharedCores, asked_threads, usable_cores
 from writer_search.common.errors import UserError
+from writer_search.common.files import read_json
 from writer_search.common.locks import refuse_if_in_use
+from writer_search.common.place import require_short_path
 from writer_search.common.provenance import provenance
 from writer_search.common.text import one_line
 from writer_search.config import Choice, Value
 from writer_search.lines.report import describe_report
 from writer_search.lines.walk import LeftOut
 from writer_search.processes.deadlines import stop_time
-from writer_search.processes.devices import divide
-from writer_search.results.rows import DATABASE, read_database
+from writer_search.processes.devices import divide, refuse_other_kind
+from writer_search.results.rows import DATABASE
 from writer_search.space import (
     BACKBONES_BY_TIER,
     Space,
@@ -51,6 +52,7 @@ def check_checkpoint_dir(directory: Path) -> None:
         raise UserError(f"--checkpoint_dir {directory}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--checkpoint_dir {directory} cannot be written: no permission")
+    require_short_path(directory)
     refuse_if_in_use(directory)
 
 
@@ -62,15 +64,12 @@ def recorded_settings(
         from writer_search.study.shared.storage import settings_of
 
         return settings_of(storage, args.study_name)
-    database = args.checkpoint_dir / DATABASE
-    if not database.exists():
-        return None
-    try:
-        settings = read_database(database).recorded.get("settings")
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{database} cannot be read: {one_line(error)}") from None
+    from writer_search.study.recovery import standing_settings
+
+    settings = standing_settings(args.checkpoint_dir)
     if settings is None:
         return None
+    database = args.checkpoint_dir / DATABASE
     if not isinstance(settings, dict) or not {"tier", "weights", "precision"} <= settings.keys():
         raise UserError(
             f"{database} was begun by another version of this program: its settings cannot be "
@@ -84,7 +83,7 @@ def read_ranges(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        ranges = json.loads(path.read_text())
+        ranges = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--space {path} cannot be read: {one_line(error)}") from None
     if not isinstance(ranges, dict):
@@ -131,10 +130,10 @@ def ask_machine(
     return questions.ask_machine(MachineQuestion(gpus, weights, backbones, measure, threads))
 
 
-def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Plan:
+def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None) -> Plan:
     """Check everything and decode the lines; nothing is written to the checkpoint directory.
 
-    Raises UserError.
+    recorded: the settings of the study to go on with. Raises UserError.
     """
     from writer_search.processes.fork_server import start_fork_server
 
@@ -155,12 +154,12 @@ def prepare(args: argparse.Namespace, storage: BaseStorage | None = None) -> Pla
     wanted = None if args.use_all_writers else args.num_writers_subset
     left_out = LeftOut()
     lines = find_lines(args.data_root, wanted, args.seed, left_out)
-    recorded = recorded_settings(args, storage)
     if recorded is not None and "cohog_head" not in recorded["space"]:
         # It was begun before there was a descriptor, or without it: its default backbones are so.
         networks = BACKBONES_BY_TIER[recorded["tier"], recorded["weights"] == "imagenet"]
         ranges = {"backbone": {"choices": list(networks)}, **ranges}
     machine = ask_machine(args, recorded, fix, ranges, cores)
+    refuse_other_kind(recorded, machine, args.device)
     decided = recorded or machine
     if recorded is not None and args.weights not in ("auto", recorded["weights"]):
         decided = {**recorded, "weights": args.weights}  # to be refused with the other differences
@@ -251,14 +250,14 @@ def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan
     """Prepare, and create the study where it is not there; also tell whether this search did."""
     from writer_search.study.shared.storage import create_shared_study, find_study, settings_of
 
-    plan = prepare(args, storage)
+    plan = prepare(args, recorded_settings(args, storage))
     if find_study(storage, args.study_name) is None and create_shared_study(
         storage, args.study_name, plan.settings
     ):
         return plan, True
     recorded = settings_of(storage, args.study_name)
     if recorded not in (None, json.loads(json.dumps(plan.settings))):
-        plan = prepare(args, storage)  # what the quicker search has measured holds for all
+        plan = prepare(args, recorded)  # what the quicker search has measured holds for all
     return plan, False
 
 

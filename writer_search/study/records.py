@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,8 +12,19 @@ import optuna
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from writer_search.common.files import read_json, write_json, write_text
+from writer_search.common.files import read_json, write_signed, write_text
 from writer_search.results.rows import trial_dir
+
+
+def count_in_utc() -> None:
+    """Let local time be UTC in this process, and in what it starts from now on.
+
+    Optuna's trials carry naive local times: where an hour comes twice, in autumn, or the time zone
+    changes, they are wrong by an hour. All times in files are UTC.
+    """
+    if os.environ.get("TZ") != "UTC":
+        os.environ["TZ"] = "UTC"
+        time.tzset()
 
 
 def tell(
@@ -29,7 +42,7 @@ def write_record(checkpoint_dir: Path, trial: FrozenTrial) -> None:
     """Write a finished trial's trial.json: all that it takes to rebuild the study's row."""
     directory = trial_dir(checkpoint_dir, trial.number)
     directory.mkdir(exist_ok=True)
-    write_json(
+    write_signed(
         directory / "trial.json",
         {
             "number": trial.number,
@@ -60,7 +73,7 @@ def write_error_log(
 ) -> None:
     """Write error.log: when, where, why in one line, the traceback, what to try."""
     lines = [
-        f"when:   {datetime.now().astimezone().isoformat(timespec='seconds')}",
+        f"when:   {datetime.now(UTC).isoformat(timespec='seconds')}",
         f"epochs: {epoch or 0} done",
         f"cause:  {cause}",
     ]

@@ -1,62 +1,74 @@
-"""A damaged or lost study: noticing it, and rebuilding it from the trial directories."""
+"""A damaged or lost database: noticing it, and putting a rebuilt one in its place."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.distributions import json_to_distribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from writer_search.common.errors import UserError
-from writer_search.common.files import read_dict, sync_directory
+from writer_search.common.files import read_signed, sync_directory
 from writer_search.common.text import one_line
-from writer_search.results.rows import DATABASE, read_database, read_history, trial_dir
-from writer_search.study.records import finished_value
-from writer_search.study.store import open_study
-from writer_search.study.unfinished import has_saved
+from writer_search.results.rows import (
+    DATABASE,
+    OtherVersionError,
+    read_database,
+    trial_dir,
+)
+from writer_search.study.rebuilding import (
+    Rebuilt,
+    rebuild,
+    recorded_settings_of,
+    trial_directories,
+)
+from writer_search.study.store import (
+    DamagedError,
+    is_unwritable,
+    open_study,
+    refuse_changes,
+)
 
-MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
-WAY_OUT = "--recover rebuilds it from the trial directories, the damaged file is kept beside it"
+MAGIC = b"SQLite format 3\0"
+WORKPLACE = ".recovery"
 
 
-def trial_directories(checkpoint_dir: Path) -> list[int]:
-    """Give the numbers of the trials that have a directory, in order."""
-    names = {path.name for path in checkpoint_dir.glob("trial_*") if path.is_dir()}
-    numbers = sorted(int(n[6:]) for n in names if re.fullmatch(r"trial_[0-9]{3,9}", n))
-    return [number for number in numbers if trial_dir(checkpoint_dir, number).name in names]
-
-
-def refuse_damage(checkpoint_dir: Path) -> None:
-    """Raise UserError, naming the way out, when the database is damaged, or lost.
-
-    Reads only; takes milliseconds.
-    """
-    damage = find_damage(checkpoint_dir)
-    if damage:
-        raise UserError(f"{checkpoint_dir / DATABASE} {damage}; {WAY_OUT}")
+# ------------------------------------------------------------------------------------------ damage
 
 
 def find_damage(checkpoint_dir: Path) -> str | None:
-    """Say what is wrong with the database; None when it is whole, or there is nothing yet."""
+    """Say what SQLite finds wrong; None when all is whole, or there is nothing yet.
+
+    Reads only; takes milliseconds. Raises UserError where the file cannot be used as it is, but
+    not for its contents: no permission, a disk that gives errors.
+    """
     database = checkpoint_dir / DATABASE
     numbers = trial_directories(checkpoint_dir)
     if not database.exists():
         return "is missing beside trial directories" if numbers else None
-    if database.stat().st_size == 0:
-        # What Optuna was killed over before its first write is an empty file too.
-        return "is empty beside trial directories" if numbers else None
     try:
+        content = _head(database)
+        if not content:
+            # What Optuna was killed over before its first write is an empty file too.
+            return "is empty beside trial directories" if numbers else None
+        # A flipped version of the format is told as a file that nobody may write, or open.
+        if content[:16] != MAGIC or not {content[18], content[19]} <= {1, 2}:
+            return "is damaged (it is no database)"
         problem = _check(database)
         known = {row.number for row in read_database(database).rows}
-    except (sqlite3.DatabaseError, ValueError) as error:  # SQLite's own words may be broken text
+    except OtherVersionError:
+        if _has_a_version(database):
+            raise
+        return "is damaged (its version is none)"
+    except (sqlite3.DatabaseError, ValueError, OSError) as error:  # its words may be broken text
+        if isinstance(error, OSError) or is_unwritable(error):
+            raise UserError(f"{database} cannot be read: {one_line(error)}") from None
         return f"is damaged ({one_line(error)})"
     if problem:
         return f"is damaged ({one_line(problem)})"
@@ -66,6 +78,11 @@ def find_damage(checkpoint_dir: Path) -> str | None:
     return None
 
 
+def _head(database: Path) -> bytes:
+    with open(database, "rb") as file:
+        return file.read(100).ljust(20, b"\0") if database.stat().st_size else b""
+
+
 def _check(database: Path) -> str | None:
     """Run SQLite's own check. Opened for writing, so that a killed writer's journal is undone."""
     with closing(sqlite3.connect(database, timeout=60)) as connection:
@@ -73,80 +90,30 @@ def _check(database: Path) -> str | None:
     return None if answer == "ok" else str(answer)
 
 
-def recover(checkpoint_dir: Path) -> list[str]:
-    """Move the database aside and rebuild it; under the directory's lock.
+def find_contradiction(checkpoint_dir: Path, rebuilt: Rebuilt) -> str | None:
+    """Say where the database contradicts the files, or Optuna cannot read it; under the lock.
 
-    Every trial that has a record comes back as it was: number, state, parameters, value,
-    intermediate values, attributes, times. One that has a directory but no record had not been
-    told: it comes back complete when its metrics.json is there, otherwise as cut off. Gaps are
-    filled with failed trials, so that numbers stay equal to directories.
-
-    The new study is built under another name and put in place whole: a recovery that is cut off is
-    begun again. Returns lines for people. Raises UserError when there is nothing to rebuild from.
-    """
-    trials = rebuilt_trials(checkpoint_dir)
-    settings = recorded_settings_of(checkpoint_dir)
-    if find_damage(checkpoint_dir) is None and _agrees(checkpoint_dir, trials, settings):
-        return ["the database is whole and agrees with the trial directories: left as it is"]
-    workplace = checkpoint_dir / ".recovery"
-    workplace.mkdir(exist_ok=True)
-    for leftover in workplace.iterdir():
-        leftover.unlink()
-    study = open_study(workplace)
-    if settings is not None:
-        study.set_user_attr("settings", settings)
-    study.add_trials(trials)
-    aside = _move_aside(checkpoint_dir)
-    os.replace(workplace / DATABASE, checkpoint_dir / DATABASE)
-    sync_directory(checkpoint_dir)
-    for leftover in workplace.iterdir():
-        leftover.unlink()
-    workplace.rmdir()
-    states = [trial.state.name for trial in trials]
-    counts = ", ".join(f"{states.count(name)} {name}" for name in sorted(set(states)))
-    kept = [f"the damaged database is kept as {aside}"] if aside else []
-    unknown = "no config.json tells the settings of this search: the next start's are taken"
-    return [
-        f"rebuilt {len(trials)} trials from their directories: {counts}",
-        *kept,
-        *([] if settings else [unknown]),
-    ]
-
-
-def rebuilt_trials(checkpoint_dir: Path) -> list[FrozenTrial]:
-    """Rebuild all trials from their directories. Raises UserError where there are none."""
-    numbers = trial_directories(checkpoint_dir)
-    if not numbers:
-        raise UserError(f"{checkpoint_dir} has no trial directories to rebuild a study from")
-    if numbers[-1] > MOST_LOST + 2 * len(numbers):
-        raise UserError(
-            f"{trial_dir(checkpoint_dir, numbers[-1])}: only {len(numbers) - 1} trials before it "
-            "have a directory; move it away if it is not of this search"
-        )
-    return [_rebuild(checkpoint_dir, number) for number in range(numbers[-1] + 1)]
-
-
-def _agrees(
-    checkpoint_dir: Path, trials: list[FrozenTrial], settings: dict[str, Any] | None
-) -> bool:
-    """Tell whether the database has the settings and all recorded trials as they are in files.
-
-    SQLite's check sees no flipped bit inside of a value.
+    SQLite's check sees no flipped bit inside of a value. Raises OtherVersionError, and UserError
+    for a database that cannot be written.
     """
     try:
         study = open_study(checkpoint_dir)
-    except UserError:
-        return False
-    stored = study.get_trials(deepcopy=False)
-    recorded = [
-        trial
-        for trial in trials
-        if (trial_dir(checkpoint_dir, trial.number) / "trial.json").exists()
-    ]
-    return all(
-        trial.number < len(stored) and _facts(stored[trial.number]) == _facts(trial)
-        for trial in recorded
-    ) and settings in (None, study.user_attrs.get("settings"))
+        stored = study.get_trials(deepcopy=False)
+        settings = study.user_attrs.get("settings")
+    except DamagedError as error:
+        return f"is damaged ({one_line(error)})"
+    except OtherVersionError:
+        if _has_a_version(checkpoint_dir / DATABASE):
+            raise
+        return "is damaged (its version is none)"
+    for trial in rebuilt.trials:
+        if not read_signed(trial_dir(checkpoint_dir, trial.number) / "trial.json"):
+            continue  # it was killed before its record, which is written now
+        if trial.number >= len(stored) or _facts(stored[trial.number]) != _facts(trial):
+            return f"is damaged (its trial {trial.number} is not as it was recorded)"
+    if rebuilt.settings not in (None, settings):
+        return "is damaged (its settings are not as they were recorded)"
+    return None
 
 
 def _facts(trial: FrozenTrial) -> tuple[Any, ...]:
@@ -156,119 +123,124 @@ def _facts(trial: FrozenTrial) -> tuple[Any, ...]:
     )
 
 
+def _has_a_version(database: Path) -> bool:
+    """Tell whether the version of Optuna's tables looks like one, be it unknown."""
+    with closing(sqlite3.connect(database, timeout=60)) as connection:
+        try:
+            (version,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        except (sqlite3.DatabaseError, TypeError):
+            return False
+    return bool(re.fullmatch(r"v\d+\.\d+\.\d+\.[a-z]", str(version), re.ASCII))
+
+
+# ----------------------------------------------------------------------------------------- healing
+
+
+def standing_settings(checkpoint_dir: Path) -> dict[str, Any] | None:
+    """Give the settings of the study to go on with, be its database damaged; None for a new one.
+
+    Changes nothing. Raises UserError, naming the way out, where a damaged database cannot heal.
+    """
+    damage = find_damage(checkpoint_dir)
+    if damage is None:
+        database, told = checkpoint_dir / DATABASE, recorded_settings_of(checkpoint_dir)
+        return told or (
+            read_database(database).recorded.get("settings") if database.exists() else None
+        )
+    return _rebuilt_or_told(checkpoint_dir, damage).settings
+
+
+def heal(checkpoint_dir: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Rebuild a database that is damaged, or lost; under the directory's lock.
+
+    settings: this start's, which the trials must have. Gives a warning; nothing where all is whole.
+    Raises UserError, with the file untouched, where that cannot be.
+    """
+    damage, rebuilt = find_damage(checkpoint_dir), None
+    if damage is None and trial_directories(checkpoint_dir):
+        try:
+            rebuilt = rebuild(checkpoint_dir)
+        except UserError:
+            return []  # nothing to compare with, and nothing wrong with the database
+        damage = find_contradiction(checkpoint_dir, rebuilt)
+    if damage is None:
+        return []
+    rebuilt = rebuilt or _rebuilt_or_told(checkpoint_dir, damage)
+    if rebuilt.settings is not None:
+        refuse_changes(rebuilt.settings, settings)
+    unknown = "; its settings are not known any more: this start's are taken"
+    told = f"{checkpoint_dir / DATABASE} {damage}: it was rebuilt with {rebuilt.describe()}"
+    kept = _put_in_place(checkpoint_dir, rebuilt, rebuilt.settings or settings)
+    return [told + ("" if rebuilt.settings else unknown) + kept]
+
+
+def recover(checkpoint_dir: Path) -> list[str]:
+    """Rebuild the study on demand; under the directory's lock. Returns lines for people.
+
+    Raises UserError when there is nothing to rebuild from.
+    """
+    rebuilt = rebuild(checkpoint_dir)
+    try:
+        damage = find_damage(checkpoint_dir) or find_contradiction(checkpoint_dir, rebuilt)
+    except OtherVersionError:
+        damage = "is of another version"
+    if damage is None:
+        return ["the database is whole and agrees with the trial directories: left as it is"]
+    kept = _put_in_place(checkpoint_dir, rebuilt, rebuilt.settings)
+    unknown = "no config.json tells the settings of this search: the next start's are taken"
+    return [f"rebuilt {rebuilt.describe()}{kept}", *([] if rebuilt.settings else [unknown])]
+
+
+def _rebuilt_or_told(checkpoint_dir: Path, damage: str) -> Rebuilt:
+    try:
+        return rebuild(checkpoint_dir)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint_dir / DATABASE} {damage}, and cannot be rebuilt: {error}; or move the "
+            "database away, or give a fresh --checkpoint_dir"
+        ) from None
+
+
+def _put_in_place(
+    checkpoint_dir: Path, rebuilt: Rebuilt, settings: Mapping[str, Any] | None
+) -> str:
+    """Move the database aside and a rebuilt one in its place; tells where the old one is.
+
+    The new one is built under another name, whole: a recovery that is cut off is begun again.
+    """
+    workplace = checkpoint_dir / WORKPLACE
+    workplace.mkdir(exist_ok=True)
+    for leftover in workplace.iterdir():
+        leftover.unlink()
+    study = open_study(workplace)
+    if settings is not None:
+        study.set_user_attr("settings", dict(settings))
+    study.add_trials(rebuilt.trials)
+    aside = _move_aside(checkpoint_dir)
+    os.replace(workplace / DATABASE, checkpoint_dir / DATABASE)
+    sync_directory(checkpoint_dir)
+    remove_workplace(checkpoint_dir)
+    return f"; the damaged file is kept as {aside.name}" if aside else ""
+
+
+def remove_workplace(checkpoint_dir: Path) -> None:
+    """Remove what a recovery leaves that was killed at its very end."""
+    workplace = checkpoint_dir / WORKPLACE
+    if workplace.is_dir():
+        for leftover in workplace.iterdir():
+            leftover.unlink()
+        workplace.rmdir()
+
+
 def _move_aside(checkpoint_dir: Path) -> Path | None:
     database = checkpoint_dir / DATABASE
-    if not database.exists():
-        return None
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     aside = checkpoint_dir / f"{DATABASE}.damaged-{stamp}"
-    # The journal first: beside a new database it would be taken for that one's.
-    journal = checkpoint_dir / f"{DATABASE}-journal"
-    if journal.exists():
-        os.replace(journal, aside.with_name(f"{aside.name}-journal"))
-    os.replace(database, aside)
-    return aside
-
-
-def recorded_settings_of(checkpoint_dir: Path) -> dict[str, Any] | None:
-    """Find the study's settings in the newest trial's config.json that has them."""
-    for number in reversed(trial_directories(checkpoint_dir)):
-        config = read_dict(trial_dir(checkpoint_dir, number) / "config.json")
-        if isinstance(settings := config.get("settings"), dict):
-            return settings
-    return None
-
-
-def _rebuild(checkpoint_dir: Path, number: int) -> FrozenTrial:
-    directory = trial_dir(checkpoint_dir, number)
-    record = read_dict(directory / "trial.json")
-    try:
-        return _from_record(record, number)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        pass  # no record, or one that is not ours
-    try:
-        return _from_config(directory, number)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return _placeholder(number, "lost: the trial left neither record nor configuration")
-
-
-def _from_record(record: dict[str, Any], number: int) -> FrozenTrial:
-    state = TrialState[record["state"]]
-    if record["number"] != number or not state.is_finished():
-        raise ValueError("not the record of this finished trial")
-    trial = FrozenTrial(
-        number=number,
-        state=state,
-        value=record["value"],
-        datetime_start=_local(record["datetime_start"]),
-        datetime_complete=_local(record["datetime_complete"]),
-        params=record["params"],
-        distributions=_distributions(record["distributions"]),
-        user_attrs=record["user_attrs"],
-        system_attrs={},
-        intermediate_values={int(k): v for k, v in record["intermediate_values"].items()},
-        trial_id=number,
-    )
-    _validate(trial)
-    return trial
-
-
-def _from_config(directory: Path, number: int) -> FrozenTrial:
-    """Rebuild a trial that had not been told: finished, or cut off."""
-    config = read_dict(directory / "config.json")
-    value = finished_value(directory)
-    history = read_history(directory)
-    attributes = {**config["user_attrs"], "epochs": len(history)}
-    if value is None:
-        epoch = min(len(history) + 1, config["config"]["epochs"])
-        attributes |= {
-            "failure": f"cut off without a word at epoch {epoch}",
-            "interrupted": True,
-            "advanced": has_saved(directory),
-        }
-    started = datetime.fromisoformat(config["started"]).astimezone().replace(tzinfo=None)
-    trial = FrozenTrial(
-        number=number,
-        state=TrialState.FAIL if value is None else TrialState.COMPLETE,
-        value=value,
-        datetime_start=started,
-        datetime_complete=datetime.now(),
-        params=config["hyperparameters"],
-        distributions=_distributions(config["distributions"]),
-        user_attrs=attributes,
-        system_attrs={},
-        intermediate_values={row["epoch"]: row["macro_top1"] for row in history},
-        trial_id=number,
-    )
-    _validate(trial)
-    return trial
-
-
-def _validate(trial: FrozenTrial) -> None:
-    """Raise ValueError for what Optuna, or a later draw, would stumble over."""
-    trial._validate()
-    values = [*trial.intermediate_values.values(), *([] if trial.value is None else [trial.value])]
-    if not all(isinstance(value, float) and math.isfinite(value) for value in values):
-        raise ValueError("a value is not a finite number")
-    attributes = trial.user_attrs
-    names = ("draw", "seed", "continues", "continued", "epochs", "micro_batch")
-    numbers = [attributes[name] for name in names if name in attributes]
-    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-        raise ValueError("an attribute is not a whole number")
-    if attributes.get("continues", -1) >= trial.number:
-        raise ValueError("it continues a later trial")
-
-
-def _placeholder(number: int, cause: str) -> FrozenTrial:
-    return optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"failure": cause})
-
-
-def _distributions(described: dict[str, str]) -> dict[str, Any]:
-    return {name: json_to_distribution(text) for name, text in described.items()}
-
-
-def _local(aware: str | None) -> datetime | None:
-    """Optuna's trials carry naive local times."""
-    if aware is None:
-        return None
-    return datetime.fromisoformat(aware).astimezone().replace(tzinfo=None)
+    was_there = database.exists()
+    if was_there:
+        os.replace(database, aside)
+    # Beside the new database they would be taken for that one's, and undo it.
+    for kind in ("-journal", "-wal", "-shm"):
+        if (beside := database.with_name(database.name + kind)).exists():
+            os.replace(beside, aside.with_name(aside.name + kind))
+    return aside if was_there else None

@@ -12,30 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import OptunaError
 from optuna.study import StudyDirection
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
 
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
-from writer_search.results.rows import DATABASE
+from writer_search.results.rows import DATABASE, OtherVersionError
+from writer_search.study.records import count_in_utc
+from writer_search.study.value_column import add_value_column
 
 # SQLite's codes for what the system keeps from being written; the database itself is whole.
 UNWRITABLE = {
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY),
-    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY),
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
 }
+
+
+class DamagedError(UserError):
+    """The database is damaged where only Optuna looks."""
 
 
 def open_study(checkpoint_dir: Path) -> optuna.Study:
     """Open the study in the checkpoint directory, or create it there.
 
-    Raises UserError when the file cannot be used: another version's, or damaged where only Optuna
-    looks.
+    Raises UserError when the file cannot be used: DamagedError, OtherVersionError, or what the
+    system keeps from being written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    count_in_utc()
     database = checkpoint_dir / DATABASE
     try:
         storage = optuna.storages.RDBStorage(
@@ -50,22 +55,19 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
             load_if_exists=True,
         )
         study.get_trials(deepcopy=False)
-    except RuntimeError as error:  # Optuna's word on another version of its tables
-        raise UserError(f"{database}: {one_line(error)}") from None
-    except (OptunaError, SQLAlchemyError, LookupError, ValueError, TypeError) as error:
-        way_out = (
-            "mend that, and the same command goes on"
-            if _is_unwritable(error)
-            else "--recover rebuilds it from the trial directories"
-        )
-        raise UserError(
-            f"{database} cannot be used ({one_line(error.__cause__ or error)}); {way_out}"
-        ) from None
+        add_value_column(database)
+    except Exception as error:  # nearly anything, where contents make no sense
+        cause = f"{database} cannot be used ({one_line(error.__cause__ or error)})"
+        if is_unwritable(error):
+            raise UserError(f"{cause}; mend that, and the same command goes on") from None
+        if type(error) is RuntimeError:  # Optuna's word on another version of its tables
+            raise OtherVersionError(f"{database}: {one_line(error)}") from None
+        raise DamagedError(f"{cause}; --recover rebuilds it from the trial directories") from None
     return study
 
 
-def _is_unwritable(error: BaseException | None) -> bool:
-    """Tell a database that the system keeps from being written from a damaged one."""
+def is_unwritable(error: BaseException | None) -> bool:
+    """Tell a database that the system keeps from being used from a damaged one."""
     while error is not None and not isinstance(error, sqlite3.Error):
         error = error.__cause__
     return error is not None and getattr(error, "sqlite_errorcode", 0) & 0xFF in UNWRITABLE

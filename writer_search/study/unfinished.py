@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from writer_search.common.files import remove_temporaries
 from writer_search.results.rows import home_of, read_history, trial_dir
 from writer_search.study.records import finished_value, tell, write_error_log, write_record
 
@@ -22,16 +23,17 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     records that are missing. Returns a line for each trial that was settled.
     """
     settled = []
-    for leftover in [
-        *checkpoint_dir.glob("trial_*/.*.tmp"),
-        *checkpoint_dir.glob("summary/.*.tmp"),
-    ]:
-        leftover.unlink(missing_ok=True)  # half-written by a process that was killed
+    for directory in [*checkpoint_dir.glob("trial_*"), checkpoint_dir / "summary"]:
+        remove_temporaries(directory)
     for trial in study.get_trials(deepcopy=False):
         directory = trial_dir(checkpoint_dir, trial.number)
         if trial.state == TrialState.RUNNING:
             settled.append(settle(study, checkpoint_dir, trial))
         elif trial.state.is_finished() and not (directory / "trial.json").exists():
+            if trial.user_attrs.get("interrupted") and not (directory / "error.log").exists():
+                # Cut off, and its database damaged or lost besides.
+                epochs = trial.user_attrs.get("epochs") or None
+                write_error_log(directory, trial.user_attrs["failure"], epoch=epochs)
             write_record(checkpoint_dir, trial)
     return settled
 
@@ -44,6 +46,7 @@ def settle(
 ) -> str:
     """Finish a trial whose search is dead; returns what became of it, in a line."""
     directory = trial_dir(checkpoint_dir, trial.number)
+    remove_temporaries(directory)
     epochs = len(trial.intermediate_values)
     most = study.user_attrs.get("settings", {}).get("epochs", epochs + 1)
     handle = Trial(study, trial._trial_id)  # Optuna has no public way to a trial that runs
@@ -91,6 +94,22 @@ def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = Non
         number = trial.user_attrs["continues"]
         lines.append(f"trial {number} was interrupted: a new trial goes on with it")
     return lines
+
+
+def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
+    """Say in a line how many epochs interrupted trials have saved that nobody goes on with."""
+    saved = []
+    for trial in continuations(study.get_trials(deepcopy=False)):
+        number = trial.user_attrs["continues"]
+        directory = trial_dir(checkpoint_dir, number)
+        if (directory / "latest_checkpoint.pth").exists():
+            saved.append(len(read_history(directory)))
+    if not sum(saved):
+        return []
+    return [
+        f"{len(saved)} interrupted trial(s) have saved {sum(saved)} epoch(s): "
+        "--continue_interrupted goes on with them"
+    ]
 
 
 def continuations(

@@ -33,6 +33,7 @@ from writer_search.lines.report import doubt_of
 from writer_search.lines.walk import LeftOut, describe_left_out, walk
 from writer_search.training.batches import Lines
 from writer_search.training.evaluation import line_logits
+from writer_search.training.optimisation import for_use_on
 
 LINES_AT_ONCE = 256  # decoded lines in memory: 15 MB at 64 px
 
@@ -81,6 +82,7 @@ def predict(
     mean log-softmax of its lines, so that a sure line weighs more than an unsure one.
     Raises UserError when the model's output is not finite.
     """
+    config = for_use_on(config, device)
     images, skipped = _find(paths)
     doubtful = {}
     model.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 import torchvision
 
 from data import LineSet, find_lines, load_lines
+from model import WeightsUnavailableError, ensure_imagenet_weights
 from writer_search.common.errors import UserError
-from writer_search.common.files import content_hash, read_json, write_json
+from writer_search.common.files import content_hash, read_json, remove_temporaries, write_json
 from writer_search.common.locks import DirectoryLock
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
@@ -62,7 +63,7 @@ def read_original(config_file: Path) -> Original:
             config,
             str(found["data_fingerprint"]),
             int(found["threads"]),
-            found["micro_batch"],
+            _images_at_once(found, config),
             found["device"] != "cpu",
             dict(found["settings"]),
             None,
@@ -84,6 +85,17 @@ def read_original(config_file: Path) -> Original:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a trial that was cut off, or its configuration alone
     return original
+
+
+def _images_at_once(found: dict[str, Any], config: TrialConfig) -> int | None:
+    """Give the images that one device of the trial had at once; None: the whole batch.
+
+    One process trains it here: what several GPUs had shared may not fit on one.
+    """
+    ranks = int(found.get("ranks") or 1)
+    if found["micro_batch"] is not None or ranks == 1:
+        return None if found["micro_batch"] is None else int(found["micro_batch"])
+    return -(-config.batch_size // ranks)
 
 
 def find_data(wanted: Retraining, original: Original) -> LineSet:
@@ -137,6 +149,7 @@ def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object])
     except OSError as error:
         raise UserError(f"--output_dir cannot be made: {one_line(error)}") from None
     with DirectoryLock(wanted.output_dir), stop.deferred():
+        remove_temporaries(wanted.output_dir)
         write_json(wanted.output_dir / "config.json", record)
         for line in opening_lines(wanted, original, data, last_epoch, device, goes_on):
             print(line, flush=True)
@@ -171,6 +184,7 @@ def run(
         if stop.name is not None:
             raise Stopped
 
+    fetch_weights(original.config)
     torch.set_num_threads(original.threads)  # another number sums in another order
 
     def train_with(micro_batch: int | None) -> None:
@@ -218,6 +232,19 @@ def note_smaller(output_dir: Path, micro_batch: int) -> None:
     print(f"out of memory: goes on with {micro_batch} images at once", flush=True)
     record = read_json(output_dir / "config.json")
     write_json(output_dir / "config.json", record | {"micro_batch": micro_batch})
+
+
+def fetch_weights(config: TrialConfig) -> None:
+    """Have ImageNet weights at hand where a training needs them. Raises UserError otherwise."""
+    if not config.pretrained:
+        return
+    try:
+        ensure_imagenet_weights(config.backbone)
+    except WeightsUnavailableError as error:
+        raise UserError(
+            f"ImageNet weights of {config.backbone} cannot be had: {one_line(error)}; the trial began "
+            "from them: mend that, and the same command goes on"
+        ) from None
 
 
 def device_like(name: str, on_gpu: bool) -> torch.device:
@@ -272,7 +299,7 @@ def describe(
         "config": original.config.to_dict(),
         "config_hash": original.config.hash(),
         "data_fingerprint": data.fingerprint,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": str(device),
         "threads": original.threads,
         "micro_batch": original.micro_batch,

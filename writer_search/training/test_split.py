@@ -16,6 +16,7 @@ from writer_search.training.bootstrap import INTERVAL_METHOD, Pages, count_pages
 from writer_search.training.checkpoints import load_model
 from writer_search.training.evaluation import line_logits
 from writer_search.training.metrics import compute_metrics
+from writer_search.training.optimisation import for_use_on
 from writer_search.training.outcomes import DivergedError
 
 TEST_METRICS = ("macro_top1", "micro_top1", "macro_top5", "page_macro_top1", "loss")
@@ -27,6 +28,7 @@ def measure_test_split(model_file: Path, data: LineSet, device: torch.device) ->
     Raises UserError for a file that is no model, DivergedError for output that is not finite.
     """
     model, config, writers = load_model(model_file)
+    config = for_use_on(config, device)
     lines = Lines.of(data, "test", strip_on(data, device), device)
     with torch.inference_mode():
         output = line_logits(model.to(device), config, lines, len(writers))

@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
 from writer_search.results.rows import trial_dir
-from writer_search.study.records import write_record
-from writer_search.study.recovery import rebuilt_trials, recorded_settings_of, trial_directories
+from writer_search.study.rebuilding import rebuild, trial_directories
+from writer_search.study.records import count_in_utc, write_record
 from writer_search.study.shared.storage import (
     find_study,
     shown_url,
@@ -30,6 +30,7 @@ def open_shared(
     pruner: BasePruner,
 ) -> optuna.Study:
     """Open the study, and check that this search belongs to it. Raises UserError."""
+    count_in_utc()
     study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
     recorded = study.user_attrs.get("settings")
     if recorded is None:  # whoever created the study has died since
@@ -74,7 +75,8 @@ def recover_shared(storage: BaseStorage, name: str, url: str, checkpoint_dir: Pa
     Trials that the study still has must be the directories' own; the missing ones follow. Returns
     lines for people. Raises UserError.
     """
-    trials = rebuilt_trials(checkpoint_dir)
+    rebuilt = rebuild(checkpoint_dir)
+    trials = rebuilt.trials
     study = find_study(storage, name)
     stored = study.get_trials(deepcopy=False) if study is not None else []
     for number, trial in enumerate(stored):
@@ -89,8 +91,7 @@ def recover_shared(storage: BaseStorage, name: str, url: str, checkpoint_dir: Pa
         return ["the study has every trial that has a directory: left as it is"]
     if study is None:
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
-    settings = recorded_settings_of(checkpoint_dir)
-    if settings is not None and "settings" not in study.user_attrs:
-        study.set_user_attr("settings", settings)
+    if rebuilt.settings is not None and "settings" not in study.user_attrs:
+        study.set_user_attr("settings", rebuilt.settings)
     study.add_trials(missing)
     return [f"rebuilt {len(missing)} of {len(trials)} trials from their directories"]
