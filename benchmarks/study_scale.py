@@ -138,7 +138,9 @@ def add_finished(connection: sqlite3.Connection, number: int, memory: optuna.Stu
     attributes = {"draw": number, "seed": number, "epochs": EPOCHS}
     insert = partial(insert_rows, connection, number + 1)
     connection.execute(
-        "INSERT INTO trials VALUES (?, ?, 1, 'COMPLETE', ?, ?)", (number + 1, number, now, now)
+        "INSERT INTO trials (trial_id, number, study_id, state, datetime_start,"
+        " datetime_complete) VALUES (?, ?, 1, 'COMPLETE', ?, ?)",
+        (number + 1, number, now, now),
     )
     params = [
         (name, d.to_internal_repr(drawn.params[name]), distribution_to_json(d))

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,11 +354,11 @@ def test_trial_of_several_gpus_is_trained_in_their_parts(
 
 
 def test_weights_that_cannot_be_had_are_no_fault_of_the_directory(
-    monkeypatch: pytest.MonkeyPatch,
+    config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(_: str) -> None:
         raise WeightsUnavailableError("no network")
 
     monkeypatch.setattr(retraining, "ensure_imagenet_weights", offline)
     with pytest.raises(UserError, match="ImageNet weights of resnet18 cannot be had: no network"):
-        retraining.fetch_weights("resnet18")
+        retraining.fetch_weights(replace(config, backbone="resnet18", pretrained=True))

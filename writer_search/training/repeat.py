@@ -242,8 +242,8 @@ def fetch_weights(config: TrialConfig) -> None:
         ensure_imagenet_weights(config.backbone)
     except WeightsUnavailableError as error:
         raise UserError(
-            f"ImageNet weights of {config.backbone} cannot be had: {one_line(error)}; the trial began "
-            "from them: mend that, and the same command goes on"
+            f"ImageNet weights of {config.backbone} cannot be had: {one_line(error)}; the trial "
+            "began from them: mend that, and the same command goes on"
         ) from None
 
 
