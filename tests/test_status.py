@@ -215,6 +215,13 @@ def test_what_was_trained_before_a_break_did_not_take_the_seconds_after_it() -> 
     assert finished_epochs([row]) == [(60.0, 600.0)]
 
 
+def test_what_is_fitted_at_once_says_nothing_of_epochs() -> None:
+    ended = datetime(2026, 1, 1, tzinfo=UTC)
+    started = ended - timedelta(seconds=9)
+    row = Row(0, "COMPLETE", 0.9, {"backbone": "cohog"}, started, ended, {"epochs": 1})
+    assert finished_epochs([row]) == []
+
+
 def test_nothing_left_takes_no_time() -> None:
     assert seconds_left([(10.0, 100.0)] * 3, [], 0, 10, 1, 30) == (0.0, 0.0)
 

@@ -85,8 +85,13 @@ def _trials_to_come(
 
 
 def finished_epochs(rows: Sequence[Row]) -> list[Timed]:
-    """Give (epochs, seconds) of the last complete or pruned trials, the last one first."""
-    ended = (row for row in reversed(rows) if row.state in ("COMPLETE", "PRUNED"))
+    """Give (epochs, seconds) of the last complete or pruned trials, the last one first.
+
+    What is fitted at once has no epochs: it says nothing of those that are trained.
+    """
+    ended = (
+        row for row in reversed(rows) if row.state in ("COMPLETE", "PRUNED") and not row.is_fitted
+    )
     timed = (
         unbroken(row.attributes.get("epochs", 0), row.attributes.get(BEFORE, 0), row.seconds or 0.0)
         for row in ended

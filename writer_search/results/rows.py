@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
+from writer_search.config import COHOG
 from writer_search.flags import STUDY_NAME
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Row:
             return None
         ended = self.ended or datetime.now(UTC)
         return max(0.0, (ended - self.started).total_seconds())
+
+    @property
+    def is_fitted(self) -> bool:
+        """Tell a trial without epochs of training; see `TrialConfig.is_fitted`."""
+        return self.params.get("backbone") == COHOG
 
 
 def trial_dir(checkpoint_dir: Path, number: int) -> Path:

@@ -215,7 +215,7 @@ def _table(status: Status) -> list[str]:
     )
     for row in finished[:SHOWN_TRIALS]:
         took = "" if row.seconds is None else duration(row.seconds)
-        epochs = f"{row.attributes.get('epochs', 0)}/{status.epochs}"
+        epochs = f"{row.attributes.get('epochs', 0)}/{1 if row.is_fitted else status.epochs}"
         state = {"FAIL": "failed"}.get(row.state, row.state.lower())
         lines.append(_line(row.number, state, epochs, "", _value(row.value), took))
     if len(finished) > SHOWN_TRIALS:

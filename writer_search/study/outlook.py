@@ -76,6 +76,7 @@ class Outlook:
         running = [
             unbroken(r.progress, min(r.begun, r.progress), seconds)
             for r, seconds in self._running()
+            if not r.job.config.is_fitted
         ]
         return seconds_left(
             self.finished()[1],
