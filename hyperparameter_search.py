@@ -260,9 +260,10 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
             return int(args.requeue_exit_code)
     if not search.complete:
         return EXIT_NOTHING_COMPLETE
-    is_in_vain = keep_failing(rows, args.max_consecutive_failed_trials)
-    if args.requeue_exit_code is not None and not search.has_all and not is_in_vain:
-        return int(args.requeue_exit_code)  # the same command has more to do
+    has_more = not search.has_all or not last.has_all  # the last one may be a confirmation
+    is_in_vain = keep_failing(last.rows, args.max_consecutive_failed_trials)
+    if args.requeue_exit_code is not None and has_more and not is_in_vain:
+        return int(args.requeue_exit_code)
     return EXIT_OK
 
 

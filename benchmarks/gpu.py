@@ -8,7 +8,7 @@ with a deadline: a crash is a failure, and what was not reached or cannot be jud
 Timings are not judged while other programs use the GPU. Synthetic lines.
 
 JSON: ok: no check has failed; checks: name → pass, value, bar; advice: trials_per_gpu, n_jobs,
-seconds_per_trial, warnings. Exit code 0, 1 when a check has failed, 2 without a GPU.
+start_seconds, warnings. Exit code 0, 1 when a check has failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def advice(found: dict[str, dict[str, Any]], others: Sequence[str]) -> dict[str,
     return {
         "trials_per_gpu": best,
         "n_jobs": best * count if best and count else None,
-        "seconds_per_trial": start if isinstance(start, float) else None,
+        "start_seconds": start if isinstance(start, float) else None,
         "warnings": warnings,
     }
 

@@ -180,7 +180,7 @@ def test_advice() -> None:
     assert said == {
         "trials_per_gpu": 2,
         "n_jobs": 4,
-        "seconds_per_trial": 0.7,
+        "start_seconds": 0.7,
         "warnings": [],
     }
     assert gpu.advice({"trials_a_gpu": {"pass": False, "value": "a crash"}}, [])["n_jobs"] is None
