@@ -79,7 +79,7 @@ class ChildProcess:
             self._process.kill()
 
     def ask_where(self) -> None:
-        """Let it write into its log where it is, also where it hangs; see `worker._output_to`."""
+        """Let it write into its log where it is, also where it hangs; see `child._output_to`."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGQUIT)
 

@@ -1,6 +1,6 @@
 """Measures the chosen model on the test split: once, at the end of a search.
 
-The measuring is done in a child process (`worker.measure_on_test`); this file imports no torch.
+The measuring is done in a child process (`child.measure_on_test`); this file imports no torch.
 """
 
 from __future__ import annotations

@@ -69,9 +69,6 @@ class Progress:
         self._all.n = complete
         self._all.refresh()
 
-    def left(self, facts: str) -> None:
-        self._all.set_postfix_str(facts)
-
     def close(self) -> None:
         for bar in [*self._bars.values(), self._all]:
             bar.close()
