@@ -6,8 +6,8 @@ Measures, at each size of a study on SQLite, what the search itself spends on on
 (study/loop.py with a trial that takes no time: draw, config.json, reports and prune checks, tell,
 record, summary) and what bare Optuna spends on the same calls (ask, the same suggestions, reports,
 prune checks, tell; same sampler and pruner), a trial of each in turn, on copies of one database.
-Then the time to open such a study, of `--status` and of writing the summary; and, in processes of their own, what
-each side's memory grows by over --memory_trials trials.
+Then the time to open such a study, of `--status` and of writing the summary; and, in processes of
+their own, what each side's memory grows by over --memory_trials trials.
 
 JSON: added_ms_at_N: the search's time a trial less bare Optuna's, median of the differences, and
 added_cpu_ms_at_N, the same in CPU time. search_mib, optuna_mib: growth of memory.
