@@ -29,7 +29,7 @@ from writer_search.flags import parse_args
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
 from writer_search.results.pictures.lines import draw_lines
-from writer_search.results.rows import DATABASE, Row
+from writer_search.results.rows import DATABASE, Row, count_complete
 from writer_search.results.status import read_status, show
 from writer_search.results.tables import closing_lines, keep_failing, write_summary
 from writer_search.study.preparation import (
@@ -143,12 +143,11 @@ def announce(
 
 def describe_run(args: argparse.Namespace, plan: Plan, rows: Sequence[Row]) -> dict[str, int]:
     """Say what this run may still start, and from which trial on: for `--status`."""
-    complete = sum(row.state == "COMPLETE" for row in rows)
     waiting = [row.number for row in rows if row.state == "WAITING"]
     return {
         "n_trials": args.n_trials,
         "n_jobs": len(plan.slots),
-        "to_start": max(0, args.n_trials - complete),
+        "to_start": max(0, args.n_trials - count_complete(rows)),
         "first_trial": min(waiting, default=len(rows)),
     }
 

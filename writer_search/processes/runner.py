@@ -26,6 +26,7 @@ from writer_search.processes.messages import STOP, THREADS, Job
 from writer_search.processes.parent import ChildProcess, TrialProcesses
 from writer_search.processes.plan import Plan
 from writer_search.results.progress import Progress
+from writer_search.results.rows import has_saved
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -443,8 +444,7 @@ def smaller_batch(job: Job, at_once: int | None = None) -> int | None:
 
 def _going_on(job: Job) -> Job:
     """Let a trial that has saved a state go on from it."""
-    has_saved = (job.trial_dir / "latest_checkpoint.pth").exists()
-    return replace(job, continue_from=job.trial_dir) if has_saved else job
+    return replace(job, continue_from=job.trial_dir) if has_saved(job.trial_dir) else job
 
 
 def _warn(text: str) -> None:

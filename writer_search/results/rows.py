@@ -55,6 +55,11 @@ def trial_dir(checkpoint_dir: Path, number: int) -> Path:
     return checkpoint_dir / f"trial_{number:03d}"
 
 
+def has_saved(directory: Path) -> bool:
+    """Tell whether a trial has saved a state of its own, beyond the one that it went on from."""
+    return (directory / "latest_checkpoint.pth").exists()
+
+
 def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
     """Give the checkpoint directory that a trial's own search writes to.
 
@@ -62,6 +67,11 @@ def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
     necessarily one that can be reached from here.
     """
     return Path(attributes.get("owner", {}).get("checkpoint_dir", checkpoint_dir))
+
+
+def count_complete(rows: Iterable[Row]) -> int:
+    """Count the trials that are complete."""
+    return sum(row.state == "COMPLETE" for row in rows)
 
 
 def best_row(rows: Sequence[Row]) -> Row | None:

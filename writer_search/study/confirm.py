@@ -22,7 +22,7 @@ from writer_search.common.locks import DirectoryLock
 from writer_search.processes.plan import Plan
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
-from writer_search.results.rows import DATABASE, Row, rows_of
+from writer_search.results.rows import DATABASE, Row, count_complete, rows_of
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study, record_settings
 from writer_search.study.supplies import LocalSupply
@@ -156,7 +156,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     settled = settle_unfinished(study, directory) + continue_interrupted(study, repeater.seeds)
     rows = rows_of(study.get_trials(deepcopy=False))
     missing = repeater.missing(rows)
-    n_trials = sum(row.state == "COMPLETE" for row in rows) + missing
+    n_trials = count_complete(rows) + missing
     study.set_user_attr("run", {"n_trials": n_trials, "n_jobs": len(plan.slots)})
     left = finished.deadline - time.monotonic()
     own = replace(

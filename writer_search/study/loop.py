@@ -33,13 +33,13 @@ from writer_search.processes.runner import (
 )
 from writer_search.results.events import Events
 from writer_search.results.progress import Progress
-from writer_search.results.rows import Row, trial_dir
+from writer_search.results.rows import Row, count_complete, has_saved, trial_dir
 from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_epochs
 from writer_search.study.outlook import Outlook
 from writer_search.study.recorder import Recorder
 from writer_search.study.records import distributions_of, finished_value
 from writer_search.study.supplies import RecordedElsewhereError, Supply
-from writer_search.study.unfinished import checkpoint_to_continue, has_saved
+from writer_search.study.unfinished import checkpoint_to_continue
 
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
 
@@ -61,10 +61,10 @@ class Search:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        complete = sum(row.state == "COMPLETE" for row in self.supply.rows())
-        self.progress = Progress(complete, plan.n_trials, plan.epochs)
+        rows = self.supply.rows()
+        self.progress = Progress(count_complete(rows), plan.n_trials, plan.epochs)
         self.runner = Runner(plan, self.progress, self.write_config)
-        self.recorder = Recorder(plan, self.supply, self.progress, self.events, self.drawing)
+        self.recorder = Recorder(plan, self.supply, rows, self.progress, self.events, self.drawing)
         self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
 

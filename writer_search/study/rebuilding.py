@@ -16,9 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_signed
-from writer_search.results.rows import read_history, trial_dir
+from writer_search.results.rows import has_saved, read_history, trial_dir
 from writer_search.study.records import count_in_utc, finished_value
-from writer_search.study.unfinished import has_saved
 
 MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
 

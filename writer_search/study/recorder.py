@@ -20,7 +20,7 @@ from writer_search.processes.runner import RunningTrial
 from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress
-from writer_search.results.rows import Row, trial_dir
+from writer_search.results.rows import Row, count_complete, trial_dir
 from writer_search.results.tables import SummaryFiles
 from writer_search.study.records import write_error_log, write_record
 from writer_search.study.supplies import RecordedElsewhereError, Supply
@@ -39,11 +39,12 @@ class Recorder:
         self,
         plan: Plan,
         supply: Supply,
+        rows: list[Row],
         progress: Progress,
         events: Events,
         drawing: Drawing | None,
     ) -> None:
-        self.rows: list[Row] = supply.rows()  # as of the last change
+        self.rows = rows  # as of the last change
         self.gave_up = ""  # why; for good, whatever the trials do that still run
         self.unsaved: list[int] = []  # trials that ended without saving what they had just done
         self._plan, self._supply, self._study = plan, supply, supply.study
@@ -54,7 +55,7 @@ class Recorder:
 
     @property
     def complete(self) -> int:
-        return sum(row.state == "COMPLETE" for row in self.rows)
+        return count_complete(self.rows)
 
     def read(self) -> None:
         """Read all trials anew."""

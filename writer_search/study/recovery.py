@@ -93,8 +93,8 @@ def _check(database: Path) -> str | None:
 def find_contradiction(checkpoint_dir: Path, rebuilt: Rebuilt) -> str | None:
     """Say where the database contradicts the files, or Optuna cannot read it; under the lock.
 
-    SQLite's check sees no flipped bit inside of a value. Raises OtherVersionError, and UserError
-    for a database that cannot be written.
+    After `find_damage`, which has looked at the version. SQLite's check sees no flipped bit inside
+    of a value. Raises UserError for a database that cannot be written.
     """
     try:
         study = open_study(checkpoint_dir)
@@ -102,10 +102,6 @@ def find_contradiction(checkpoint_dir: Path, rebuilt: Rebuilt) -> str | None:
         settings = study.user_attrs.get("settings")
     except DamagedError as error:
         return f"is damaged ({one_line(error)})"
-    except OtherVersionError:
-        if _has_a_version(checkpoint_dir / DATABASE):
-            raise
-        return "is damaged (its version is none)"
     for trial in rebuilt.trials:
         if not read_signed(trial_dir(checkpoint_dir, trial.number) / "trial.json"):
             continue  # it was killed before its record, which is written now

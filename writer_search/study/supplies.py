@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import Trial
 
 from writer_search.processes.plan import Plan
-from writer_search.results.rows import Row, rows_of
+from writer_search.results.rows import Row, count_complete, rows_of
 from writer_search.study.draws import Drawer
 
 
@@ -62,8 +62,7 @@ class LocalSupply:
     def __init__(self, study: optuna.Study, plan: Plan) -> None:
         self.study = study
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
-        complete = sum(row.state == "COMPLETE" for row in self.rows())
-        self.room = max(0, plan.n_trials - complete)
+        self.room = max(0, plan.n_trials - count_complete(self.rows()))
 
     def next(self) -> Trial | None:
         trial = self._ask()

@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from writer_search.common.files import remove_temporaries
-from writer_search.results.rows import home_of, read_history, trial_dir
+from writer_search.results.rows import has_saved, home_of, read_history, trial_dir
 from writer_search.study.records import finished_value, tell, write_error_log, write_record
 
 # In a row without one batch more: what ends a trial so often is the trial itself.
@@ -76,11 +76,6 @@ def settle(
     return f"trial {trial.number} was cut off at epoch {min(epochs + 1, most)}: recorded as failed"
 
 
-def has_saved(directory: Path) -> bool:
-    """Tell whether a trial has saved a state of its own, beyond the one that it went on from."""
-    return (directory / "latest_checkpoint.pth").exists()
-
-
 def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:
     """Let a waiting trial follow each interrupted one, with its hyperparameters and seed.
 
@@ -102,7 +97,7 @@ def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     for trial in continuations(study.get_trials(deepcopy=False)):
         number = trial.user_attrs["continues"]
         directory = trial_dir(checkpoint_dir, number)
-        if (directory / "latest_checkpoint.pth").exists():
+        if has_saved(directory):
             saved.append(len(read_history(directory)))
     if not sum(saved):
         return []
@@ -175,6 +170,6 @@ def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Tri
         return None  # most are new draws: no need to read all trials
     for earlier in _continued_by(study.get_trials(deepcopy=False), trial):
         directory = trial_dir(home_of(earlier.user_attrs, checkpoint_dir), earlier.number)
-        if (directory / "latest_checkpoint.pth").exists():
+        if has_saved(directory):
             return directory
     return None

@@ -22,7 +22,7 @@ from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import duration, one_line, percent
 from writer_search.config import TrialConfig, half_batch
 from writer_search.lines.layout import SPLITS
-from writer_search.training.checkpoints import CheckpointMismatchError, load_checked
+from writer_search.training.checkpoints import LATEST, CheckpointMismatchError, load_checked
 from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.outcomes import Stopped
 
@@ -140,7 +140,7 @@ def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object])
         print(f"{wanted.output_dir} has finished already: nothing to do")
         print("\n".join(closing_lines(wanted, original)))
         return
-    checkpoint = wanted.output_dir / "latest_checkpoint.pth"
+    checkpoint = wanted.output_dir / LATEST
     goes_on = checkpoint.exists()
     if goes_on:
         check_checkpoint(checkpoint, original.config, data)
@@ -188,7 +188,7 @@ def run(
     torch.set_num_threads(original.threads)  # another number sums in another order
 
     def train_with(micro_batch: int | None) -> None:
-        has_saved = (wanted.output_dir / "latest_checkpoint.pth").exists()
+        has_saved = (wanted.output_dir / LATEST).exists()
         train(
             original.config,
             data,

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from writer_search.results.estimate import finished_epochs, seconds_left, unbroken
-from writer_search.results.rows import is_surplus, rows_of
+from writer_search.results.rows import count_complete, is_surplus, rows_of
 from writer_search.results.status import RunningStatus, Status, silence
 
 
@@ -35,8 +35,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
             unbroken(one.epoch, _epochs_before(trials, one.number), one.epoch_seconds)
             for one in running
         ]
-        complete = sum(row.state == "COMPLETE" for row in rows)
-        to_start = max(0, n_trials - len(running) - complete)
+        to_start = max(0, n_trials - len(running) - count_complete(rows))
         left = seconds_left(
             finished_epochs(rows), progress, to_start, epochs, len(running), patience
         )
