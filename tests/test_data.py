@@ -1134,6 +1134,14 @@ def test_layouts_that_mean_something_else_are_named(tmp_path: Path, layout: str)
     assert wanted in refused(lambda: find_lines(tmp_path))
 
 
+@pytest.mark.parametrize("directory", ["", "images/"], ids=["beside it", "in a directory"])
+def test_a_table_of_writers_beside_flat_images_is_named(tmp_path: Path, directory: str) -> None:
+    write_lines(tmp_path, [f"{directory}{n}.png" for n in range(3)])
+    (tmp_path / "labels.csv").write_text("file,writer\n0.png,anna\n")
+    told = refused(lambda: find_lines(tmp_path))
+    assert "if labels.csv says who wrote each line: tables are not read, move" in told
+
+
 def test_a_split_given_as_data_root_is_named(tmp_path: Path) -> None:
     write_lines(tmp_path, two_writers())
     assert f"give --data_root {tmp_path}" in refused(lambda: find_lines(tmp_path / "train"))
