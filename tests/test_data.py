@@ -96,10 +96,8 @@ def refused(call: Callable[[], object]) -> str:
 
 
 def entries(cache: Path) -> list[str]:
-    """List what a cache holds but for the builders' locks, which stay."""
-    if not cache.exists():
-        return []
-    return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+    """List all that a cache holds."""
+    return [path.name for path in cache.iterdir()] if cache.exists() else []
 
 
 # ------------------------------------------------------------------------------------- layouts
@@ -873,6 +871,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert str(tmp_path / "cache") in message
     assert entries(tmp_path / "cache") == []
     assert len(load(root, tmp_path / "cache").paths) == 8
+
+
+def test_builder_that_waited_for_a_removed_lock_takes_a_new_one(tmp_path: Path) -> None:
+    """Whoever built the entry has removed the file on whose lock another one waited."""
+    lock, entered = tmp_path / ".entry.lock", []
+
+    def wait() -> None:
+        with data_module._one_builder(tmp_path / "entry") as is_alone:
+            entered.append((is_alone, lock.exists()))
+
+    with data_module._one_builder(tmp_path / "entry"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join(0.2)
+        assert not entered
+    waiting.join(10)
+    assert entered == [(True, True)]
+    assert not lock.exists()
 
 
 def test_what_a_dead_builder_left_does_not_matter(root: Path, tmp_path: Path) -> None:
