@@ -56,7 +56,7 @@ CHECKS = (
     Check("logits", gpu_checks.logits, 60, is_quick=True),
     Check("batches", gpu_checks.batches, 60, is_quick=True),
     Check("trials_a_gpu", gpu_trials.trials_at_once, 150, is_quick=True, is_timing=True),
-    Check("steps", gpu_checks.twenty_steps, 60),
+    Check("steps", gpu_checks.twenty_steps, 120),
     Check("kill_and_continue", gpu_trials.kill_and_continue, 150),
     Check("ranks", gpu_searches.ranks, 120),
     Check("epoch_over_ceiling", gpu_checks.epoch_over_ceiling, 60, is_timing=True),

@@ -98,7 +98,8 @@ def test_step_that_waits_for_the_device_is_noticed(
     found = gpu_checks.host_syncs(setting)
     assert found.passes is False
     assert found.value["a_step"] == 1
-    assert found.value["an_epoch"] == found.value["steps"] // 2
+    steps = found.value["steps"]
+    assert found.value["an_epoch"] == sum(step % 2 for step in range(steps, 2 * steps))
     (place,) = found.value["where"]
     assert place.startswith("test_gpu_script.py:")
 
@@ -237,6 +238,25 @@ def test_a_gpu_without_room_is_not_set_aside(on_fake_gpu: Any, tmp_path: Path) -
     value = gpu_searches.refused_beside_another(on_fake_gpu("exclusive"))
     assert value == {"refused": 1, "exit_code": 0, "passes": True}
     assert (tmp_path / "filled").exists()
+
+
+def test_memory_is_filled_but_for_a_little(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, mib = [1000 * 2**20], 2**20
+
+    def empty(size: int, *, dtype: torch.dtype, device: str) -> int:
+        if size > 300 * mib:  # no larger part is free in one piece
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        free[0] -= size
+        return size
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 2**33))
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    gpu_searches.fill(replace(setting, device="cuda"))
+    assert gpu_searches.LEFT <= free[0] <= gpu_searches.LEFT + mib
+    assert (setting.work / "filled").exists()
 
 
 def test_where_nothing_is_refused_nothing_is_judged(
