@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--quick]
 
 Also tells whether a machine is set up well, and how many trials at once are best on each of its
-GPUs: the last line but one has the flags to use. Takes some eight minutes, with --quick one or two.
+GPUs: the last line but one has the flags to use. Takes ten minutes at most, with --quick a few.
 Each check runs in a process of its own with a deadline: a crash is a failure, and what was not
 reached or cannot be judged here is null. Timings are not judged while other programs use the GPU.
 Synthetic lines; checks of one GPU take the first.
