@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     uuids = tuple(asked(uuid_of, entry) for entry in entries)
     chosen = [check for check in CHECKS if check.is_quick or not args.quick]
     lines = argparse.Namespace(data_root=None, writers=WRITERS, pages=PAGES)
+    print("drawing and decoding synthetic lines", flush=True)
     with common.line_images(lines) as (root, _), tempfile.TemporaryDirectory() as work:
         precision = "bfloat16" if gpus[0].bfloat16 else "float32"
         setting = Setting("cuda", root, Path(work), precision=precision, gpus=entries, uuids=uuids)
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def uuid_of(entry: str) -> str:
     """Give a GPU's own name, for nvidia-smi. Runs in a process of its own."""
-    return f"GPU-{torch.cuda.get_device_properties(open_device(entry)).uuid}"
+    return f"GPU-{getattr(torch.cuda.get_device_properties(open_device(entry)), 'uuid', '')}"
 
 
 def other_programs(uuids: Sequence[str]) -> list[str]:

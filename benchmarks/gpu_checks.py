@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -35,6 +36,7 @@ from writer_search.training.batches import EpochImages, Lines, strip_on
 from writer_search.training.optimisation import autocast, build_model, steps_per_epoch
 
 CPU = torch.device("cpu")
+SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"  # for NCCL
 FLOAT32, TF32, BFLOAT16 = 1e-4, 5e-3, 3e-2  # of the largest value: what rounding may change
 ROUNDS = 5  # of what is timed, after one to warm up
 
@@ -143,13 +145,12 @@ def setup(setting: Setting) -> Found:
     entries = setting.gpus or (None,)
     gpus = [asked(compute, (entry, setting.precision)) for entry in entries]
     query = "--query-gpu=name,driver_version,compute_mode,mig.mode.current"
-    shared = os.statvfs("/dev/shm")
     value = {
         "gpus": gpus,
         "nvidia_smi": nvidia_smi(query),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "cores": len(os.sched_getaffinity(0)),
-        "shared_memory_mib": shared.f_bavail * shared.f_frsize // 2**20,
+        "shared_memory_mib": shutil.disk_usage(SHARED_MEMORY).free // 2**20,
     }
     passes = all(gpu["error"] <= BFLOAT16 and gpu["copied"] for gpu in gpus)
     return Found(passes, value, BFLOAT16)
@@ -224,7 +225,7 @@ def batches(setting: Setting) -> Found:
     """Compare crops and augmented images with the CPU's, from a strip there and on the host."""
     config = setting.config()
     data = setting.data(config)
-    share, are_equal = 1.0, True
+    share, most, are_equal = 1.0, 0.0, True
     on_host = torch.from_numpy(data.strip)
     for strip in (on_host.to(setting.place), on_host):
         for strength in (0.0, 1.0):
@@ -237,10 +238,13 @@ def batches(setting: Setting) -> Found:
                 made.append(torch.cat([drawn.batch(number)[0].cpu() for number in range(2)]))
             if strength == 0:
                 are_equal = are_equal and torch.equal(*made)
-            near = (made[0] - made[1]).abs() <= 1e-4
-            share = min(share, float(near.double().mean()))
-    value = {"crops_equal": are_equal, "share_within_1e-4": share}
-    return Found(are_equal and share >= 0.9999, value, 0.9999)
+            apart = (made[0] - made[1]).abs()
+            share = min(share, float((apart <= 1e-4).double().mean()))
+            most = max(most, float(apart.max()))
+    value = {"crops_equal": are_equal, "share_within_1e-4": share, "most_apart": most}
+    # The last bit of a map moves 0.03 % of the pixels by more than 1e-4, by 2e-4 at most (a CPU).
+    passes = are_equal and share >= 0.999 and most <= 5e-3
+    return Found(passes, value, {"share_within_1e-4": 0.999, "most_apart": 5e-3})
 
 
 def twenty_steps(setting: Setting) -> Found:

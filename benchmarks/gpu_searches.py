@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from unittest import mock
 
@@ -19,7 +18,7 @@ import torch
 
 import train as train_program
 from benchmarks import trial_start
-from benchmarks.gpu_checks import Asked, Found, Setting, a_batch, asked
+from benchmarks.gpu_checks import Asked, Found, Setting, a_batch, asked, nvidia_smi
 from benchmarks.gpu_trials import one_rank, two_ranks
 from train import TrainingState, training_step
 from writer_search.common.files import read_dict
@@ -124,31 +123,21 @@ def idle(setting: Setting) -> Found:
 @contextmanager
 def busy_noted(uuids: Sequence[str], samples: list[tuple[float, float]]) -> Iterator[None]:
     """Note, meanwhile, when a GPU was busy for how many percent; nothing without nvidia-smi."""
-    words = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-    words += ["-lms", "200", "-i", uuids[0] if uuids else "0"]
-    try:
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-    except OSError:
-        yield
-        return
+    over = Event()
+    words = ["--query-gpu=utilization.gpu", "-i", uuids[0] if uuids else "0"]
 
-    def read() -> None:
-        for line in process.stdout or ():
-            if line.strip().isdigit():
-                samples.append((time.perf_counter(), float(line)))
+    def sample() -> None:
+        while not over.wait(0.2):
+            told = nvidia_smi(*words)
+            samples.extend((time.perf_counter(), float(n)) for n in told if n.isdigit())
 
-    reading = Thread(target=read)
-    reading.start()
+    thread = Thread(target=sample)
+    thread.start()
     try:
         yield
     finally:
-        process.kill()
-        process.wait()
-        reading.join()
-        assert process.stdout is not None
-        process.stdout.close()
+        over.set()
+        thread.join()
 
 
 # ------------------------------------------------------------------------------------------ ranks
@@ -158,7 +147,9 @@ def ranks(setting: Setting) -> Found:
     """Compare a group of one rank with none; with two GPUs two ranks with one, and kill one."""
     value: dict[str, Any] = {"one_rank": one_rank(setting), "two_ranks": None}
     passes = value["one_rank"] == 0
-    if setting.device == "cpu" or len(setting.gpus) > 1:
+    # NCCL joins no instances of a divided GPU.
+    gpus = [gpu for gpu in setting.gpus if "MIG" not in gpu]
+    if setting.device == "cpu" or len(gpus) > 1:
         value["two_ranks"] = two_ranks(setting)
         value |= killed_rank(setting)
         in_time = value["seconds_to_name"] is not None and value["seconds_to_name"] <= 10

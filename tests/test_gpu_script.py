@@ -292,7 +292,7 @@ def test_times_of_searches(
     assert gpu_searches.start(setting).value > 0
     assert gpu_searches.idle(setting).passes is None, "there is no nvidia-smi"
     script = tmp_path / "nvidia-smi"
-    script.write_text("#!/bin/sh\nwhile :; do echo 80; sleep 0.05; done\n")
+    script.write_text("#!/bin/sh\necho 80\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     setting = replace(setting, work=tmp_path / "again", trials_at_once=2, images_per_second=1.0)
