@@ -228,6 +228,7 @@ def on_fake_gpu(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Any:
     return use
 
 
+@pytest.mark.slow
 def test_index_out_of_range_ends_one_trial_alone(on_fake_gpu: Any) -> None:
     found = gpu_searches.device_fault(on_fake_gpu("good"))
     assert found.passes, found
