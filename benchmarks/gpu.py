@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpus, left_out = find_gpus("auto")
         if not gpus:
             why = left_out or [f"torch {torch.__version__} sees no CUDA device"]
-            raise UserError(why[0])
+            raise UserError(why[0].removeprefix("no GPU can be used, the search runs on the CPU: "))
     except UserError as error:
         print(f"error: there is no GPU to measure: {error}", file=sys.stderr)
         return 2
@@ -103,9 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = Setting("cuda", root, Path(work), precision=precision, gpus=entries, uuids=uuids)
         setting.data(setting.config())  # decoded before any deadline
         result = run_all(chosen, setting, other_programs(uuids), left_out)
-    print(f"flags to use: {result['advice']['flags'] or 'none, the defaults are best'}")
+    print(f"flags to use: {shown_flags(result['advice'])}")
     print(json.dumps(result), flush=True)
     return 0 if result["ok"] else 1
+
+
+def shown_flags(said: dict[str, Any]) -> str:
+    if said["trials_per_gpu"] is None:
+        return "not known, trials at once could not be measured"
+    return said["flags"] or "none, the defaults are best"
 
 
 def uuid_of(entry: str) -> str:
@@ -119,9 +125,9 @@ def other_programs(uuids: Sequence[str]) -> list[str]:
     for uuid in uuids:
         found += nvidia_smi("--query-compute-apps=process_name", "-i", uuid)
         for line in nvidia_smi("--query-gpu=memory.used,memory.total", "-i", uuid):
-            used, _, total = line.partition(",")
-            if used.strip().isdigit() and int(used) > MOST_USED * int(total):
-                found.append(f"{used} of {total.strip()} MiB are in use")
+            used, total = (word.strip() for word in line.split(","))
+            if used.isdigit() and total.isdigit() and int(used) > MOST_USED * int(total):
+                found.append(f"{used} of {total} MiB are in use")
     return found
 
 

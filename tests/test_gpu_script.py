@@ -425,7 +425,9 @@ def test_whole_command(
     monkeypatch.setattr(gpu, "CHECKS", checks)
     assert gpu.main(["--quick"]) == 0
     *_, flags, last = capfd.readouterr().out.splitlines()
-    assert flags == "flags to use: none, the defaults are best"
+    assert flags == "flags to use: not known, trials at once could not be measured"
+    assert gpu.shown_flags({"trials_per_gpu": 1, "flags": ""}) == "none, the defaults are best"
+    assert gpu.shown_flags({"trials_per_gpu": 2, "flags": "--n_jobs 4"}) == "--n_jobs 4"
     found = json.loads(last)
     assert found["ok"]
     assert found["checks"] == {"a": {"pass": True, "value": ["bfloat16", ["0"]], "bar": None}}
