@@ -139,14 +139,16 @@ def shown(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def describe_machine() -> str:
-    """Say in one line what is measured on."""
-    import torch
-
+def describe_machine(gpus: str = "") -> str:
+    """Say in one line what is measured on. gpus: their names; asked for where none are given."""
     processor = platform.processor() or platform.machine()
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    if not gpus:
+        import torch
+
+        gpus = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    gpu = f", {gpus}" if gpus else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "numpy"))
     cores = len(os.sched_getaffinity(0))
     python = platform.python_version()

@@ -46,6 +46,7 @@ from writer_search.training.batches import (
     strip_on,
 )
 from writer_search.training.checkpoints import Checkpoints
+from writer_search.training.state import TrainingState
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -109,8 +110,8 @@ class Bench:
         self.config, self.data, self.root, self.device = config, data, root, device
         place = torch.device(device)
         self.lines = Lines.of(data, "train", strip_on(data, place), place)
-        self.state = train.TrainingState.start(config, len(data.writers), place)
-        self.fixed_state = train.TrainingState.start(config, len(data.writers), place)
+        self.state = TrainingState.start(config, len(data.writers), place)
+        self.fixed_state = TrainingState.start(config, len(data.writers), place)
         self.files = Checkpoints(trial_dir, config, data, device=place, expected=self.state.nbytes)
         # A batch with all that is drawn for it.
         self.drawn = self.draw(torch.arange(config.batch_size)[None] % len(self.lines))

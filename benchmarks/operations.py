@@ -1,4 +1,4 @@
-"""Claim: a step, a validation batch and the meeting of ranks do no needless operations.
+"""Claim: a step, a validation batch and the saving of a state do no needless operations.
 
     python -m benchmarks.operations [--backbones resnet_thin resnet18]
 
@@ -7,7 +7,8 @@ allocations. A GPU waits for the host where these are many and small. Synthetic 
 default batch of a GPU at a tenth of its size: the count does not depend on it.
 
 JSON: step_NAME: operations of a training step; average_NAME: of a move of the average;
-validation_NAME: of a batch of windows.
+validation_NAME: of a batch of windows; saving_NAME: copies of a state that the host would wait for,
+and rows of its history that are copied; saving_once_NAME: the same as it was once.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks import common
 from train import training_step
 from writer_search.training import evaluation
 from writer_search.training.batches import Lines, strip_on
+from writer_search.training.checkpoints import TensorCopies
 from writer_search.training.optimisation import update_average
 from writer_search.training.state import TrainingState
 
@@ -58,6 +60,43 @@ def is_new(result: Tensor, arguments: Any) -> bool:
     return result.data_ptr() != 0 and all(
         result.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() for t in given
     )
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Counts copies that the host waits for where they come from a GPU."""
+
+    BY_DEFAULT = ("aten::_to_copy", "aten::copy_", "aten::clone")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in self.BY_DEFAULT:
+            given = [argument.name for argument in func._schema.arguments][: len(args)]
+            named = dict(zip(given, args, strict=True)) | (kwargs or {})
+            self.number += not named.get("non_blocking", False)
+        return func(*args, **(kwargs or {}))
+
+
+def copies_of_a_save(
+    take: Callable[[dict[str, Any]], dict[str, Any]], state: dict[str, Any]
+) -> Counter[str]:
+    """Count what a copy of a state for the disk takes, once its memory is there."""
+    take(state)
+    with BlockingCopies() as copies:
+        taken = take(state)
+    rows = zip(taken["history"], state["history"], strict=True)
+    return Counter(blocking=copies.number, rows=sum(own is not row for own, row in rows))
+
+
+def copied_once(value: Any) -> Any:
+    """Copy a state as it was done at each epoch's end, before states were saved by time."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied_once(item) for key, item in value.items()}
+    return [copied_once(item) for item in value] if isinstance(value, list) else value
 
 
 def count(work: Callable[[], object]) -> Counter[str]:
@@ -116,7 +155,11 @@ def counts_of(backbone: str, data: Any) -> dict[str, Counter[str]]:
     with mock.patch.object(evaluation, "EVALUATION_BATCH", 1):
         # What is done once for all batches is left out.
         validation = validate(two) - validate(one)
+    few_rows = [{"epoch": epoch, "per_writer": {"a": 1.0}} for epoch in range(60)]
+    contents = {**state.contents(), "history": few_rows}
     return {
+        "saving": copies_of_a_save(TensorCopies(device, on_host=True).take, contents),
+        "saving_once": copies_of_a_save(copied_once, contents),
         "step": count(lambda: training_step(state, config, images, labels)),
         "average": count(lambda: update_average(pairs, 8, 100)),
         "validation": validation,

@@ -31,6 +31,7 @@ from writer_search.common.environment import as_in_a_trial
 from writer_search.config import TrialConfig
 from writer_search.training import evaluation
 from writer_search.training.batches import Lines, gather, places, strip_on, windows
+from writer_search.training.state import TrainingState
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,7 +82,7 @@ class Bench:
         self.config, self.data, self.root, self.device = config, data, root, device
         on = torch.device(device)
         self.lines = Lines.of(data, "val", strip_on(data, on), on)
-        self.model = train.TrainingState.start(config, len(data.writers), on).average
+        self.model = TrainingState.start(config, len(data.writers), on).average
         self.folded = for_inference(self.model)
         line, offsets = windows(self.lines.widths, config.crop_width)
         place = places(self.lines, line, offsets)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -224,6 +225,13 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
 
     real_check = worker.SearchLine.check
     worker.SearchLine.check = check  # type: ignore[method-assign]
+    open_fake_gpus(job)
+    worker.run_trial(connection, job)
+
+
+def open_fake_gpus(job: Any) -> None:
+    """Let what is called a GPU be the CPU, or fail as its name says."""
+    from writer_search.processes import child as worker
 
     def open_device(gpu: str) -> str:
         if gpu.startswith("exclusive"):
@@ -240,7 +248,26 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
 
     locked: list[int] = []
     worker.open_device = open_device
-    worker.run_trial(connection, job)
+
+
+def of_gpu_script(connection: Connection, argument: Any) -> None:
+    """Do what `benchmarks.gpu` lets a trial's process do, on the CPU in a GPU's place."""
+    import torch
+
+    from benchmarks import gpu_searches
+
+    def read_beyond(device: str) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    work, own = argument
+    gpu_searches.read_beyond = read_beyond
+    module, _, function = work.partition(":")
+    if function == "cramped_trial":
+        open_fake_gpus(own[0])
+        out_of_memory(connection, own[0])
+        return
+    open_fake_gpus(own)
+    getattr(import_module(module), function)(connection, own)
 
 
 def name_fake_device(connection: Connection, entry: str) -> None:

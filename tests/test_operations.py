@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -67,3 +68,20 @@ def test_a_gpu_s_generator_is_seeded_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert [generator.initial_seed() for generator in generators] == [5, 7]
     assert torch.equal(torch.default_generator.get_state(), before)
     assert [evaluation.windows_at_once(torch.device(d)) for d in ("cpu", "cuda")] == [64, 256]
+
+
+def test_a_state_is_copied_without_waiting_and_its_values_not_at_all(
+    data: LineSet,
+) -> None:
+    counted = operations.counts_of("resnet_thin", data)
+    assert counted["saving"] == Counter(blocking=0, rows=0)
+    tensors = counted["saving_once"]["blocking"]
+    assert tensors > 200, "each of the model, its average and the optimiser"
+    assert counted["saving_once"]["rows"] == 60
+    waited_for = operations.BlockingCopies()
+    with waited_for:
+        torch.zeros(2).copy_(torch.ones(2))
+        torch.zeros(2).copy_(torch.ones(2), non_blocking=True)
+        torch.zeros(2).to("cpu", copy=True)
+        torch.zeros(2).clone()
+    assert waited_for.number == 3

@@ -26,9 +26,11 @@ from writer_search.processes.causes import Cause, Kind
 from writer_search.study import draws
 from writer_search.study.store import open_study
 from writer_search.training import evaluation
+from writer_search.training import ranks as ranks_module
 from writer_search.training.batches import EpochImages, Lines, strip_on
 from writer_search.training.checkpoints import load_model
 from writer_search.training.evaluation import evaluate, line_logits
+from writer_search.training.optimisation import build_model
 from writer_search.training.ranks import ALONE, Ranks
 from writer_search.training.state import TrainingState
 
@@ -115,6 +117,24 @@ def test_gradients_of_the_ranks_average_to_those_of_one(
     torch.testing.assert_close(sum(losses), loss)
     means = [sum(parts) / size for parts in zip(*found, strict=True)]
     torch.testing.assert_close(means, wanted)
+
+
+def test_ranks_send_gradients_alone_and_share_batch_norm_on_gpus(
+    config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        ranks_module, "DistributedDataParallel", lambda model, **named: given.update(named)
+    )
+    model = build_model(config, 4)
+    Ranks(0, 2).replicated(model)
+    assert given == {"gradient_as_bucket_view": True, ranks_module.SYNC_BUFFERS: False}
+    kinds = {
+        place: [type(m) for m in Ranks(0, 2).prepared(model, torch.device(place)).modules()]
+        for place in ("cpu", "cuda")
+    }
+    assert nn.SyncBatchNorm not in kinds["cpu"]
+    assert nn.SyncBatchNorm in kinds["cuda"]
 
 
 class Apart(Ranks):

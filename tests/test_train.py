@@ -384,6 +384,8 @@ def test_lines_too_large_for_the_device_stay_on_the_host(
 def test_lines_that_fit_go_to_the_device(data: LineSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "free_memory", lambda device: 3 * data.strip.nbytes)
     assert strip_on(data, torch.device("meta")).device.type == "meta"
+    # Two that start at once each find all of it free.
+    assert strip_on(data, torch.device("meta"), sharing=2).device.type == "cpu"
 
 
 # ----------------------------------------------------------------------------------------- breaks

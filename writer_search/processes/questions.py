@@ -16,11 +16,14 @@ BUSY = re.compile("out of memory|busy or unavailable")  # a fault that passes
 
 
 class Question:
-    """A child process that is asked one thing. Raises UserError where none starts."""
+    """A child process that is asked one thing. Raises UserError where none starts.
 
-    def __init__(self, function: str, argument: Any) -> None:
+    `work` names the function that answers there, as "module:function".
+    """
+
+    def __init__(self, work: str, argument: Any) -> None:
         try:
-            self._child = ChildProcess(MACHINE + function, argument)
+            self._child = ChildProcess(work, argument)
         except OSError as error:
             raise UserError(f"torch cannot be used here: {one_line(error)}") from None
 
@@ -40,7 +43,7 @@ class Question:
 
 def ask_machine(question: MachineQuestion) -> dict[str, Any]:
     """Let a child process find out weights and precision. Raises UserError."""
-    return _told(Question("answer_question", question).answer())
+    return _told(Question(MACHINE + "answer_question", question).answer())
 
 
 def _told(message: Message) -> dict[str, Any]:
@@ -61,8 +64,8 @@ def find_gpus(device: str) -> tuple[tuple[Gpu, ...], list[str]]:
     """
     if device == "cpu":
         return (), []
-    entries = _told(Question("list_devices", device).answer())["entries"]
-    questions = {entry: Question("name_device", entry) for entry in entries}
+    entries = _told(Question(MACHINE + "list_devices", device).answer())["entries"]
+    questions = {entry: Question(MACHINE + "name_device", entry) for entry in entries}
     answers = {entry: question.answer(OPEN_SECONDS) for entry, question in questions.items()}
     working = tuple(content["gpu"] for kind, content in answers.values() if kind == "gpu")
     causes = {
