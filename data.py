@@ -355,7 +355,12 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
             # `decode_line` refuses what is too large; filters are the process's, not a thread's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             decoded = tqdm(
-                pool.map(read, lines), "decoding lines", len(lines), unit="line", disable=None
+                pool.map(read, lines),
+                "decoding lines",
+                len(lines),
+                leave=False,
+                unit="line",
+                disable=None,
             )
             for number, (content, line) in enumerate(decoded):
                 digest = hashlib.sha256(content).digest()[:16]

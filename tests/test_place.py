@@ -206,7 +206,7 @@ def test_search_asks_for_the_kind_of_its_device(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(n_trials="1") == 0
-    standing = recovery.standing_settings
+    standing = preparation.standing_settings
     monkeypatch.setattr(
         recovery,
         "standing_settings",

@@ -574,7 +574,7 @@ def test_damage_anywhere_heals(seed: int, damages: int, copied: Path) -> None:
     healed = 0
     for number in range(damages):
         database.write_bytes(damaged_somewhere(whole, rng))
-        assert recovery.standing_settings(copied) == settings, number
+        assert preparation.standing_settings(copied) == settings, number
         healed += len(recovery.heal(copied, settings))
         assert facts(copied) == before, number
         assert open_study(copied).user_attrs["settings"] == settings, number
@@ -589,7 +589,7 @@ def test_healing_that_is_cut_off_at_each_step_is_begun_again(
     before = facts(copied)
     damage(copied / "optuna_study.db", "text")
     Path(f"{copied / 'optuna_study.db'}-journal").write_bytes(b"of the damaged file")
-    settings = recovery.standing_settings(copied)
+    settings = preparation.standing_settings(copied)
     assert settings is not None
     for step in range(1000):
         with monkeypatch.context() as patch:

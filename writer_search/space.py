@@ -245,6 +245,23 @@ def narrow(space: Space, fix: Mapping[str, Value], ranges: Mapping[str, Any]) ->
     return narrowed
 
 
+def outside_of(space: Space, fix: Mapping[str, Value]) -> list[str]:
+    """Warn, in a line each, of fixed values outside of what is known to be worth searching.
+
+    space: the default one. Names that it does not search have no known range.
+    """
+    warnings = []
+    for name, value in fix.items():
+        rule = space.searched.get(name, OPENED_BY_SPACE.get(name))
+        is_off = name == "mixup_alpha" and value == 0
+        if isinstance(rule, Range) and value not in rule and not is_off:
+            warnings.append(
+                f"--fix {name}={value} is outside of the range that is searched by default, "
+                f"{rule.low:g} to {rule.high:g}"
+            )
+    return warnings
+
+
 def _settle_mixup(searched: dict[str, Rule], fixed: dict[str, Value]) -> None:
     """Bring the two names of mixup, whether and how much, to one answer.
 

@@ -27,24 +27,31 @@ from writer_search.space import BACKBONES_BY_TIER
 
 
 def answer_question(connection: Connection, question: MachineQuestion) -> None:
-    """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
+    """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions.
+
+    Before that, ("step", …) for each step that may take long.
+    """
     obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     torch.set_num_threads(question.threads)
     try:
-        answer: Message = ("machine", _describe_machine(question))
+        answer: Message = ("machine", _describe_machine(question, connection))
     except UserError as error:
         answer = ("mistake", {"cause": str(error)})
     with contextlib.suppress(OSError):  # nobody waits for it any more
         connection.send(answer)
 
 
-def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
+def _describe_machine(question: MachineQuestion, connection: Connection) -> dict[str, Any]:
     gpus = question.gpus
     tier = "gpu" if gpus else "cpu"
+    if question.weights != "none":
+        _begin(connection, "looking for ImageNet weights")
     weights, why = _decide_weights(question, tier)
     backbones = question.backbones
     if backbones is None:
         backbones = BACKBONES_BY_TIER[tier, weights == "imagenet"]
+    if question.measure and backbones and not gpus:
+        _begin(connection, "measuring bfloat16")
     return {
         "gpus": [gpu.entry for gpu in gpus],
         "device_names": [gpu.name for gpu in gpus],
@@ -55,11 +62,23 @@ def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
             name: _precision(name, gpus) for name in (backbones if question.measure else ())
         },
         "versions": {
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            # Plain text: the search process would import torch to read a TorchVersion.
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
             "cuda": torch.version.cuda if gpus else None,
         },
     }
+
+
+def _begin(connection: Connection, step: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.send(("step", {"step": step}))
+
+
+def say_ready(connection: Connection, _: None) -> None:
+    """Send ("ready", …): torch is there."""
+    with contextlib.suppress(OSError):
+        connection.send(("ready", {}))
 
 
 def list_devices(connection: Connection, device: str) -> None:

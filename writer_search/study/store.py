@@ -6,7 +6,6 @@ Only the search process touches the study, and only under the directory's lock.
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,9 @@ from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
 from writer_search.results.rows import DATABASE, OtherVersionError
+from writer_search.study.damage import is_unwritable
 from writer_search.study.records import count_in_utc
 from writer_search.study.value_column import add_value_column
-
-# SQLite's codes for what the system keeps from being written; the database itself is whole.
-UNWRITABLE = {
-    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY),
-    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
-}
 
 
 class DamagedError(UserError):
@@ -64,13 +58,6 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
             raise OtherVersionError(f"{database}: {one_line(error)}") from None
         raise DamagedError(f"{cause}; --recover rebuilds it from the trial directories") from None
     return study
-
-
-def is_unwritable(error: BaseException | None) -> bool:
-    """Tell a database that the system keeps from being used from a damaged one."""
-    while error is not None and not isinstance(error, sqlite3.Error):
-        error = error.__cause__
-    return error is not None and getattr(error, "sqlite_errorcode", 0) & 0xFF in UNWRITABLE
 
 
 def record_settings(study: optuna.Study, settings: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
 from writer_search.results.rows import trial_dir
-from writer_search.study.rebuilding import rebuild, trial_directories
+from writer_search.study.damage import trial_directories
+from writer_search.study.rebuilding import rebuild
 from writer_search.study.records import count_in_utc, write_record
 from writer_search.study.shared.storage import (
     find_study,
