@@ -169,7 +169,11 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows))
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
-    lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
+    lines = closing_lines(
+        *(args.checkpoint_dir, rows, args.n_trials, search.plan.settings["space"]),
+        model=published,
+        exhausted=search.exhausted,
+    )
     lines += confirmed
     is_settled = is_settled and search.has_all and not (last.stop.name or last.gave_up)
     if args.evaluate_test and is_settled and chosen and published:

@@ -39,7 +39,7 @@ from writer_search.common.place import open_standard_streams, require_directorie
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
 from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig
-from writer_search.flags import parse_train_args
+from writer_search.train_flags import parse_train_args
 from writer_search.training.batches import EpochImages, Lines, epoch_order, strip_on
 from writer_search.training.checkpoints import LATEST, PREVIOUS, Checkpoints, load_model, save_model
 from writer_search.training.device_errors import is_out_of_memory

@@ -129,7 +129,7 @@ def test_each_gpu_has_its_own_trial(
     assert started.on["GPU-a"][0] == 0
     assert started.on["GPU-b"][0] == 1
     assert sorted(started.on["GPU-a"] + started.on["GPU-b"]) == [0, 1, 2, 3]
-    assert "GPU GPU-a, GPU GPU-b, 2 trial(s) at once, 1 thread(s) each" in capfd.readouterr().out
+    assert "GPU GPU-a, GPU GPU-b, 2 trials at once, 1 thread each" in capfd.readouterr().out
     config = json.loads((tmp_path / "c" / "trial_001" / "config.json").read_text())
     assert config["device"] == "GPU-b"
 

@@ -21,7 +21,7 @@ from writer_search.common.errors import UserError
 from writer_search.config import TrialConfig
 from writer_search.processes import parent
 from writer_search.processes.devices import refuse_other_kind
-from writer_search.study import recovery
+from writer_search.study import preparation
 from writer_search.study.store import open_study
 from writer_search.training import optimisation
 
@@ -208,7 +208,7 @@ def test_search_asks_for_the_kind_of_its_device(
     assert run(n_trials="1") == 0
     standing = preparation.standing_settings
     monkeypatch.setattr(
-        recovery,
+        preparation,
         "standing_settings",
         lambda d: settings | {"tier": "gpu"} if (settings := standing(d)) else None,
     )

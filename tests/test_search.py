@@ -274,7 +274,7 @@ def test_bad_trial_fails_and_the_search_goes_on(
         assert "last words" in log, "the end of train.log is quoted"
     printed = capfd.readouterr().out
     assert f"trial   1 | failed: {cause}" in printed
-    assert "1 of 3 trials still missing: the same command runs them." in printed
+    assert "1 of 3 trials still missing: the same command runs it." in printed
     monkeypatch.setattr(runner_module, "ChildProcess", RealChild)
     assert run(n_trials="3") == 0
     states = [state for _, state, _ in trials_of(directory)]
@@ -451,8 +451,8 @@ def test_threads_leave_the_cores_that_other_programs_use(
     assert recorded == threads
     told = [line for line in capfd.readouterr().out.splitlines() if "other programs" in line]
     expected = [
-        "other programs keep 1.2 cores busy: 2 thread(s) for each new trial",
-        "other programs keep 0.0 cores busy: 3 thread(s) for each new trial",
+        "other programs keep 1.2 cores busy: 2 threads for each new trial",
+        "other programs keep 0.0 cores busy: 3 threads for each new trial",
     ]
     assert told == (expected if asked is None else [])
 
@@ -462,8 +462,8 @@ def test_trial_beside_programs_that_came_up_goes_on_with_fewer_threads(
 ) -> None:
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "kept_waiting"}))
     assert run() == 0
-    told = [line for line in capfd.readouterr().out.splitlines() if "thread(s) from" in line]
-    assert told == ["trial   1 | its threads wait for cores: 2 thread(s) from now on"]
+    told = [line for line in capfd.readouterr().out.splitlines() if "threads from" in line]
+    assert told == ["trial   1 | its threads wait for cores: 2 threads from now on"]
     for number, threads in ((0, 1), (1, 2)):
         rows = read_history(tmp_path / "c" / f"trial_{number:03d}")
         assert {row["threads"] for row in rows} == {threads}
@@ -494,8 +494,8 @@ def test_trial_gets_its_threads_back(
     )
     assert run(n_trials="1", epochs="60") == 0
     printed = capfd.readouterr().out
-    assert "trial   0 | its threads wait for cores: 2 thread(s) from now on" in printed
-    free = "trial   0 | cores are free again: 3 thread(s) from now on"
+    assert "trial   0 | its threads wait for cores: 2 threads from now on" in printed
+    free = "trial   0 | cores are free again: 3 threads from now on"
     assert (free in printed) == (threads == {3})
     assert read_history(tmp_path / "c" / "trial_000")[-1]["threads"] in threads
 
@@ -523,7 +523,7 @@ def test_unfinished_trials_are_settled_at_the_next_start(
     assert len(states) == 3, "one more, for the one that was cut off"
     log = (directory / "trial_000" / "error.log").read_text()
     assert "cut off without a word at epoch 2" in log
-    assert "trial 0 was cut off at epoch 2: recorded as failed" in capfd.readouterr().out
+    assert "trial 0 was cut off at epoch 2: recorded as interrupted" in capfd.readouterr().out
     assert len({json.dumps(p, sort_keys=True) for p in params_of(directory)}) == 3
     assert (directory / "trial_001" / "trial.json").exists(), "a missing record is written again"
 

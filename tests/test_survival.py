@@ -38,7 +38,7 @@ from writer_search.processes import parent as processes
 from writer_search.processes import runner as runner_module
 from writer_search.processes.causes import Kind
 from writer_search.results.rows import Row, read_history
-from writer_search.study import draws, rebuilding, recorder, recovery
+from writer_search.study import draws, preparation, rebuilding, recorder, recovery
 from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 from writer_search.study.weights import remove_weights
@@ -114,7 +114,7 @@ def test_saved_epochs_that_nobody_goes_on_with_are_told(
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search_late"}))
     assert run(n_trials="2") == 143
     put_back()
-    told = "1 interrupted trial(s) have saved 1 epoch(s): --continue_interrupted goes on with them"
+    told = "1 interrupted trial saved 1 epoch: --continue_interrupted goes on with it"
     capfd.readouterr()
     assert run(n_trials="1") == 0
     assert told in capfd.readouterr().out
@@ -688,7 +688,7 @@ def test_what_a_file_cannot_be_read_for_is_no_damage(
 
     left = snapshot(copied)
     with monkeypatch.context() as patch:
-        patch.setattr(recovery, "_check", busy)
+        patch.setattr("writer_search.study.damage._check", busy)
         assert run(n_trials="3") == 2
     assert "cannot be read: database is locked" in capfd.readouterr().err
     assert snapshot(copied) == left

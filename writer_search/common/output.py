@@ -67,17 +67,18 @@ def terminal_columns() -> int:
     return shutil.get_terminal_size((0, 0)).columns
 
 
-def wrapped(parts: Sequence[str], between: str) -> str:
-    """Join parts into lines as wide as the terminal, into one line off a terminal."""
-    columns = terminal_columns() or 10**9
+def wrapped(parts: Sequence[str], between: str, indent: int = 0) -> list[str]:
+    """Join parts into lines as wide as the terminal but for an indent; into one off a terminal."""
+    columns = (terminal_columns() or 10**9) - indent
     lines = [""]
     for part in parts:
         longer = f"{lines[-1]}{between}{part}" if lines[-1] else part
-        if len(longer) < columns or not lines[-1]:
+        if len(longer) + len(between.rstrip()) < columns or not lines[-1]:
             lines[-1] = longer
         else:
+            lines[-1] += between.rstrip()
             lines.append(part)
-    return "\n".join(lines)
+    return lines
 
 
 class Live:

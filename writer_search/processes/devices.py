@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from writer_search.common.errors import UserError
+from writer_search.common.text import counted
 
 STARTS_IN_A_ROW = 2  # that fail on a device before it is set aside
 FAULTS = 2  # trials that a device fails under before it is set aside
@@ -56,7 +57,7 @@ def divide(
     ]
     if not groups:
         raise UserError(
-            f"--gpus_per_trial {gpus_per_trial}: there are {len(gpus)} GPU(s) here: "
+            f"--gpus_per_trial {gpus_per_trial}: only {counted(len(gpus), 'GPU')} here: "
             f"{', '.join(gpus)}"
         )
     return tuple(groups[job % len(groups)] for job in range(n_jobs or len(groups)))

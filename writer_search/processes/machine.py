@@ -13,7 +13,7 @@ import torchvision
 
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
 from writer_search.common.errors import UserError
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.config import BACKBONES
 from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
@@ -122,7 +122,7 @@ def _visible_gpus(device: str) -> list[str]:
         number = int(device.partition(":")[2])
         if number >= len(entries):
             raise UserError(
-                f"--device {device}: there are {len(entries)} CUDA device(s), from cuda:0"
+                f"--device {device}: only {counted(len(entries), 'CUDA device')} here, from cuda:0"
             )
         return [entries[number]]
     return entries

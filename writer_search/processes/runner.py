@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig, half_batch
 from writer_search.processes.causes import (
     JOB_ENDS,
@@ -210,7 +210,7 @@ class Runner:
         if threads != self._last_threads:
             self._progress.line(
                 f"other programs keep {plan.cores.taken:.1f} cores busy: "
-                f"{threads} thread(s) for each new trial"
+                f"{counted(threads, 'thread')} for each new trial"
             )
         self._last_threads = threads
         return threads
@@ -232,7 +232,7 @@ class Runner:
                 running.child.order(f"{THREADS}{running.threads}")
                 self._progress.line(
                     f"trial {running.number:3d} | cores are free again: "
-                    f"{running.threads} thread(s) from now on"
+                    f"{counted(running.threads, 'thread')} from now on"
                 )
 
     # --------------------------------------------------------------------------------------- news
@@ -267,7 +267,7 @@ class Runner:
             running.calm *= 2
             self._progress.line(
                 f"trial {running.number:3d} | its threads wait for cores: "
-                f"{running.threads} thread(s) from now on"
+                f"{counted(running.threads, 'thread')} from now on"
             )
         else:
             running.child.end()

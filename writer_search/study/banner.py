@@ -84,4 +84,4 @@ def describe_plan(plan: Plan) -> str:
         ranks = f" of {plan.ranks} ranks" if plan.ranks > 1 else ""
         trials, threads = counted(len(plan.slots), "trial"), counted(plan.threads, "thread")
         facts.append(f"{where or 'CPU'}, {trials}{ranks} at once, {threads} each")
-    return wrapped(facts, " | ")
+    return "\n".join(wrapped(facts, " | "))

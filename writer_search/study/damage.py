@@ -16,7 +16,7 @@ from typing import Any
 
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_signed
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.results.rows import DATABASE, opened, trial_dir
 
 MAGIC = b"SQLite format 3\0"
@@ -90,7 +90,7 @@ def find_damage(checkpoint_dir: Path) -> str | None:
         return f"is damaged ({one_line(problem)})"
     lacking = [number for number in numbers if number not in known]
     if lacking:
-        return f"lacks {len(lacking)} trial(s) that have directories, first trial {lacking[0]}"
+        return f"lacks {counted(len(lacking), 'trial')} with a directory, first trial {lacking[0]}"
     return None
 
 

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
+from writer_search.common.text import counted
 from writer_search.results.rows import trial_dir
 from writer_search.study.damage import trial_directories
 from writer_search.study.rebuilding import rebuild
@@ -56,9 +57,9 @@ def refuse_strangers(storage: BaseStorage, name: str, url: str, checkpoint_dir: 
     strangers = [n for n in numbers if n >= len(trials) or _differs(checkpoint_dir, trials[n])]
     if strangers:
         raise UserError(
-            f"{checkpoint_dir} holds {len(strangers)} trial(s), first trial {strangers[0]}, that "
-            f"study {name} at {shown_url(url)} does not have: give a fresh --checkpoint_dir, or "
-            "rebuild a study that is lost from them with --recover"
+            f"{checkpoint_dir} holds {counted(len(strangers), 'trial')}, first trial "
+            f"{strangers[0]}, that study {name} at {shown_url(url)} does not have: give a fresh "
+            "--checkpoint_dir, or rebuild a study that is lost from them with --recover"
         )
 
 
