@@ -78,7 +78,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     if not plan.trains and not is_finished(args):  # the rebuilt study has fewer trials
         plan = prepare(args, recorded_settings(args, None))
     is_new = "settings" not in study.user_attrs
-    record_settings(study, plan.settings)
+    record_settings(study, plan.settings, args.checkpoint_dir)
     study.pruner = make_pruner(args.pruner, args.epochs)
     settled = settle_unfinished(study, args.checkpoint_dir)
     settled += (
@@ -268,7 +268,7 @@ def run_search(args: argparse.Namespace) -> int:
         check_checkpoint_dir(args.checkpoint_dir)
         if args.data_root is not None and not args.demo:
             keep_apart(args.checkpoint_dir, args.data_root)
-        live.begin("importing NumPy")
+        live.begin("importing Optuna")
         from writer_search.study.preparation import (
             is_finished,
             prepare,

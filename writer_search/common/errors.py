@@ -12,7 +12,7 @@ from writer_search.common.text import one_line
 class UserError(Exception):
     """A mistake that the user can mend, in one line: what is wrong, the value, what to do.
 
-    details: further lines, where there is a list to be told.
+    details: further lines, printable as they are, where there is a list to be told.
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 def told(error: UserError) -> str:
     """Give an error as it is printed: one line, and its details below."""
-    details = (f"  {one_line(line, 1000)}" for line in error.details)
+    details = (f"  {line}" for line in error.details)
     return "\n".join([f"error: {one_line(error, 1000)}", *details])
 
 

@@ -136,7 +136,8 @@ def ask_machine(
     threads = asked_threads(os.environ) or min(usable_cores(), cores.left())
     live.begin("importing torch")
     questions.await_torch()
-    live.begin("looking at the GPUs" if args.device != "cpu" else "looking at the CPU")
+    if args.device != "cpu":
+        live.begin("looking for GPUs")
     gpus, warnings = questions.find_gpus(args.device)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

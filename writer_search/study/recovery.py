@@ -15,9 +15,10 @@ from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory
 from writer_search.common.text import one_line
 from writer_search.results.rows import DATABASE, OtherVersionError
+from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import find_damage, trial_directories
 from writer_search.study.rebuilding import Rebuilt, rebuild
-from writer_search.study.store import DamagedError, open_study, refuse_changes
+from writer_search.study.store import DamagedError, open_study
 
 WORKPLACE = ".recovery"
 
@@ -83,7 +84,7 @@ def _healed(checkpoint_dir: Path, settings: Mapping[str, Any]) -> tuple[list[str
         return [], study
     rebuilt = rebuilt or rebuilt_or_told(checkpoint_dir, damage)
     if rebuilt.settings is not None:
-        refuse_changes(rebuilt.settings, settings)
+        refuse_changes(rebuilt.settings, settings, checkpoint_dir)
     unknown = "; its settings are not known any more: this start's are taken"
     told = f"{checkpoint_dir / DATABASE} {damage}: it was rebuilt with {rebuilt.describe()}"
     kept = _put_in_place(checkpoint_dir, rebuilt, rebuilt.settings or settings)

@@ -14,6 +14,7 @@ from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
 from writer_search.common.text import counted
 from writer_search.results.rows import trial_dir
+from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import trial_directories
 from writer_search.study.rebuilding import rebuild
 from writer_search.study.records import count_in_utc, write_record
@@ -21,7 +22,6 @@ from writer_search.study.shared.storage import (
     find_study,
     shown_url,
 )
-from writer_search.study.store import refuse_changes
 
 
 def open_shared(
@@ -38,7 +38,7 @@ def open_shared(
     if recorded is None:  # whoever created the study has died since
         study.set_user_attr("settings", settings)
     else:
-        refuse_changes(recorded, settings)
+        refuse_changes(recorded, settings, checkpoint_dir)
     for trial in study.get_trials(deepcopy=False):
         directory = trial_dir(checkpoint_dir, trial.number)
         has_record = (directory / "trial.json").exists()
