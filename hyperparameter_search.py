@@ -286,6 +286,7 @@ def run_search(args: argparse.Namespace) -> int:
         plan = prepare(args, recorded_settings(args, None), trains=not is_finished(args))
         make_checkpoint_dir(args.checkpoint_dir)
         with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
+            live.begin("opening the study")
             search = open_search(args, plan, stop)
             with stop.deferred():
                 return run_and_tell(args, search)
@@ -323,6 +324,7 @@ def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
         plan, is_new = prepare_shared(args, storage)
         make_checkpoint_dir(args.checkpoint_dir)
         with SharedLock(args.checkpoint_dir) as lock:
+            live.begin("opening the study")
             search = open_shared_search(args, plan, stop, storage, lock, is_new)
             with stop.deferred(), told_when_unwritable(shown_url(args.storage)):
                 return run_and_tell(args, search)

@@ -138,7 +138,8 @@ def hyperparameter_lines(params: Mapping[str, Any], space: Mapping[str, Any]) ->
     fixed = fixed_of(space, params)
     if fixed:
         parts = [f"{name} {shown_value(value)}" for name, value in fixed.items()]
-        lines += [f"  {line}" for line in wrapped([f"fixed: {parts[0]}", *parts[1:]], ", ", 2)]
+        first, *more = wrapped(parts, ", ", indent=len("  fixed: "))
+        lines += [f"  fixed: {first}", *(f"         {line}" for line in more)]
     return lines
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from writer_search.common.files import write_json
-from writer_search.common.output import wrapped
+from writer_search.common.output import live, wrapped
 from writer_search.common.text import counted, percent
 from writer_search.processes.plan import Plan
 from writer_search.results.pictures.lines import draw_lines
@@ -21,6 +21,7 @@ def announce(
     (args.checkpoint_dir / "summary").mkdir(exist_ok=True)
     write_json(args.checkpoint_dir / "summary" / "data_report.json", plan.data.report)
     draw_lines(args.checkpoint_dir / "summary", plan.data)
+    live.end()
     print("\n".join(banner_lines), flush=True)
     for line in settled:
         print(line, flush=True)
