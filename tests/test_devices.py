@@ -74,7 +74,7 @@ def test_slots(gpus: list[str], n_jobs: int | None, per_trial: int, slots: list[
 
 
 def test_too_few_gpus() -> None:
-    with pytest.raises(UserError, match=r"--gpus_per_trial 3: there are 2 GPU\(s\) here: a, b"):
+    with pytest.raises(UserError, match=r"--gpus_per_trial 3: only 2 GPUs here: a, b"):
         divide(["a", "b"], None, 3)
 
 

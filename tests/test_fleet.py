@@ -598,7 +598,7 @@ def test_unexpected_error_is_told_without_the_password(
     def broken(*_: Any) -> None:
         raise RuntimeError(f"could not parse {URL}, password 's3cr@t'")
 
-    monkeypatch.setattr("hyperparameter_search.prepare_shared", broken)
+    monkeypatch.setattr("writer_search.study.preparation.prepare_shared", broken)
     assert command() == 1
     said = capfd.readouterr().err
     assert "RuntimeError: could not parse postgresql+psycopg://me:***@db.example/lines" in said

@@ -770,7 +770,9 @@ def test_record_that_makes_no_sense_is_not_believed(
     record = json.loads((tmp_path / "trial_000" / "trial.json").read_text())
     record = {k: v for k, v in record.items() if k != "checksum"} | change
     (tmp_path / "trial_000" / "trial.json").write_text(json.dumps(record))
-    trial = rebuilding._rebuild(tmp_path, 0)
+    recorded: set[int] = set()
+    trial = rebuilding._rebuild(tmp_path, 0, recorded)
+    assert not recorded
     assert trial is not None
     assert (trial.state, trial.value, trial.params) == (before.state, before.value, before.params)
     assert trial.intermediate_values == before.intermediate_values

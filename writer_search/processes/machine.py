@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,24 +35,29 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
     obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     torch.set_num_threads(question.threads)
     try:
-        answer: Message = ("machine", _describe_machine(question, connection))
+        answer: Message = (
+            "machine",
+            _describe_machine(question, lambda step: _begin(connection, step)),
+        )
     except UserError as error:
         answer = ("mistake", {"cause": str(error)})
     with contextlib.suppress(OSError):  # nobody waits for it any more
         connection.send(answer)
 
 
-def _describe_machine(question: MachineQuestion, connection: Connection) -> dict[str, Any]:
+def _describe_machine(
+    question: MachineQuestion, begin: Callable[[str], None] = lambda step: None
+) -> dict[str, Any]:
     gpus = question.gpus
     tier = "gpu" if gpus else "cpu"
     if question.weights != "none":
-        _begin(connection, "looking for ImageNet weights")
+        begin("looking for ImageNet weights")
     weights, why = _decide_weights(question, tier)
     backbones = question.backbones
     if backbones is None:
         backbones = BACKBONES_BY_TIER[tier, weights == "imagenet"]
     if question.measure and backbones and not gpus:
-        _begin(connection, "measuring bfloat16")
+        begin("measuring bfloat16")
     return {
         "gpus": [gpu.entry for gpu in gpus],
         "device_names": [gpu.name for gpu in gpus],

@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial
 
 from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory
-from writer_search.common.text import one_line
 from writer_search.results.rows import DATABASE, OtherVersionError
 from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import find_damage, trial_directories
@@ -37,8 +36,8 @@ def find_contradiction(checkpoint_dir: Path, rebuilt: Rebuilt) -> tuple[str | No
         study = open_study(checkpoint_dir)
         stored = study.get_trials(deepcopy=False)
         settings = study.user_attrs.get("settings")
-    except DamagedError as error:
-        return f"is damaged ({one_line(error)})", None
+    except DamagedError:
+        return "is damaged (its contents make no sense)", None
     for number in sorted(rebuilt.recorded):  # others were killed before it: it is written now
         if number >= len(stored) or _facts(stored[number]) != _facts(rebuilt.trials[number]):
             return f"is damaged (its trial {number} is not as it was recorded)", None
