@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -315,15 +315,31 @@ def _one_builder(entry: Path) -> Iterator[bool]:
 
     Gives False on a file system without locks: then several may decode the same.
     """
-    with open(entry.with_name(f".{entry.name}.lock"), "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            is_alone = True
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
-            is_alone = False
-        yield is_alone
+    lock = entry.with_name(f".{entry.name}.lock")
+    while True:
+        with open(lock, "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                is_alone = True
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                is_alone = False
+            if is_alone and not _is_same(file, lock):
+                continue  # whoever held it has removed it meanwhile
+            try:
+                yield is_alone
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_same(file: IO[bytes], path: Path) -> bool:
+    """Tell whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:

@@ -139,7 +139,7 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
     from writer_search.results.confirmed import describe, remove_other_weights, summarise
     from writer_search.study.confirm import confirm
 
-    if search.stop.name is not None or search.gave_up:
+    if search.stop.name is not None or search.recorder.gave_up:
         return search, False, []
     if not search.has_all:
         return search, False, ["Not confirmed yet: that begins when all trials are complete."]
@@ -175,7 +175,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         exhausted=search.exhausted,
     )
     lines += confirmed
-    is_settled = is_settled and search.has_all and not (last.stop.name or last.gave_up)
+    is_settled = is_settled and search.has_all and not (last.stop.name or last.recorder.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
     assert search.drawing is not None, "only a confirmation draws nothing"
@@ -183,13 +183,13 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     print("\n".join([RULE, *lines, *search.drawing.notes, RULE]))
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True, unsaved=last.recorder.unsaved)
-    if last.gave_up:
+    if last.recorder.gave_up:
         print(
-            f"error: stopped after {last.gave_up}; mend it, and the same command goes on",
+            f"error: stopped after {last.recorder.gave_up}; mend it, and the same command goes on",
             file=sys.stderr,
         )
         return EXIT_FAILURES
-    if last.complete < last.plan.n_trials and (cause := last.runner.no_device()):
+    if last.complete < last.plan.n_trials and (cause := last.runner.devices.why_none()):
         print(f"error: {cause}; mend it, and the same command goes on", file=sys.stderr)
         return EXIT_FAILURES
     if last.complete < last.plan.n_trials and last.outlook.is_too_late():
@@ -215,7 +215,9 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
     from writer_search.processes.test_measurement import evaluate_test
 
     plan = search.plan
-    question = TestQuestion(model_file, plan.data, search.runner.threads(), search.runner.device())
+    question = TestQuestion(
+        model_file, plan.data, search.runner.threads(), search.runner.devices.single()
+    )
     return evaluate_test(plan.checkpoint_dir, chosen, question, search.stop)
 
 

@@ -13,14 +13,11 @@ Run as a program, it predicts with a model, or trains a search's trial again.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import LineSet, default_cache_dir
-from model import WriterModel, classification_loss, mix_images
+from model import classification_loss, mix_images
 from writer_search.common.environment import as_in_a_trial
 from writer_search.common.errors import UserError, place_errors_told
 from writer_search.common.files import write_json
@@ -48,15 +45,15 @@ from writer_search.training.checkpoints import (
     load_for_prediction,
     save_model,
 )
+from writer_search.training.checkpoints import (
+    load_model as load_model,  # for those who use a model from Python
+)
 from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.evaluation import evaluate
 from writer_search.training.fitting import describe, fit
 from writer_search.training.metrics import Metrics
 from writer_search.training.optimisation import (
-    TensorPairs,
     autocast,
-    build_model,
-    build_optimizer,
     derived_seed,
     derived_seeds,
     schedule,
@@ -69,6 +66,7 @@ from writer_search.training.outcomes import DivergedError, Pruned, Stopped
 from writer_search.training.prediction import as_csv, as_json, as_table, predict
 from writer_search.training.ranks import ALONE, Ranks
 from writer_search.training.repeat import Retraining, device_like, retrain
+from writer_search.training.state import TrainingState
 
 CLIP_NORM = 1.0
 AVERAGE_STEPS = 8  # it moves after so many: each move takes a hundredth of a step on a CPU
@@ -100,15 +98,13 @@ def train(
 
     `report(epoch, metrics)` is called after each epoch, epochs counted from 1; `check(progress)`
     before each batch, progress in epochs. Either may raise to end the trial: the state is then in
-    `latest_checkpoint.pth`, and so it is once a minute or more often (`SaveTimes`), whatever ends
-    the process. `continue_from` is a trial directory whose checkpoint to go on from: the epochs in
-    it are reported again, none is trained again, and the result is what it would have been without
-    the break. `micro_batch` bounds how many images are on a device at once;
-    gradients are accumulated to the same batch. `last_epoch` ends the training early, on the
-    learning rates of the whole. Without validation lines all epochs are trained, no epoch is the
-    best, and None is returned. `ranks` are the processes that train this trial together, each
-    calling this function: rank 0 alone reports, checks and writes, and what `report` or `check`
-    raise there is raised on all. `sharing` is how many trials share the device.
+    `latest_checkpoint.pth`, as it is once a minute or more often (`SaveTimes`). `continue_from` is
+    a trial directory whose checkpoint to go on from: its epochs are reported again, none is
+    trained again, and the result is what it would have been without the break. `micro_batch`
+    bounds the images on a device at once; gradients are accumulated to the same batch.
+    `last_epoch` ends early, on the learning rates of the whole. Without validation lines no epoch
+    is the best, and None is returned. `ranks` are the processes that train this trial together,
+    each calling this function; what rank 0 raises, all raise. `sharing` trials share the device.
 
     Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
     metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
@@ -391,87 +387,6 @@ def validate(
 def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
     if not math.isfinite(loss.item()):
         raise DivergedError(f"{what} is not finite", state.epoch + 1)
-
-
-# ------------------------------------------------------------------------------------------ state
-
-
-@dataclass
-class TrainingState:
-    """All that changes while a trial trains. What is not in here does not survive a break.
-
-    There is no state of random numbers: they are derived from the seed, the epoch and the step.
-    """
-
-    model: WriterModel
-    replicated: nn.Module  # the same, with its gradients averaged over the ranks
-    average: WriterModel
-    optimizer: torch.optim.Optimizer
-    loss_sum: Tensor  # (), float64 so that it is exact in any order: of the epoch's steps so far
-    step: int = 0  # steps done in all
-    epoch: int = 0  # epochs done, validation included
-    seconds: float = 0.0  # that this epoch had taken before a break
-    best: dict[str, Any] | None = None  # the best epoch's row of the history, and its confusion
-    history: list[dict[str, Any]] = field(default_factory=list)
-    ranks: Ranks = ALONE
-    started: float = field(default_factory=time.perf_counter)  # this epoch, or its rest
-
-    @cached_property
-    def pairs(self) -> TensorPairs:
-        return TensorPairs.of(self.average, self.model)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the model, its average and the optimiser's two moments."""
-        return 4 * sum(parameter.nbytes for parameter in self.model.parameters())
-
-    def seconds_of_epoch(self) -> float:
-        return self.seconds + time.perf_counter() - self.started
-
-    @classmethod
-    def start(
-        cls,
-        config: TrialConfig,
-        num_writers: int,
-        device: torch.device,
-        ranks: Ranks = ALONE,
-    ) -> TrainingState:
-        model = ranks.prepared(build_model(config, num_writers).to(device), device)
-        average = copy.deepcopy(model).requires_grad_(False)
-        optimizer = build_optimizer(config, model)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(model, ranks.replicated(model), average, optimizer, loss_sum, ranks=ranks)
-
-    def contents(self) -> dict[str, Any]:
-        """Give all of it as tensors and plain values, for `load`."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_sum": self.ranks.total(self.loss_sum),
-            "step": self.step,
-            "epoch": self.epoch,
-            "seconds": self.seconds_of_epoch(),
-            "best": self.best,
-            "history": list(self.history),
-        }
-
-    def load(self, contents: dict[str, Any]) -> None:
-        """Take over what `contents` gave."""
-        self.model.load_state_dict(contents["model"])
-        self.average.load_state_dict(contents["average"])
-        self.optimizer.load_state_dict(contents["optimizer"])
-        self.step, self.epoch = contents["step"], contents["epoch"]
-        self.seconds = contents.get("seconds", 0.0)  # an earlier version did not note it
-        self.best, self.history = contents["best"], contents["history"]
-        if self.best is not None:
-            self.best.setdefault("sure_from", None)  # an earlier version did not measure it
-        if self.best is not None and isinstance(self.best["confusion"], dict):  # the same
-            counts = torch.tensor(self.best["confusion"]["counts"], dtype=torch.int32)
-            pairs = counts.nonzero()
-            self.best["confusion"] = torch.cat([pairs, counts[pairs.unbind(1)][:, None]], 1)
-        if self.ranks.is_first:  # it is the sum over the ranks
-            self.loss_sum.copy_(contents["loss_sum"])
 
 
 # ------------------------------------------------------------------------------------ the command

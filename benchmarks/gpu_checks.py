@@ -20,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
 from data import LineSet
-from train import TrainingState, train_epoch, training_step
+from train import train_epoch, training_step
 from writer_search.config import TrialConfig
 from writer_search.training.batches import EpochImages, Lines, strip_on
 from writer_search.training.evaluation import line_logits
 from writer_search.training.optimisation import autocast, build_model, steps_per_epoch
+from writer_search.training.state import TrainingState
 
 CPU = torch.device("cpu")
 FLOAT32, TF32, BFLOAT16 = 1e-4, 5e-3, 3e-2  # of the largest value: what rounding may change

@@ -25,10 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks import common
-from train import TrainingState, training_step
+from train import training_step
 from writer_search.training import evaluation
 from writer_search.training.batches import Lines, strip_on
 from writer_search.training.optimisation import update_average
+from writer_search.training.state import TrainingState
 
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::detach", "aten::alias")
 

@@ -45,7 +45,7 @@ from writer_search.common.signals import StopSignals
 from writer_search.processes import runner
 from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
-from writer_search.processes.runner import Complete, Report
+from writer_search.processes.running import Complete, Report
 from writer_search.results.events import Events
 from writer_search.results.rows import DATABASE, read_database
 from writer_search.results.status import read_status, status_text

@@ -14,6 +14,7 @@ from benchmarks import (
     epoch,
     first_minutes,
     operations,
+    outside,
     record_trials,
     search_efficiency,
     study_scale,
@@ -139,3 +140,10 @@ def test_first_lines_are_taken_page_by_page_in_turn(lines_root: Path, tmp_path: 
     assert names == own * 4
     others = [line.path for line in chosen if line.split != "train"]
     assert others == [line.path for line in find_lines(lines_root) if line.split != "train"]
+
+
+def test_outside(result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "SETS", ("whole", "black 0.8"))
+    found = result(outside, *LINES, "--epochs", "1", "--seeds", "1")
+    assert found["macro_top1"].keys() == {"whole", "black 0.8"}
+    assert all(0 <= value <= 100 for (value,) in found["macro_top1"].values())

@@ -153,7 +153,7 @@ def test_broken_confirmation_goes_on_and_equals_an_unbroken_one(
     )
 
 
-@pytest.mark.parametrize("method", ["write_config", "hear_end"])
+@pytest.mark.parametrize("method", ["start_next", "hear_end"])
 def test_confirmation_that_was_killed_goes_on(
     method: str, confirm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,10 +164,12 @@ def test_confirmation_that_was_killed_goes_on(
 
     real = getattr(loop_module.Search, method)
 
-    def killed(search: Any, trial: Any, *more: Any) -> Any:
-        if isinstance(search.supply, RepetitionSupply) and trial.number == 1:
+    def killed(search: Any, *arguments: Any) -> Any:
+        if isinstance(search.supply, RepetitionSupply) and search.complete == 1:
+            if method == "start_next":
+                search.supply.next()  # asked for, and not started
             raise Killed
-        return real(search, trial, *more)
+        return real(search, *arguments)
 
     monkeypatch.setattr(loop_module.Search, method, killed)
     with pytest.raises(Killed):
@@ -181,7 +183,7 @@ def test_confirmation_that_was_killed_goes_on(
     complete = [t.user_attrs["seed"] for t in trials if t.state == TrialState.COMPLETE]
     assert len(complete) == len(set(complete)) == 4, "none is lost, none is repeated"
     assert all(t.state.is_finished() for t in trials)
-    if method == "end_complete":
+    if method == "hear_end":
         assert len(trials) == 4, "what had finished is not trained again"
 
 

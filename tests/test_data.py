@@ -96,10 +96,8 @@ def refused(call: Callable[[], object]) -> str:
 
 
 def entries(cache: Path) -> list[str]:
-    """List what a cache holds but for the builders' locks, which stay."""
-    if not cache.exists():
-        return []
-    return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+    """List all that a cache holds."""
+    return [path.name for path in cache.iterdir()] if cache.exists() else []
 
 
 # ------------------------------------------------------------------------------------- layouts
@@ -875,6 +873,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert len(load(root, tmp_path / "cache").paths) == 8
 
 
+def test_builder_that_waited_for_a_removed_lock_takes_a_new_one(tmp_path: Path) -> None:
+    """Whoever built the entry has removed the file on whose lock another one waited."""
+    lock, entered = tmp_path / ".entry.lock", []
+
+    def wait() -> None:
+        with data_module._one_builder(tmp_path / "entry") as is_alone:
+            entered.append((is_alone, lock.exists()))
+
+    with data_module._one_builder(tmp_path / "entry"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join(0.2)
+        assert not entered
+    waiting.join(10)
+    assert entered == [(True, True)]
+    assert not lock.exists()
+
+
 def test_what_a_dead_builder_left_does_not_matter(root: Path, tmp_path: Path) -> None:
     load(root, tmp_path / "cache")
     (name,) = entries(tmp_path / "cache")
@@ -1132,6 +1148,14 @@ def test_layouts_that_mean_something_else_are_named(tmp_path: Path, layout: str)
     paths, wanted = LAYOUTS[layout]
     write_lines(tmp_path, [path.format(w=w) for path in paths for w in ("anna", "bruno")])
     assert wanted in refused(lambda: find_lines(tmp_path))
+
+
+@pytest.mark.parametrize("directory", ["", "images/"], ids=["beside it", "in a directory"])
+def test_a_table_of_writers_beside_flat_images_is_named(tmp_path: Path, directory: str) -> None:
+    write_lines(tmp_path, [f"{directory}{n}.png" for n in range(3)])
+    (tmp_path / "labels.csv").write_text("file,writer\n0.png,anna\n")
+    told = refused(lambda: find_lines(tmp_path))
+    assert "if labels.csv says who wrote each line: tables are not read, move" in told
 
 
 def test_a_split_given_as_data_root_is_named(tmp_path: Path) -> None:

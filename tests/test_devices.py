@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -297,17 +296,12 @@ def test_retraining_takes_the_cpu_where_the_gpu_does_not_open(
 
 
 def test_the_test_split_is_measured_where_a_device_works() -> None:
-    class Working(runner_module.Runner):
-        def __init__(self) -> None:
-            self.devices = Devices([("a", "b"), ("c", "d")])
-            self._plan: Any = SimpleNamespace(slots=[("a", "b"), ("c", "d")])
-
-    runner = Working()
-    assert runner.device() == ("a",)
-    runner.devices.set_aside["b"] = "cold"
-    assert runner.device() == ("c",)
-    runner.devices.set_aside["c"] = "cold"
-    assert runner.device() == ()
+    devices = Devices([("a", "b"), ("c", "d")])
+    assert devices.single() == ("a",)
+    devices.set_aside["b"] = "cold"
+    assert devices.single() == ("c",)
+    devices.set_aside["c"] = "cold"
+    assert devices.single() == ()
 
 
 def test_process_that_outlives_sigkill_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

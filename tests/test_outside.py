@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.outside import painted, polygon
 from data import find_lines
 from writer_search.demo import generator, make_line, sample_hand, sample_sheet
 from writer_search.lines.decoding import DecodedLine, decode_line
@@ -39,22 +40,6 @@ def written_line(seed: int) -> Grey:
             + rng.normal(0, 2, grey.shape)).astype(np.uint8)  # fmt: skip
 
 
-def polygon(shape: tuple[int, int], kept: float, seed: int, slope: float = 0.0) -> Mask:
-    """A band with a wavy edge that keeps about this share of a picture."""
-    height, width = shape
-    rng = np.random.default_rng(seed)
-    x = np.linspace(0, width * 2 / height, width)
-
-    def edge() -> NDArray[np.float64]:
-        heights = rng.normal(0, 0.04 * height, int(x[-1]) + 2)
-        return np.interp(x, np.arange(len(heights)), heights)
-
-    middle = height / 2 + slope * np.linspace(-0.5, 0.5, width) * height
-    rows = np.arange(height)[:, None]
-    half = kept * height / 2
-    return (rows >= middle - half + edge()) & (rows < middle + half + edge())
-
-
 def encoded(image: Grey | Image.Image, kind: str = "PNG") -> bytes:
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     file = io.BytesIO()
@@ -65,14 +50,6 @@ def encoded(image: Grey | Image.Image, kind: str = "PNG") -> bytes:
 
 def read(image: Grey | Image.Image, kind: str = "PNG") -> DecodedLine:
     return decode_line(encoded(image, kind), HEIGHT)
-
-
-def outside_painted(grey: Grey, inside: Mask, outside: str) -> Image.Image:
-    if outside == "transparent":
-        image = Image.fromarray(np.where(inside, grey, 0).astype(np.uint8)).convert("RGBA")
-        image.putalpha(Image.fromarray((inside * 255).astype(np.uint8)))
-        return image
-    return Image.fromarray(np.where(inside, grey, {"black": 0, "white": 255}[outside]).astype("u1"))
 
 
 def on_its_paper(grey: Grey, inside: Mask) -> Grey:
@@ -95,7 +72,7 @@ def test_a_polygon_is_read_as_if_on_its_own_paper(outside: str, kind: str) -> No
         for kept, slope in ((0.5, 0.0), (0.65, 0.1), (0.8, 0.0), (0.95, 0.0)):
             inside = polygon(grey.shape, kept, seed, slope)
             plain = read(on_its_paper(grey, inside), kind)
-            cut = read(outside_painted(grey, inside, outside), kind)
+            cut = read(painted(grey, inside, outside), kind)
             assert difference(cut, plain) < 2, (seed, kept)
             assert not cut.is_light
             assert (cut.version, plain.version) == (2, 1)
@@ -216,6 +193,6 @@ def test_real_lines_are_read_as_before_and_cut_ones_like_them(real_lines: Path) 
         inside = polygon(grey.shape, (0.5, 0.65, 0.8, 0.95)[number % 4], number)
         plain = read(on_its_paper(grey, inside))
         for outside in ("black", "white", "transparent"):
-            cut = read(outside_painted(grey, inside, outside))
+            cut = read(painted(grey, inside, outside))
             assert not cut.is_light
             assert difference(cut, plain) < 5

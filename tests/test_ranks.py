@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import train
 from data import LineSet
-from train import TrainingState, training_step
+from train import training_step
 from writer_search.config import TrialConfig
 from writer_search.processes import parent as processes
 from writer_search.processes import runner as runner_module
@@ -30,6 +30,7 @@ from writer_search.training.batches import EpochImages, Lines, strip_on
 from writer_search.training.checkpoints import load_model
 from writer_search.training.evaluation import evaluate, line_logits
 from writer_search.training.ranks import ALONE, Ranks
+from writer_search.training.state import TrainingState
 
 __all__ = ["run"]  # the fixture
 

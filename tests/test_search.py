@@ -22,7 +22,8 @@ from optuna.trial import TrialState
 from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.processes import runner as runner_module
-from writer_search.processes.runner import Report, RunningTrial
+from writer_search.processes import running as running_module
+from writer_search.processes.running import Report, RunningTrial
 from writer_search.results.rows import read_history
 from writer_search.study import draws
 from writer_search.study import loop as loop_module
@@ -295,7 +296,7 @@ def test_trial_that_was_done_when_it_died_is_complete(
 
 def test_hanging_trial_is_ended(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "hang"}))
-    monkeypatch.setattr(runner_module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(running_module, "STOP_SECONDS", 0.2)
     assert run("--trial_timeout", "3", n_trials="2") == 0
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "COMPLETE"]
     log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
@@ -306,7 +307,7 @@ def test_what_a_stop_did_not_save_is_told(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "signal_search_and_hang"}))
-    monkeypatch.setattr(runner_module, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(running_module, "STOP_SECONDS", 0.5)
     assert run(n_trials="1") == 143
     problems = capfd.readouterr().err
     assert "stopped by SIGTERM: trial 0 did not stop in time: only its last saved" in problems

@@ -29,7 +29,7 @@ from torch import nn
 
 from data import LineSet
 from hyperparameter_search import main
-from train import TrainingState, training_step
+from train import training_step
 from writer_search.common import environment, locks
 from writer_search.config import TrialConfig
 from writer_search.processes import child as child_module
@@ -43,6 +43,7 @@ from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 from writer_search.study.weights import remove_weights
 from writer_search.training.device_errors import is_device_fault, is_out_of_memory
+from writer_search.training.state import TrainingState
 
 __all__ = ["run"]  # the fixture
 

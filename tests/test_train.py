@@ -18,7 +18,7 @@ from torch import nn
 import train as train_module
 from data import LineSet, find_lines, load_lines
 from model import WriterModel, classification_loss
-from train import TrainingState, batch_loss, train, training_step
+from train import batch_loss, train, training_step
 from writer_search.config import TrialConfig
 from writer_search.training import batches
 from writer_search.training.batches import Lines, strip_on
@@ -35,6 +35,7 @@ from writer_search.training.optimisation import (
 )
 from writer_search.training.outcomes import DivergedError, Stopped
 from writer_search.training.ranks import Ranks
+from writer_search.training.state import TrainingState
 
 CPU = torch.device("cpu")
 

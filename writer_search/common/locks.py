@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from datetime import UTC, datetime
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 
@@ -80,7 +81,10 @@ class SharedLock:
             self.path = None
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # After an error it stays: it tells others that this search's unrecorded trials are dead.
+        if kind is None and self.path is not None:
+            self.path.unlink(missing_ok=True)
         for descriptor in self._descriptors:
             os.close(descriptor)
 
@@ -98,6 +102,13 @@ def holder_is_dead(lock: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def remove_dead_locks(directory: Path) -> None:
+    """Remove the lock files of shared searches on this host that have ended."""
+    for path in directory.glob(f"search-{escape(socket.gethostname())}-*.lock"):
+        if holder_is_dead(path):
+            path.unlink(missing_ok=True)
 
 
 def refuse_if_in_use(directory: Path) -> None:

@@ -17,6 +17,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "va", "vl"), "val"),
     **dict.fromkeys(("test", "testing", "tst", "te", "ts"), "test"),
 }
+TABLES = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".txt", ".xml")
 
 
 def refuse_other_layouts(data_root: Path) -> None:
@@ -55,6 +56,7 @@ def refuse_no_images(data_root: Path, instead: str) -> None:
         f"--data_root {data_root} holds no line images; expected "
         "{train,val,test}/<writer>/[<book>/]<page>/line_001.png or the same without splits"
         + (f"; there are {instead}" if instead else "")
+        + _hint_of_table(data_root)
     )
 
 
@@ -62,6 +64,8 @@ def hint_of_one_writer(data_root: Path, writers: Sequence[str]) -> str:
     """Say what a single writer may really be: a level of directories too many."""
     if len(writers) != 1:
         return ""
+    if table := _hint_of_table(data_root):
+        return table
     split = "train" if (data_root / "train").is_dir() else ""
     top = data_root / split / writers[0]
     below = _directories(top)
@@ -74,6 +78,19 @@ def hint_of_one_writer(data_root: Path, writers: Sequence[str]) -> str:
             if split
             else f"writers, give --data_root {one_line(top)}"
         )
+    )
+
+
+def _hint_of_table(data_root: Path) -> str:
+    """Say what to do where a table, not directories, tells who wrote the lines."""
+    tables = sorted(
+        entry.name for entry in os.scandir(data_root) if Path(entry.name).suffix.lower() in TABLES
+    )
+    if not tables:
+        return ""
+    return (
+        f"; if {one_line(tables[0])} says who wrote each line: tables are not read, move the "
+        "images into a directory for each writer, and there one for each page"
     )
 
 

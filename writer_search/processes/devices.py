@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from writer_search.common.errors import UserError
-from writer_search.common.text import counted
+from writer_search.common.text import counted, one_line
+from writer_search.processes.causes import Cause, Kind
 
 STARTS_IN_A_ROW = 2  # that fail on a device before it is set aside
 FAULTS = 2  # trials that a device fails under before it is set aside
@@ -82,6 +83,11 @@ class Devices:
         """The numbers of the slots whose GPUs all work."""
         return [n for n, slot in enumerate(self._slots) if not self.set_aside.keys() & set(slot)]
 
+    def single(self) -> Slot:
+        """Give the device for one process after the trials: a GPU that works, or none: the CPU."""
+        usable = self.usable
+        return self._slots[usable[0]][:1] if usable else ()
+
     def sharing(self, number: int) -> int:
         """Count the slots that have a GPU of this one, itself included."""
         gpus = set(self._slots[number])
@@ -137,6 +143,13 @@ class Devices:
         """Take back what was noted for a trial whose own fault it was."""
         for trials in self._faults.values():
             trials.discard(trial)
+
+    def why_none(self) -> Cause | None:
+        """Say why no device is left; None where one is."""
+        if self.usable:
+            return None
+        causes = [f"GPU {gpu}: {one_line(why)}" for gpu, why in self.set_aside.items()]
+        return Cause(Kind.NO_DEVICE, "no device is left: " + "; ".join(causes))
 
     def _set_aside(self, gpu: str, cause: str) -> bool:
         is_new = gpu not in self.set_aside

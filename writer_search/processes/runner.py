@@ -6,103 +6,25 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from writer_search.common.text import counted, one_line
-from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig, half_batch
-from writer_search.processes.causes import (
-    JOB_ENDS,
-    STOPS,
-    TERMINATED,
-    Cause,
-    Kind,
-    of_error,
-)
-from writer_search.processes.devices import FAULTS, STARTS_IN_A_ROW, Devices, Slot
-from writer_search.processes.messages import STOP, THREADS, Job
+from writer_search.config import TrialConfig, half_batch
+from writer_search.processes.causes import JOB_ENDS, Cause, Kind, of_error
+from writer_search.processes.devices import FAULTS, STARTS_IN_A_ROW, Devices
+from writer_search.processes.messages import Job
 from writer_search.processes.parent import ChildProcess, TrialProcesses
 from writer_search.processes.plan import Plan
+from writer_search.processes.running import Complete, Failed, News, Pruned, Report, RunningTrial
+from writer_search.processes.threads import ThreadDivision
 from writer_search.results.progress import Progress
 from writer_search.results.rows import has_saved
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
-
-CALM_SECONDS = 30.0  # after threads had to wait; twice as long each time
-# A trial that was told to stop and has not ended by then is killed; longer where its batches are.
-STOP_SECONDS = 20.0
-STOP_BATCHES = 3  # a batch, a checkpoint, and one more for a machine that is busy
-
-
-@dataclass
-class RunningTrial:
-    """A trial under way."""
-
-    trial: Trial
-    job: Job
-    child: TrialProcesses
-    slot: int
-    started: float
-    epoch: int = 0  # epochs done
-    epochs_before: int = 0  # of these, what was trained before a break
-    progress: float = 0.0  # epochs done, with a fraction
-    begun: float = math.inf  # the progress that it began with
-    best: float | None = None
-    best_epoch: int = 0
-    pruned: bool = False
-    threads: int = 1  # of each of its processes, now
-    calm: float = CALM_SECONDS  # before it has more of them again
-    may_rise: float = -math.inf  # by time.monotonic()
-    stop_cause: Cause | None = None
-    kill_at: float = math.inf
-    killed: bool = False
-    heard: float = math.inf  # when it last said anything, since it has trained
-    slowest: float = 0.0  # the longest time between two messages: a batch, or a validation
-
-    opened: set[str] = field(default_factory=set)  # GPUs that its processes have opened
-    faulted: set[str] = field(default_factory=set)  # GPUs that failed under it
-
-    @property
-    def number(self) -> int:
-        return int(self.trial.number)
-
-    @property
-    def has_advanced(self) -> bool:
-        return self.progress > self.begun or self.epoch > self.epochs_before
-
-
-@dataclass(frozen=True)
-class Report:
-    """An epoch has ended. again: it was trained before a break."""
-
-    epoch: int
-    metrics: dict[str, Any]
-    again: bool
-
-
-@dataclass(frozen=True)
-class Complete:
-    """A trial is complete."""
-
-    metrics: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A trial has ended that was told so."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A trial has failed, or was interrupted."""
-
-    cause: Cause
-
-
-News = Report | Complete | Pruned | Failed
 
 
 class Runner:
@@ -118,7 +40,7 @@ class Runner:
         self.displaced: list[RunningTrial] = []  # their GPU failed: to be started again
         self.devices = Devices(plan.slots)
         self._plan, self._progress, self._write_config = plan, progress, write_config
-        self._last_threads = plan.threads
+        self._threads = ThreadDivision(plan, progress)
 
     @property
     def has_room(self) -> bool:
@@ -131,10 +53,9 @@ class Runner:
         )
         return next(rooms, None)
 
-    def device(self) -> Slot:
-        """Give the device for one process after the trials: a GPU that works, or none: the CPU."""
-        usable = self.devices.usable
-        return self._plan.slots[usable[0]][:1] if usable else ()
+    def threads(self) -> int:
+        """Choose the threads of each process of the next trial."""
+        return self._threads.of_next(self.running.values())
 
     def connections(self) -> dict[Connection, RunningTrial]:
         """Give what becomes readable when a trial has said something."""
@@ -198,43 +119,6 @@ class Runner:
         assert slot is not None, "the loop has asked for room"
         return slot
 
-    # ------------------------------------------------------------------------------------ threads
-
-    def threads(self) -> int:
-        """Choose the threads of the next trial's processes: no more than have a core each."""
-        plan = self._plan
-        if plan.cores is None:
-            return plan.threads
-        left = (plan.cores.left() - self._held()) // plan.ranks
-        threads = max(1, min(plan.threads, left))
-        if threads != self._last_threads:
-            self._progress.line(
-                f"other programs keep {plan.cores.taken:.1f} cores busy: "
-                f"{counted(threads, 'thread')} for each new trial"
-            )
-        self._last_threads = threads
-        return threads
-
-    def _held(self) -> int:
-        """Count the cores that running trials use."""
-        return sum(running.threads * running.job.ranks for running in self.running.values())
-
-    def _give_threads_back(self) -> None:
-        """Let trials with fewer threads have more of them where other programs are gone."""
-        if self._plan.cores is None:
-            return
-        free = self._plan.cores.left_lately() - self._held()
-        for running in self.running.values():
-            more = min(self._plan.threads - running.threads, free)
-            if more > 0 and running.job.gives_way and time.monotonic() >= running.may_rise:
-                running.threads += more
-                free -= more
-                running.child.order(f"{THREADS}{running.threads}")
-                self._progress.line(
-                    f"trial {running.number:3d} | cores are free again: "
-                    f"{counted(running.threads, 'thread')} from now on"
-                )
-
     # --------------------------------------------------------------------------------------- news
 
     def receive(self, running: RunningTrial, pipe: Connection) -> News | None:
@@ -248,23 +132,18 @@ class Runner:
         if message is None:
             return None
         kind, content = message
-        now = time.monotonic()
-        running.slowest = max(running.slowest, now - running.heard)
+        running.slowest = max(running.slowest, time.monotonic() - running.heard)
         if kind == "started":
             self.devices.started(content["gpu"])
             running.opened.update({content["gpu"]} - {None})
         elif kind == "progress":
-            running.heard = now
-            running.progress = content["progress"]
-            running.begun = min(running.begun, running.progress)
+            running.note_progress(content["progress"])
             self._progress.advance(running.number, running.progress)
         elif kind == "report":
-            running.heard = now
+            running.heard = time.monotonic()
             return Report(content["epoch"], content["metrics"], content["again"])
         elif kind == "threads":
-            running.threads = content["threads"]
-            running.may_rise = now + running.calm
-            running.calm *= 2
+            running.note_fewer_threads(content["threads"])
             self._progress.line(
                 f"trial {running.number:3d} | its threads wait for cores: "
                 f"{counted(running.threads, 'thread')} from now on"
@@ -276,21 +155,12 @@ class Runner:
 
     def _end(self, running: RunningTrial, kind: str, content: dict[str, Any]) -> News | None:
         """Act on a trial's last message, or on its death without one."""
-        may_restart = running.stop_cause is None and not running.pruned
-        if kind == "failed" and may_restart and content["cause"].kind is Kind.OUT_OF_MEMORY:
-            smaller = smaller_batch(running.job, content.get("at_once"))
-            if smaller is not None:
-                try:
-                    self._start_smaller(running, smaller)
-                except OSError as error:
-                    return Failed(of_error(error, one_line(error)))
-                return None
-        if kind == "device_failed" and may_restart:
-            self._leave_device(running, content["gpu"], content["cause"])
-            return None
-        if kind == "device_fault" and may_restart and not self._is_own_fault(running, content):
-            self._leave_sick_device(running, content["gpu"], content["cause"])
-            return None
+        if running.may_restart:
+            try:
+                if self._goes_on(running, kind, content):
+                    return None
+            except OSError as error:
+                return Failed(of_error(error, one_line(error)))
         self._remove(running)
         if kind in ("done", "pruned"):
             self.devices.worked(running.job.gpus)
@@ -298,22 +168,28 @@ class Runner:
             return Pruned()
         if kind == "done":
             return Complete(content["metrics"])
-        return Failed(self._cause(running, kind, content))
+        return Failed(running.cause_of_end(kind, content))
 
-    def _cause(self, running: RunningTrial, kind: str, content: dict[str, Any]) -> Cause:
-        epoch = int(running.progress) + 1  # the one under way
-        if kind == "stopped":
-            return replace(running.stop_cause or TERMINATED, epoch=epoch)
-        if kind in ("device_failed", "device_fault"):
-            cause = Cause(Kind.OTHER, content["cause"], traceback=content.get("traceback", ""))
-        else:
-            cause = content["cause"]
-        if kind == "died":
-            cause = replace(cause, traceback=_end_of(content["log"]))
-        if running.stop_cause is None:
-            return cause
-        why = "killed when it did not stop in time" if running.killed else str(cause)
-        return replace(running.stop_cause, epoch=epoch, unsaved=why, traceback=cause.traceback)
+    def _goes_on(self, running: RunningTrial, kind: str, content: dict[str, Any]) -> bool:
+        """Start a trial again, or put it by for another GPU; False: this was its end.
+
+        Raises OSError.
+        """
+        if kind == "failed" and content["cause"].kind is Kind.OUT_OF_MEMORY:
+            smaller = smaller_batch(running.job, content.get("at_once"))
+            if smaller is not None:
+                self._start_smaller(running, smaller)
+            return smaller is not None
+        if kind == "device_failed":
+            self._leave_device(running, content["gpu"], content["cause"])
+            return True
+        if kind == "device_fault" and not running.faulted:
+            self._leave_sick_device(running, content["gpu"], content["cause"])
+            return True
+        if kind == "device_fault" and running.faulted != {content["gpu"]}:
+            # A kernel that reads beyond its data ends as a sick GPU does: on two, it is the trial.
+            self.devices.forgive(running.number)
+        return False
 
     def _start_smaller(self, running: RunningTrial, micro_batch: int) -> None:
         """Start a trial that ran out of memory again, in a fresh process, with half the batch.
@@ -349,15 +225,6 @@ class Runner:
         running.job = _going_on(running.job)
         self.displaced.append(running)
 
-    def _is_own_fault(self, running: RunningTrial, fault: dict[str, Any]) -> bool:
-        """Tell whether a trial under which a GPU failed has had that before.
-
-        A kernel that reads beyond its data ends as a sick GPU does. On two GPUs it is the trial.
-        """
-        if running.faulted - {fault["gpu"]}:
-            self.devices.forgive(running.number)
-        return bool(running.faulted)
-
     def _leave_sick_device(self, running: RunningTrial, gpu: str, cause: str) -> None:
         """Let a trial under which a GPU failed go on from its checkpoint, on another one."""
         self._displace(running)
@@ -369,29 +236,11 @@ class Runner:
         if self.devices.faulted(gpu, running.number, cause):
             _warn(f"GPU {gpu} failed under {FAULTS} trials and is set aside: {cause}")
 
-    def no_device(self) -> Cause | None:
-        """Say why no device is left; None where one is."""
-        if self.devices.usable:
-            return None
-        causes = [f"GPU {gpu}: {one_line(why)}" for gpu, why in self.devices.set_aside.items()]
-        return Cause(Kind.NO_DEVICE, "no device is left: " + "; ".join(causes))
-
     # --------------------------------------------------------------------------------------- ends
 
     def stop_all(self, cause: Cause) -> None:
         for running in self.running.values():
-            self.stop(running, cause)
-
-    def stop(self, running: RunningTrial, cause: Cause) -> None:
-        """Tell a trial to save and end; it is killed when it does not."""
-        assert cause.kind in STOPS
-        if running.stop_cause is None:
-            now = time.monotonic()
-            slowest = max(running.slowest, now - running.heard)
-            running.stop_cause = cause
-            batches = STOP_BATCHES + STEPS_BETWEEN_RANKS * (running.job.ranks > 1)
-            running.kill_at = now + max(STOP_SECONDS, batches * slowest)
-            running.child.order(STOP)
+            running.stop(cause)
 
     def drop(self, running: RunningTrial) -> None:
         """End a trial's processes at once; it is somebody else's now."""
@@ -408,29 +257,25 @@ class Runner:
 
     def next_deadline(self) -> float:
         """Give when `watch_the_clock` has something to do, by time.monotonic()."""
-        limit = self._plan.trial_timeout
-        soonest = math.inf
+        limit, soonest = self._plan.trial_timeout or math.inf, math.inf
         for running in self.running.values():
             if running.stop_cause is not None:
                 soonest = min(soonest, running.kill_at)
-                continue
-            ends = running.started + limit if limit is not None else math.inf
-            soonest = min(soonest, self._plan.stop_at, ends)
+            else:
+                soonest = min(soonest, self._plan.stop_at, running.started + limit)
         return soonest
 
     def watch_the_clock(self) -> None:
         """Stop what runs too long, kill what does not stop, give threads back."""
-        self._give_threads_back()
+        self._threads.give_back(self.running.values())
         now, limit = time.monotonic(), self._plan.trial_timeout
         if now >= self._plan.stop_at:
             self.stop_all(JOB_ENDS)
         for running in self.running.values():
             if limit is not None and now >= running.started + limit:
                 text = f"ran longer than --trial_timeout {limit:g} s"
-                self.stop(running, Cause(Kind.TIMEOUT, text))
-            if now >= running.kill_at and not running.killed:
-                running.killed = True
-                running.child.kill()
+                running.stop(Cause(Kind.TIMEOUT, text))
+            running.kill_if_overdue()
 
 
 def smaller_batch(job: Job, at_once: int | None = None) -> int | None:
@@ -449,12 +294,3 @@ def _going_on(job: Job) -> Job:
 
 def _warn(text: str) -> None:
     print(f"warning: {one_line(text)}", file=sys.stderr, flush=True)
-
-
-def _end_of(log: Path, lines: int = 30) -> str:
-    """Quote the end of the log of a trial's process."""
-    try:
-        text = log.read_text(errors="backslashreplace")
-    except OSError:
-        return ""
-    return f"end of {log.name}:\n" + "\n".join(text.splitlines()[-lines:]) if text else ""

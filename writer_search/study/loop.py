@@ -9,36 +9,28 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import connection
 
 from optuna.trial import Trial
 
 from writer_search.common.errors import UserError
-from writer_search.common.files import write_signed
 from writer_search.common.output import live
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind, by_signal, of_error
-from writer_search.processes.messages import CONTINUE, PRUNE, STOP, Job
+from writer_search.processes.messages import CONTINUE, PRUNE, STOP
 from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
-from writer_search.processes.runner import (
-    Complete,
-    Failed,
-    News,
-    Pruned,
-    Report,
-    Runner,
-    RunningTrial,
-)
+from writer_search.processes.runner import Runner
+from writer_search.processes.running import Complete, Failed, News, Pruned, Report, RunningTrial
 from writer_search.results.events import Events
 from writer_search.results.progress import Progress
 from writer_search.results.rows import Row, count_complete, has_saved, trial_dir
 from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_epochs
 from writer_search.study.outlook import Outlook
 from writer_search.study.recorder import Recorder
-from writer_search.study.records import distributions_of, finished_value
+from writer_search.study.records import finished_value, write_config
 from writer_search.study.supplies import RecordedElsewhereError, Supply
 from writer_search.study.unfinished import checkpoint_to_continue
 
@@ -64,7 +56,7 @@ class Search:
         plan = self.plan
         rows = self.supply.rows()
         self.progress = Progress(count_complete(rows), plan.n_trials, plan.epochs)
-        self.runner = Runner(plan, self.progress, self.write_config)
+        self.runner = Runner(plan, self.progress, partial(write_config, plan))
         self.recorder = Recorder(plan, self.supply, rows, self.progress, self.events, self.drawing)
         self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
@@ -81,10 +73,6 @@ class Search:
     def has_all(self) -> bool:
         """Tell whether all wanted trials are complete, or all that the space has."""
         return self.complete >= self.plan.n_trials or (self.exhausted and self.complete > 0)
-
-    @property
-    def gave_up(self) -> str:
-        return self.recorder.gave_up
 
     # ----------------------------------------------------------------------------------- the story
 
@@ -127,7 +115,7 @@ class Search:
         """Tell whether this run starts no more trials, however many are wanted."""
         return bool(
             self.stop.name
-            or self.gave_up
+            or self.recorder.gave_up
             or self.exhausted
             or not self.runner.devices.usable
             or time.monotonic() >= self.deadline
@@ -163,28 +151,6 @@ class Search:
             self.runner.start(trial, config, directory, earlier)
         except (OSError, UserError, ValueError) as error:
             self.end_failed(trial, of_error(error, one_line(error)), 0, 0.0)
-
-    def write_config(self, trial: Trial, job: Job) -> None:
-        """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
-        write_signed(
-            job.trial_dir / "config.json",
-            {
-                "number": trial.number,
-                "hyperparameters": trial.params,
-                "distributions": distributions_of(trial),
-                "config": job.config.to_dict(),
-                "config_hash": job.config.hash(),
-                "data_fingerprint": self.plan.data.fingerprint,
-                "user_attrs": trial.user_attrs,
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "device": ",".join(job.gpus) or "cpu",
-                "ranks": job.ranks,
-                "threads": job.threads,
-                "micro_batch": job.micro_batch,
-                "settings": self.plan.settings,
-                **self.plan.provenance,
-            },
-        )
 
     # ----------------------------------------------------------------------------------------- news
 
@@ -242,19 +208,13 @@ class Search:
 
     def hear_report(self, running: RunningTrial, report: Report) -> None:
         """Store an epoch's value and answer whether the trial goes on."""
-        epoch, value = report.epoch, float(report.metrics["macro_top1"])
-        config = running.job.config
+        epoch, value, config = report.epoch, report.value, running.job.config
         # A pruner compares epochs of training; what was fitted at once stands beside none of them.
         if epoch > running.epoch and not config.is_fitted:
             self.recorder.report(running.trial, value, epoch)
-        running.epoch, running.progress = max(epoch, running.epoch), float(epoch)
-        if report.again:
-            running.epochs_before = epoch
-        if running.best is None or value > running.best:
-            running.best, running.best_epoch = value, epoch
+        running.note_epoch(report)
         # What is done is not pruned. A pruner goes through all trials, also to say: too early.
-        is_last = epoch >= config.epochs or epoch - running.best_epoch >= config.patience
-        is_judged = not is_last and epoch >= warm_up_epochs(self.plan.epochs)
+        is_judged = not running.is_last_epoch and epoch >= warm_up_epochs(self.plan.epochs)
         if running.stop_cause is None and is_judged and running.trial.should_prune():
             running.pruned = True
             self.recorder.tell_pruned(running, self.numbers())
@@ -301,7 +261,7 @@ class Search:
     def give_up_displaced(self) -> None:
         """Record the trials that no GPU is left for, or that a signal came before."""
         for running in self.runner.displaced:
-            cause = by_signal(self.stop.name) if self.stop.name else self.runner.no_device()
+            cause = by_signal(self.stop.name) if self.stop.name else self.runner.devices.why_none()
             assert cause is not None, "a displaced trial is started again where a device is left"
             self.end_failed(running.trial, cause, running.epoch, 0.0)
         self.runner.displaced.clear()
@@ -324,13 +284,8 @@ class Search:
                 if isinstance(news, Report):
                     running.child.order(STOP)
                 elif news is not None and can_record:
-                    can_record = self.recorded(running, news)
+                    try:
+                        self.hear_end(running, news)
+                    except Exception:  # most likely what ended the loop
+                        can_record = False
             self.runner.watch_the_clock()
-
-    def recorded(self, running: RunningTrial, end: News) -> bool:
-        """Try to record an end after an error; tell whether it could be done."""
-        try:
-            self.hear_end(running, end)
-        except Exception:  # most likely what ended the loop
-            return False
-        return True

@@ -43,7 +43,7 @@ class Outlook:
         """
         if self._plan.stop_at == math.inf:
             return False
-        running = [(r.epoch - r.epochs_before, seconds) for r, seconds in self._running()]
+        running = [(int(r.epochs_here), seconds) for r, seconds in self._running()]
         seconds = longest_epoch([*self.finished()[1], *running])
         if self._plan.continues:
             seconds = min(seconds, SAVED_SECONDS)

@@ -16,7 +16,7 @@ from writer_search.common.text import duration, one_line, percent
 from writer_search.processes.causes import Cause
 from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
-from writer_search.processes.runner import RunningTrial
+from writer_search.processes.running import RunningTrial
 from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress

@@ -1,4 +1,4 @@
-"""Records a trial's end: in the study, in trial.json, in error.log."""
+"""Records a trial: its start in config.json, its end in the study, trial.json and error.log."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from writer_search.common.files import read_json, write_signed, write_text
+from writer_search.processes.messages import Job
+from writer_search.processes.plan import Plan
 from writer_search.results.rows import trial_dir
 
 
@@ -36,6 +38,29 @@ def tell(
 ) -> None:
     """Finish a trial in the study, then write its trial.json."""
     write_record(checkpoint_dir, study.tell(number, value, state=state))
+
+
+def write_config(plan: Plan, trial: Trial, job: Job) -> None:
+    """Write config.json: all that it takes to repeat the trial, and to rebuild the study."""
+    write_signed(
+        job.trial_dir / "config.json",
+        {
+            "number": trial.number,
+            "hyperparameters": trial.params,
+            "distributions": distributions_of(trial),
+            "config": job.config.to_dict(),
+            "config_hash": job.config.hash(),
+            "data_fingerprint": plan.data.fingerprint,
+            "user_attrs": trial.user_attrs,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": ",".join(job.gpus) or "cpu",
+            "ranks": job.ranks,
+            "threads": job.threads,
+            "micro_batch": job.micro_batch,
+            "settings": plan.settings,
+            **plan.provenance,
+        },
+    )
 
 
 def write_record(checkpoint_dir: Path, trial: FrozenTrial) -> None:

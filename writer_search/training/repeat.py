@@ -374,7 +374,7 @@ def opening_lines(
     return [
         f"{'Going on with' if goes_on else 'Training'} the configuration of {wanted.config_file}",
         f"{len(data.writers)} writers | lines: {lines} | {data.line_height} px | {device}, "
-        f"{original.threads} thread(s) | {lasting}",
+        f"{counted(original.threads, 'thread')} | {lasting}",
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial
 
+from writer_search.common.locks import remove_dead_locks
 from writer_search.results.rows import Row, rows_of
 from writer_search.study.shared.fleet import SIGN_SECONDS, Fleet
 from writer_search.study.shared.storage import StorageUnreachableError
@@ -81,4 +82,5 @@ class SharedSupply:
 def bury_dead(fleet: Fleet, trials: Sequence[FrozenTrial]) -> list[str]:
     """Record the trials of searches that have died; returns a line for each."""
     lines = [fleet.bury(trial) for trial in fleet.dead(trials)]
+    remove_dead_locks(fleet.checkpoint_dir)
     return [line for line in lines if line is not None]
