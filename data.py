@@ -33,7 +33,7 @@ from tqdm import tqdm
 from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory, write_whole
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.lines.decoding import (
     INK_DEVIATION,
     BrokenImageError,
@@ -186,14 +186,14 @@ def _check_writers(
     writers = sorted({line.writer for line in lines if line.split == "train"})
     if len(writers) < 2:
         raise UserError(
-            f"--data_root {data_root} has {len(writers)} writer(s) with training lines; "
+            f"--data_root {data_root} has {counted(len(writers), 'writer')} with training lines; "
             "telling writers apart needs two or more" + hint_of_one_writer(data_root, writers)
         )
     strangers = sorted({line.writer for line in lines if line.split == "val"} - set(writers))
     if strangers:
         raise UserError(
-            f"{data_root}/val has {len(strangers)} writer(s) without training lines, first "
-            f"{one_line(strangers[0])}; move some of their pages to train, or remove them"
+            f"{data_root}/val has {counted(len(strangers), 'writer')} without training lines, "
+            f"first {one_line(strangers[0])}; move some of their pages to train, or remove them"
         )
     for line in lines:
         if line.split == "test" and line.writer not in writers:
@@ -371,7 +371,12 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
             # `decode_line` refuses what is too large; filters are the process's, not a thread's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             decoded = tqdm(
-                pool.map(read, lines), "decoding lines", len(lines), unit="line", disable=None
+                pool.map(read, lines),
+                "decoding lines",
+                len(lines),
+                leave=False,
+                unit="line",
+                disable=None,
             )
             for number, (content, line) in enumerate(decoded):
                 digest = hashlib.sha256(content).digest()[:16]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,27 +17,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told
+from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told, told
 from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock
-from writer_search.common.output import lasting_output
-from writer_search.common.place import open_standard_streams, require_directories
+from writer_search.common.output import lasting_output, live
+from writer_search.common.place import (
+    check_checkpoint_dir,
+    keep_apart,
+    open_standard_streams,
+    require_directories,
+)
+from writer_search.common.provenance import pasted
 from writer_search.common.signals import Interrupted, StopSignals
-from writer_search.common.text import one_line, percent
+from writer_search.common.text import one_line
 from writer_search.flags import parse_args
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
-from writer_search.results.pictures.lines import draw_lines
-from writer_search.results.rows import DATABASE, Row, count_complete
+from writer_search.results.rows import DATABASE
 from writer_search.results.status import read_status, show
 from writer_search.results.tables import closing_lines, keep_failing, write_summary
-from writer_search.study.preparation import (
-    check_checkpoint_dir,
-    hidden,
-    prepare,
-    prepare_shared,
-    recorded_settings,
-)
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -46,11 +43,10 @@ if TYPE_CHECKING:
     from writer_search.processes.plan import Plan
     from writer_search.study.loop import Search
 
-# Optuna and all that needs it are imported where they are used: --status answers without them, and
-# a mistake in the command is told at once.
+# Optuna, NumPy and all that needs them are imported where they are used: --status answers without
+# torch, a mistake in the command is told at once, and the first word is there within a second.
 
 EXIT_OK, EXIT_NOTHING_COMPLETE, EXIT_USAGE, EXIT_FAILURES = 0, 1, 2, 3
-RULE = "=" * 70
 
 
 # ---------------------------------------------------------------------------------------- the study
@@ -60,10 +56,12 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     """Open or create the study, settle what a dead search left, print the banner."""
     from writer_search.processes.pictures import Drawing
     from writer_search.results.events import Events
+    from writer_search.study.banner import announce, banner, describe_run
     from writer_search.study.draws import make_pruner
     from writer_search.study.loop import Search
-    from writer_search.study.recovery import heal, remove_workplace
-    from writer_search.study.store import open_study, record_settings
+    from writer_search.study.preparation import is_finished, prepare, recorded_settings
+    from writer_search.study.recovery import heal, open_healed, remove_workplace
+    from writer_search.study.store import record_settings
     from writer_search.study.supplies import LocalSupply
     from writer_search.study.unfinished import (
         continue_interrupted,
@@ -71,13 +69,16 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
         told_of_checkpoints,
     )
 
+    warnings, study = open_healed(args.checkpoint_dir, plan.settings)
+    warnings += heal(args.checkpoint_dir / CONFIRM, plan.settings)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
-        for warning in heal(directory, plan.settings):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
         remove_workplace(directory)
-    study = open_study(args.checkpoint_dir)
+    if not plan.trains and not is_finished(args):  # the rebuilt study has fewer trials
+        plan = prepare(args, recorded_settings(args, None))
     is_new = "settings" not in study.user_attrs
-    record_settings(study, plan.settings)
+    record_settings(study, plan.settings, args.checkpoint_dir)
     study.pruner = make_pruner(args.pruner, args.epochs)
     settled = settle_unfinished(study, args.checkpoint_dir)
     settled += (
@@ -104,6 +105,7 @@ def open_shared_search(
     """Take part in a study in a shared storage; print the banner."""
     from writer_search.processes.pictures import Drawing
     from writer_search.results.events import Events
+    from writer_search.study.banner import announce, banner
     from writer_search.study.draws import Drawer, make_pruner
     from writer_search.study.loop import Search
     from writer_search.study.shared.fleet import Fleet
@@ -127,71 +129,6 @@ def open_shared_search(
     shown = f"{shown_url(args.storage)}, study {args.study_name}"
     announce(args, plan, banner(args, shown, None if is_new else search.rows), settled)
     return search
-
-
-def announce(
-    args: argparse.Namespace, plan: Plan, banner_lines: list[str], settled: list[str]
-) -> None:
-    (args.checkpoint_dir / "summary").mkdir(exist_ok=True)
-    write_json(args.checkpoint_dir / "summary" / "data_report.json", plan.data.report)
-    draw_lines(args.checkpoint_dir / "summary", plan.data)
-    print("\n".join(banner_lines), flush=True)
-    for line in settled:
-        print(line, flush=True)
-    print(describe_plan(plan), flush=True)
-
-
-def describe_run(args: argparse.Namespace, plan: Plan, rows: Sequence[Row]) -> dict[str, int]:
-    """Say what this run may still start, and from which trial on: for `--status`."""
-    waiting = [row.number for row in rows if row.state == "WAITING"]
-    return {
-        "n_trials": args.n_trials,
-        "n_jobs": len(plan.slots),
-        "to_start": max(0, args.n_trials - count_complete(rows)),
-        "first_trial": min(waiting, default=len(rows)),
-    }
-
-
-def banner(args: argparse.Namespace, database: str, rows: Sequence[Row] | None) -> list[str]:
-    """Say what is about to start; rows: None for a new study."""
-    if rows is None:
-        return [
-            RULE,
-            "STARTING NEW HYPERPARAMETER SEARCH",
-            RULE,
-            f"Study database: {database}",
-            f"Number of trials: {args.n_trials}",
-            "Optimization metric: Validation Macro Top-1 Accuracy",
-            "Note: This search is resumable. You can safely stop and restart.",
-            RULE,
-        ]
-    states = [row.state for row in rows]
-    complete = [row.value for row in rows if row.value is not None]
-    return [
-        RULE,
-        "RESUMING EXISTING STUDY",
-        RULE,
-        f"Study loaded from: {database}",
-        f"Completed trials: {len(complete)}",
-        f"Pruned trials: {states.count('PRUNED')}",
-        f"Failed trials: {states.count('FAIL')}",
-        f"Remaining trials: {max(0, args.n_trials - len(complete))}",
-        f"Best value so far: {percent(max(complete, default=None))}",
-        RULE,
-    ]
-
-
-def describe_plan(plan: Plan) -> str:
-    """Say on what the search runs, in one line."""
-    lines = plan.data.report["lines"]
-    counts = ", ".join(f"{lines[split]} {split}" for split in lines)
-    where = ", ".join(dict.fromkeys(f"GPU {gpu}" for slot in plan.slots for gpu in slot))
-    ranks = f" of {plan.ranks} ranks" if plan.ranks > 1 else ""
-    return (
-        f"{len(plan.data.writers)} writers | lines: {counts} | {plan.data.line_height} px | "
-        f"{where or 'CPU'}, {len(plan.slots)} trial(s){ranks} at once, "
-        f"{plan.threads} thread(s) each | weights: {plan.settings['weights']}"
-    )
 
 
 def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool, list[str]]:
@@ -222,6 +159,8 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
 
 def conclude(args: argparse.Namespace, search: Search) -> int:
     """Confirm, bring the summary up to date, say how all stands, and give the exit code."""
+    from writer_search.study.banner import RULE
+
     last, is_settled, confirmed = (
         (search, True, []) if args.confirm_top is None else confirm_best(args, search)
     )
@@ -230,7 +169,11 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows))
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
-    lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)
+    lines = closing_lines(
+        *(args.checkpoint_dir, rows, args.n_trials, search.plan.settings["space"]),
+        model=published,
+        exhausted=search.exhausted,
+    )
     lines += confirmed
     is_settled = is_settled and search.has_all and not (last.stop.name or last.recorder.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
@@ -280,7 +223,7 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
 
 def recover_study(args: argparse.Namespace, storage: BaseStorage | None) -> None:
     """Rebuild the study from the trial directories. Raises UserError."""
-    from writer_search.study.rebuilding import trial_directories
+    from writer_search.study.damage import trial_directories
     from writer_search.study.recovery import recover
 
     if not args.checkpoint_dir.is_dir():
@@ -323,10 +266,18 @@ def make_checkpoint_dir(directory: Path) -> None:
 def run_search(args: argparse.Namespace) -> int:
     """Prepare, search, conclude."""
     with StopSignals() as stop:
-        from writer_search.study.recovery import standing_settings
-
         require_directories()
         check_checkpoint_dir(args.checkpoint_dir)
+        if args.data_root is not None and not args.demo:
+            keep_apart(args.checkpoint_dir, args.data_root)
+        live.begin("importing Optuna")
+        from writer_search.study.preparation import (
+            is_finished,
+            prepare,
+            recorded_settings,
+            standing_settings,
+        )
+
         if args.storage is not None:
             return run_shared_search(args, stop)
         if args.recover:
@@ -334,9 +285,10 @@ def run_search(args: argparse.Namespace) -> int:
             if args.data_root is None:
                 return EXIT_OK
         standing_settings(args.checkpoint_dir / CONFIRM)  # or its damage is told
-        plan = prepare(args, recorded_settings(args, None))
+        plan = prepare(args, recorded_settings(args, None), trains=not is_finished(args))
         make_checkpoint_dir(args.checkpoint_dir)
         with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
+            live.begin("opening the study")
             search = open_search(args, plan, stop)
             with stop.deferred():
                 return run_and_tell(args, search)
@@ -361,6 +313,7 @@ def run_and_tell(args: argparse.Namespace, search: Search) -> int:
 
 def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
     """Prepare, search beside others in one storage, conclude."""
+    from writer_search.study.preparation import prepare_shared
     from writer_search.study.shared.opening import refuse_strangers
     from writer_search.study.shared.storage import opened_storage, shown_url
 
@@ -373,6 +326,7 @@ def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
         plan, is_new = prepare_shared(args, storage)
         make_checkpoint_dir(args.checkpoint_dir)
         with SharedLock(args.checkpoint_dir) as lock:
+            live.begin("opening the study")
             search = open_shared_search(args, plan, stop, storage, lock, is_new)
             with stop.deferred(), told_when_unwritable(shown_url(args.storage)):
                 return run_and_tell(args, search)
@@ -396,14 +350,13 @@ def _main(argv: Sequence[str]) -> int:
                 return EXIT_OK
             return show_status(args) if args.status else run_search(args)
     except UserError as error:
-        print(f"error: {one_line(hidden(str(error), storage), 1000)}", file=sys.stderr)
+        print(hidden(told(error), storage), file=sys.stderr)
         return EXIT_USAGE
     except Interrupted as error:
-        command = shlex.join([Path(sys.executable).name, *sys.argv])
         what = saved_text(error.unsaved) if error.began else "before the search began"
         print(
             f"stopped by {error}: {what}; to go on, run the same command: "
-            f"{hidden(command, storage)}",
+            f"{hidden(pasted(sys.argv), storage)}",
             file=sys.stderr,
         )
         return error.exit_code if requeue is None else requeue
@@ -412,6 +365,15 @@ def _main(argv: Sequence[str]) -> int:
             raise
         print(hidden(traceback.format_exc(), storage), file=sys.stderr)
         return EXIT_NOTHING_COMPLETE
+
+
+def hidden(text: str, storage: str | None) -> str:
+    """Give a text without the password of the storage's URL."""
+    if storage is None:
+        return text
+    from writer_search.study.shared.storage import hide_password
+
+    return hide_password(text, storage)
 
 
 def saved_text(unsaved: Sequence[int]) -> str:

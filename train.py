@@ -36,9 +36,18 @@ from writer_search.common.place import open_standard_streams, require_directorie
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
 from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig
-from writer_search.flags import parse_train_args
+from writer_search.train_flags import parse_train_args
 from writer_search.training.batches import EpochImages, Lines, epoch_order, strip_on
-from writer_search.training.checkpoints import LATEST, PREVIOUS, Checkpoints, load_model, save_model
+from writer_search.training.checkpoints import (
+    LATEST,
+    PREVIOUS,
+    Checkpoints,
+    load_for_prediction,
+    save_model,
+)
+from writer_search.training.checkpoints import (
+    load_model as load_model,  # for those who use a model from Python
+)
 from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.evaluation import evaluate
 from writer_search.training.fitting import describe, fit
@@ -388,8 +397,8 @@ EXIT_OK, EXIT_INCOMPLETE, EXIT_USAGE = 0, 1, 2
 def predict_command(args: argparse.Namespace) -> int:
     """Predict and print: results to stdout, images that cannot be read to stderr."""
     device = device_like(args.device, torch.cuda.is_available())
-    model, config, writers = load_model(args.model)
-    predictions = predict(model, config, writers, args.predict, device)
+    model, config, writers, sure_from = load_for_prediction(args.model)
+    predictions = predict(model, config, writers, args.predict, device, sure_from)
     for name, cause in predictions.skipped.items():
         print(f"not read: {one_line(name)}: {cause}", file=sys.stderr)
     for name, doubt in predictions.doubtful.items():

@@ -333,7 +333,7 @@ def _signal_at(connection: Connection, job: Any, call: int, pid: int | None = No
 def slow_answer(connection: Connection, question: Any) -> None:
     """Take for ever over a question about the machine, as a download may."""
 
-    machine._describe_machine = lambda question: time.sleep(600)  # type: ignore[assignment]
+    machine._describe_machine = lambda *_: time.sleep(600)  # type: ignore[assignment]
     machine.answer_question(connection, question)
 
 

@@ -72,8 +72,10 @@ class InlineChild:
             last = crash
         self._messages.put(last)
 
-    def _answer(self, question: messages.MachineQuestion) -> processes.Message:
-        return "machine", machine._describe_machine(question)
+    def _answer(self, question: messages.MachineQuestion | None) -> processes.Message:
+        return (
+            ("ready", {}) if question is None else ("machine", machine._describe_machine(question))
+        )
 
     def _train(self, job: processes.Job) -> processes.Message:
         try:

@@ -73,7 +73,7 @@ def test_slots(gpus: list[str], n_jobs: int | None, per_trial: int, slots: list[
 
 
 def test_too_few_gpus() -> None:
-    with pytest.raises(UserError, match=r"--gpus_per_trial 3: there are 2 GPU\(s\) here: a, b"):
+    with pytest.raises(UserError, match=r"--gpus_per_trial 3: only 2 GPUs here: a, b"):
         divide(["a", "b"], None, 3)
 
 
@@ -128,7 +128,7 @@ def test_each_gpu_has_its_own_trial(
     assert started.on["GPU-a"][0] == 0
     assert started.on["GPU-b"][0] == 1
     assert sorted(started.on["GPU-a"] + started.on["GPU-b"]) == [0, 1, 2, 3]
-    assert "GPU GPU-a, GPU GPU-b, 2 trial(s) at once, 1 thread(s) each" in capfd.readouterr().out
+    assert "GPU GPU-a, GPU GPU-b, 2 trials at once, 1 thread each" in capfd.readouterr().out
     config = json.loads((tmp_path / "c" / "trial_001" / "config.json").read_text())
     assert config["device"] == "GPU-b"
 

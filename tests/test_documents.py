@@ -22,15 +22,10 @@ from test_search import arguments
 import hyperparameter_search
 import train
 from writer_search.config import LIMITS
-from writer_search.flags import (
-    STUDY_NAME,
-    build_parser,
-    build_train_parser,
-    parse_args,
-    parse_train_args,
-)
+from writer_search.flags import STUDY_NAME, build_parser, parse_args
 from writer_search.space import default_space, narrow
 from writer_search.study.shared.storage import find_study, opened_storage
+from writer_search.train_flags import build_train_parser, parse_train_args
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -39,7 +34,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 EVERYTHING = "\n".join(PAGES.values())
-PARSERS = [build_parser(), build_train_parser()]
+PARSERS = [build_parser(everything=True), build_train_parser()]
 OF_OTHERS = {"--signal", "--cpus", "--channel"}  # Slurm's, Docker's, the reader's own
 
 

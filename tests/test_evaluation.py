@@ -146,7 +146,7 @@ def test_another_choice_is_measured_and_the_earlier_one_remembered(
     again = read(directory)
     assert again["trial"] == 0
     assert [(e["trial"], e["macro_top1"]) for e in again["earlier"]] == [(7, first["macro_top1"])]
-    assert "had been looked at 1 time(s) before" in capfd.readouterr().out
+    assert "had been looked at 1 time before" in capfd.readouterr().out
 
 
 def test_failure_to_measure_spares_the_search(
@@ -167,7 +167,7 @@ def test_no_test_lines_is_told_before_the_search(
     shutil.copytree(lines_root, tmp_path / "lines", ignore=shutil.ignore_patterns("test"))
     assert run("--evaluate_test", data_root=str(tmp_path / "lines")) == 2
     printed, problems = capfd.readouterr()
-    assert printed == ""
+    assert "=" not in printed, "no banner"
     assert problems.startswith("error: --evaluate_test: there are no test lines")
     assert problems.count("\n") == 1
     assert not (tmp_path / "c").exists()
@@ -188,4 +188,4 @@ def test_test_lines_that_cannot_be_counted_are_told(
     assert run("--evaluate_test", "--data_root", str(root), n_trials="1") == 0
     printed, problems = capfd.readouterr()
     assert "3 test lines of writers without training lines (first " in problems
-    assert "3 test line(s) of writers without training lines could not be counted" in printed
+    assert "3 test lines of writers without training lines could not be counted" in printed

@@ -223,7 +223,7 @@ def test_the_dead_are_recorded_once_and_the_late_are_told(member: Member, tmp_pa
     trial.report(0.25, 1)
     (frozen,) = b.trials()
     line = b.bury(frozen)
-    assert line == "trial 0 was cut off at epoch 2: recorded as failed"
+    assert line == "trial 0 was cut off at epoch 2: recorded as interrupted"
     assert c.bury(frozen) is None
     (buried,) = b.trials()
     assert buried.state == TrialState.FAIL
@@ -453,7 +453,7 @@ def test_search_on_a_shared_storage(
     assert states_of(backend) == ["COMPLETE"] * 3
     assert main(["--status", "--storage", URL]) == 0
     status = capfd.readouterr().out
-    assert status.startswith(f"{shown}: 0 trial(s) running\n")
+    assert status.startswith(f"{shown}: 0 trials running\n")
     assert "\nCompleted trials: 3 | " in status
     for path in (tmp_path / "c").rglob("*"):
         if path.is_file():
@@ -479,7 +479,7 @@ def test_lost_study_is_rebuilt_in_the_storage(
     before = backend.get_all_trials(study._study_id)
     backend.delete_study(study._study_id)
     assert command() == 2
-    assert "holds 2 trial(s), first trial 0, that study" in capfd.readouterr().err
+    assert "holds 2 trials, first trial 0, that study" in capfd.readouterr().err
     assert main(["--recover", "--storage", URL, "--checkpoint_dir", str(tmp_path / "c")]) == 0
     assert "rebuilt 2 of 2 trials" in capfd.readouterr().out
     (study,) = backend.get_all_studies()
@@ -570,7 +570,7 @@ def test_search_waits_for_a_dead_one_s_trial_and_takes_its_place(
     other = Fleet(study, drawer, 2, tmp_path / "elsewhere")
     assert other.claim() is not None  # and it is never heard of again
     assert command(n_trials="2") == 0
-    assert "trial 1 was cut off at epoch 1: recorded as failed" in capfd.readouterr().out
+    assert "trial 1 was cut off at epoch 1: recorded as interrupted" in capfd.readouterr().out
     assert states_of(backend) == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
@@ -602,7 +602,7 @@ def test_unexpected_error_is_told_without_the_password(
     def broken(*_: Any) -> None:
         raise RuntimeError(f"could not parse {URL}, password 's3cr@t'")
 
-    monkeypatch.setattr("hyperparameter_search.prepare_shared", broken)
+    monkeypatch.setattr("writer_search.study.preparation.prepare_shared", broken)
     assert command() == 1
     said = capfd.readouterr().err
     assert "RuntimeError: could not parse postgresql+psycopg://me:***@db.example/lines" in said

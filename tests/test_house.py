@@ -21,7 +21,7 @@ ORDER = (
     ("writer_search.descriptor",),
     ("model",),
     ("writer_search.training",),
-    ("writer_search.flags", "writer_search.demo"),
+    tuple(f"writer_search.{name}" for name in ("flag_values", "flags", "train_flags", "demo")),
     ("train",),
     ("writer_search.results",),
     ("writer_search.processes",),

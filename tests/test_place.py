@@ -21,7 +21,7 @@ from writer_search.common.errors import UserError
 from writer_search.config import TrialConfig
 from writer_search.processes import parent
 from writer_search.processes.devices import refuse_other_kind
-from writer_search.study import recovery
+from writer_search.study import preparation
 from writer_search.study.store import open_study
 from writer_search.training import optimisation
 
@@ -206,9 +206,9 @@ def test_search_asks_for_the_kind_of_its_device(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(n_trials="1") == 0
-    standing = recovery.standing_settings
+    standing = preparation.standing_settings
     monkeypatch.setattr(
-        recovery,
+        preparation,
         "standing_settings",
         lambda d: settings | {"tier": "gpu"} if (settings := standing(d)) else None,
     )

@@ -184,7 +184,7 @@ def test_watch_prints_once_where_nobody_watches(
     with locks.DirectoryLock(finished):
         assert main(["--status", "--watch", "--checkpoint_dir", str(finished)]) == 0
     printed = capfd.readouterr().out
-    assert printed.count(str(finished)) == 3  # heading, best model, summary
+    assert printed.count(str(finished)) == 2  # heading, model
     assert "\x1b" not in printed
 
 

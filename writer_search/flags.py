@@ -1,17 +1,42 @@
-"""The command line: its flags, its help, and what it takes for a mistake."""
+"""The command line of the search: its flags, its help, and what it takes for a mistake."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from writer_search.common.errors import UserError
+from writer_search.flag_values import (
+    Parser,
+    add_version,
+    command,
+    device_name,
+    exit_code,
+    kept_checkpoints,
+    number_of_jobs,
+    seed_number,
+    time_span,
+    two_or_more,
+    underscored,
+    whole_number,
+)
 
 STUDY_NAME = "writer_identification"  # of the study, in its storage
+# What --help shows: what most people need, on one screen.
+COMMON = {
+    *("help", "help_all", "version", "demo", "data_root", "checkpoint_dir", "n_trials"),
+    *("use_all_writers", "num_writers_subset", "epochs", "fix", "timeout", "device"),
+    *("continue_interrupted", "status", "confirm_top", "evaluate_test"),
+}
+SHORT_EPILOG = """\
+examples:
+  python hyperparameter_search.py --demo
+  python hyperparameter_search.py --data_root lines --checkpoint_dir runs/a
+  python hyperparameter_search.py --checkpoint_dir runs/a --status
+The same command goes on after any stop; a higher --n_trials extends the search.
+"""
 EPILOG = """\
 examples:
   search, and go on after any stop with the same command:
@@ -34,93 +59,39 @@ data | 3 too many trials failed in a row | 130, 143, ... stopped by a signal, ev
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
+class ShowAll(argparse.Action):
+    """Prints all options."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help shows all options)")
-
-
-def whole_number(text: str, low: int = 1) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = low - 1
-    if number < low:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {low} or more")
-    return number
+    def __call__(self, *_: Any) -> NoReturn:
+        parser = build_parser(everything=True)
+        parser.print_help()
+        parser.exit()
 
 
-def seed_number(text: str) -> int:
-    return whole_number(text, 0)
+def build_parser(everything: bool = False) -> Parser:
+    """Describe the command line, in groups.
 
-
-def two_or_more(text: str) -> int:
-    return whole_number(text, 2)
-
-
-def number_of_jobs(text: str) -> int:
-    number = whole_number(text)
-    if number > 1024:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 1024 trials at once")
-    return number
-
-
-def seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return number
-
-
-def kept_checkpoints(text: str) -> int | None:
-    """How many trials keep their weights; None for all."""
-    return {"all": None, "best": 1}[text] if text in ("all", "best") else whole_number(text)
-
-
-def command(text: str) -> tuple[str, ...]:
-    """Split a command as a shell would; no shell runs it."""
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from None
-    if not words:
-        raise argparse.ArgumentTypeError("the command is empty")
-    return words
-
-
-def exit_code(text: str) -> int:
-    number = whole_number(text, 0)
-    if number > 255:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an exit code from 0 to 255")
-    return number
-
-
-def device_name(text: str) -> str:
-    kind, colon, number = text.partition(":")
-    if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and colon and number.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
-    return text
-
-
-def build_parser() -> Parser:
-    """Describe the command line, in groups."""
+    everything: whether its help shows all options, or those that most people need.
+    """
     parser = Parser(
         prog="hyperparameter_search.py",
-        description="Search for the best writer-identification model on handwritten text lines. "
+        usage=None if everything else "%(prog)s --data_root DIR --checkpoint_dir DIR [options]",
+        description="Search for the best writer-identification model on handwritten text lines.\n"
         "Maximises validation macro top-1 accuracy. Stop it any time: the same command goes on.",
-        epilog=EPILOG,
+        epilog=EPILOG if everything else SHORT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_data_flags(parser.add_argument_group("data"))
-    _add_search_flags(parser.add_argument_group("search"))
-    _add_training_flags(parser.add_argument_group("training"))
-    _add_machine_flags(parser.add_argument_group("machine"))
-    _add_afterwards_flags(parser.add_argument_group("afterwards"))
+    parser.help_flag = "--help_all"
+    parser.add_argument("--help_all", action=ShowAll, nargs=0, help="show all options, and exit")
+    add_version(parser)
+    common = parser.add_argument_group("what most people need")
+    for title, add_flags in GROUPS:
+        add_flags(parser.add_argument_group(title) if everything else common)
+    if not everything:
+        for action in parser._actions:
+            if action.dest not in COMMON:
+                action.help = argparse.SUPPRESS
     return parser
 
 
@@ -185,14 +156,18 @@ def _add_search_flags(group: Any) -> None:
     group.add_argument(
         "--space", type=Path, metavar="FILE.json", help="ranges of your own; see the examples"
     )
+
+
+def _add_limit_flags(group: Any) -> None:
     group.add_argument(
         "--timeout",
-        type=seconds,
-        metavar="SECONDS",
-        help="start no trial after so long; the end of a Slurm job is minded by itself",
+        type=time_span,
+        metavar="TIME",
+        help="start no trial after so long: 2h, 90m, 1h30m, 1d, or seconds; Slurm time limits are "
+        "respected automatically",
     )
     group.add_argument(
-        "--trial_timeout", type=seconds, metavar="SECONDS", help="end a trial that runs longer"
+        "--trial_timeout", type=time_span, metavar="TIME", help="end a trial that runs longer"
     )
     group.add_argument(
         "--max_consecutive_failed_trials",
@@ -201,7 +176,6 @@ def _add_search_flags(group: Any) -> None:
         metavar="N",
         help="stop when so many fail in a row (default: %(default)s)",
     )
-
     group.add_argument(
         "--continue_interrupted",
         action="store_true",
@@ -290,7 +264,7 @@ def _add_machine_flags(group: Any) -> None:
     )
 
 
-def _add_afterwards_flags(group: Any) -> None:
+def _add_looking_flags(group: Any) -> None:
     group.add_argument(
         "--compare",
         type=Path,
@@ -308,6 +282,9 @@ def _add_afterwards_flags(group: Any) -> None:
         action="store_true",
         help="with --status: again and again in place, until the search ends or Ctrl-C",
     )
+
+
+def _add_afterwards_flags(group: Any) -> None:
     group.add_argument(
         "--confirm_top",
         type=whole_number,
@@ -335,6 +312,15 @@ def _add_afterwards_flags(group: Any) -> None:
     )
 
 
+GROUPS = (
+    ("data", _add_data_flags),
+    ("search", _add_search_flags),
+    ("limits of a search", _add_limit_flags),
+    ("training", _add_training_flags),
+    ("machine", _add_machine_flags),
+    ("looking at a search", _add_looking_flags),
+    ("afterwards", _add_afterwards_flags),
+)
 DEMO = {
     "n_trials": 4,
     "epochs": 8,
@@ -378,120 +364,3 @@ def _check_status_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--{'json' if args.json else 'watch'} needs --status")
     if args.json and args.watch:
         raise UserError("--json and --watch exclude each other: a program asks again by itself")
-
-
-def underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
-
-
-# --------------------------------------------------------------------------------------- train.py
-
-TRAIN_ON = ("train", "train+val")
-TRAIN_EPILOG = """\
-examples:
-  whose hand is this:
-    python train.py --predict page_1/ page_2/line_003.png --model runs/a/summary/best_model.pth
-
-  repeat a trial outside of its search, or train the final model on all but the test lines:
-    python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir again
-    python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir final \\
-        --train_on train+val
-
-exit codes: 0 done | 1 some images could not be read, they are named, or the training failed |
-2 a mistake in the command, or no image could be read | 130, 143, ... stopped by a signal
-"""
-
-
-def build_train_parser() -> Parser:
-    """Describe the command line, in groups."""
-    parser = Parser(
-        prog="train.py",
-        description="Tell whose hand line images are in, with a model that a search has found; or "
-        "train a search's trial again. Stop a training any time: the same command goes on.",
-        epilog=TRAIN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_use_flags(parser.add_argument_group("use a model"))
-    _add_again_flags(parser.add_argument_group("train a trial again"))
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device",
-        type=device_name,
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda or cuda:N; auto: a GPU where there is one, and for --config the kind "
-        "that the trial had (default: %(default)s)",
-    )
-    return parser
-
-
-def _add_use_flags(use: Any) -> None:
-    use.add_argument(
-        "--predict",
-        type=Path,
-        nargs="+",
-        metavar="IMAGE_OR_DIR",
-        help="line images, or directories of them; a directory that holds images is a page",
-    )
-    use.add_argument(
-        "--model",
-        type=Path,
-        metavar="FILE.pth",
-        help="a best_model.pth or final_model.pth; it holds all that its use needs",
-    )
-    form = use.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument("--csv", action="store_true", help="print one table of lines and pages")
-
-
-def _add_again_flags(group: Any) -> None:
-    group.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE.json",
-        help="the config.json of a trial: its hyperparameters, seed, threads and data",
-    )
-    group.add_argument(
-        "--data_root", type=Path, metavar="DIR", help="the lines that the trial was trained on"
-    )
-    group.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="what the training writes, as a trial does"
-    )
-    group.add_argument(
-        "--train_on",
-        choices=TRAIN_ON,
-        default="train",
-        help="train+val: for the final model; then no epoch is chosen, and nothing validates it "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--other_data",
-        action="store_true",
-        help="train on all writers of --data_root, though they are not the trial's lines",
-    )
-    group.add_argument(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        help="where decoded lines are kept (default: the user's cache)",
-    )
-
-
-def parse_train_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; hyphens in flags are taken for underscores. Raises UserError."""
-    args = build_train_parser().parse_args([underscored(word) for word in argv])
-    if (args.predict is None) == (args.config is None):
-        raise UserError(
-            "give --predict, to use a model, or --config, to train a trial again "
-            "(--help shows all options)"
-        )
-    if args.predict is not None and args.model is None:
-        raise UserError("--model is missing: give a search's summary/best_model.pth")
-    for name, what in (("data_root", "where the lines are"), ("output_dir", "where to write")):
-        if args.config is not None and getattr(args, name) is None:
-            raise UserError(f"--{name} is missing: say {what}")
-    return args

@@ -110,6 +110,37 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
     return values
 
 
+class _Given:
+    """Stands for a trial whose values are known."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self._values[name])
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return int(self._values[name])
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._values[name]
+
+
+def fixed_of(described: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Value]:
+    """Give the hyperparameters that a trial had and that were not drawn, with their values.
+
+    described: the space as `Space.to_dict` has it.   params: what was drawn. Empty where the space
+    is another version's.
+    """
+    searched: dict[str, Rule] = {n: Choice(()) for n, v in described.items() if isinstance(v, dict)}
+    fixed = {name: value for name, value in described.items() if name not in searched}
+    try:
+        values = suggest(_Given(params), Space(searched, fixed))
+    except KeyError:
+        return {}
+    return {name: value for name, value in values.items() if name in fixed}
+
+
 # The cache has one height; precision is measured once per study, unless --fix names it.
 FIXED_ONLY = ("line_height", "precision")
 
@@ -243,6 +274,23 @@ def narrow(space: Space, fix: Mapping[str, Value], ranges: Mapping[str, Any]) ->
             searched.pop(name, None)
             fixed.pop(name, None)
     return narrowed
+
+
+def outside_of(space: Space, fix: Mapping[str, Value]) -> list[str]:
+    """Warn, in a line each, of fixed values outside of what is known to be worth searching.
+
+    space: the default one. Names that it does not search have no known range.
+    """
+    warnings = []
+    for name, value in fix.items():
+        rule = space.searched.get(name, OPENED_BY_SPACE.get(name))
+        is_off = name == "mixup_alpha" and value == 0
+        if isinstance(rule, Range) and value not in rule and not is_off:
+            warnings.append(
+                f"--fix {name}={value} is outside of the range that is searched by default, "
+                f"{rule.low:g} to {rule.high:g}"
+            )
+    return warnings
 
 
 def _settle_mixup(searched: dict[str, Rule], fixed: dict[str, Value]) -> None:

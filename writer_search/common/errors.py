@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from writer_search.common.text import one_line
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, in one line: what is wrong, the value, what to do."""
+    """A mistake that the user can mend, in one line: what is wrong, the value, what to do.
+
+    details: further lines, printable as they are, where there is a list to be told.
+    """
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.details = tuple(details)
+
+
+def told(error: UserError) -> str:
+    """Give an error as it is printed: one line, and its details below."""
+    details = (f"  {line}" for line in error.details)
+    return "\n".join([f"error: {one_line(error, 1000)}", *details])
 
 
 # What a path, a disk or its permissions are at fault for, and no program.

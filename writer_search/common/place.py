@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 from writer_search.common.errors import UserError
+from writer_search.common.locks import refuse_if_in_use
 
 # Bytes of the longest path that SQLite opens, and what a search's databases have below its
 # directory, a journal beside them included.
@@ -60,3 +62,52 @@ def require_short_path(directory: Path) -> None:
             f"--checkpoint_dir: its path has {length} bytes, and SQLite opens no database where it "
             f"has more than {most}: give a shorter one"
         )
+
+
+def check_checkpoint_dir(directory: Path) -> None:
+    """Raise UserError when the directory cannot hold a search; creates nothing."""
+    existing = directory
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--checkpoint_dir {directory}: {existing} is a file, not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--checkpoint_dir {directory} cannot be written: no permission")
+    require_short_path(directory)
+    refuse_if_in_use(directory)
+
+
+def keep_apart(checkpoint_dir: Path, data_root: Path) -> None:
+    """Raise UserError where a search would write between the line images, or be read for them.
+
+    A directory of writers may be a link; what is below it belongs to the line images as well.
+    """
+    own = {Path(os.path.abspath(checkpoint_dir)), Path(os.path.realpath(checkpoint_dir))}
+    lines = {Path(os.path.abspath(data_root)), Path(os.path.realpath(data_root))}
+    linked = {Path(os.path.realpath(link)) for link in _links_below(data_root)}
+    if any(path.is_relative_to(place) for path in own for place in lines | linked):
+        raise UserError(
+            f"--checkpoint_dir {checkpoint_dir} lies within the line images, --data_root "
+            f"{data_root}: give a directory outside of them"
+        )
+    for place in lines:
+        for path in own:
+            below = place.relative_to(path).parts if place.is_relative_to(path) else ()
+            if below and re.fullmatch(r"trial_\d+|summary|confirm|\.recovery", below[0]):
+                raise UserError(
+                    f"--data_root {data_root} lies in {path / below[0]}, where the search writes: "
+                    "give another --checkpoint_dir"
+                )
+
+
+def _links_below(data_root: Path) -> list[Path]:
+    """Find the directories that are links, where splits and writers are."""
+    try:
+        return [
+            path
+            for pattern in ("*", "*/*")
+            for path in data_root.glob(pattern)
+            if path.is_symlink() and path.is_dir()
+        ]
+    except OSError:  # told by whoever reads the lines
+        return []

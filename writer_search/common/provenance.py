@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ def provenance(data_root: Path, machine: dict[str, Any]) -> dict[str, Any]:
     packages = ("optuna", "numpy", "pillow")
     return {
         "data_root": str(data_root),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": sys.argv,
+        "interpreter": sys.executable,
         **git_state(Path(__file__).parents[2]),
         "host": socket.gethostname(),
         "device_names": machine["device_names"] or [_processor()],
@@ -27,6 +30,11 @@ def provenance(data_root: Path, machine: dict[str, Any]) -> dict[str, Any]:
             **machine["versions"],
         },
     }
+
+
+def pasted(command: Sequence[str]) -> str:
+    """Give a command of this program (its script first) as it can be pasted into a shell."""
+    return shlex.join([sys.executable, *command])
 
 
 def git_state(directory: Path) -> dict[str, Any]:

@@ -16,6 +16,11 @@ def percent(value: float | None) -> str:
     return "none yet" if value is None else f"{100 * value:.2f}%"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Say a number of things: 1 trial, 2 trials."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def duration(seconds: float) -> str:
     """Say a duration in its two largest units."""
     if seconds < 60:
@@ -27,6 +32,17 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def short_duration(seconds: float) -> str:
+    """Say a duration in few characters: 45s, 12m, 1h52m, 3d4h."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes}m"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24}h"
 
 
 def shown_value(value: Any) -> str:

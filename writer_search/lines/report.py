@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from writer_search.common.errors import UserError
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.lines.decoding import INK_DEVIATION, DecodedLine
 from writer_search.lines.layout import SPLITS
 from writer_search.lines.walk import describe_left_out
@@ -165,29 +165,29 @@ def describe_report(report: Mapping[str, Any]) -> list[str]:
     if report["broken"]:
         first, cause = next(iter(report["broken"].items()))
         warned.append(
-            f"{len(report['broken'])} broken image(s) left out, first {one_line(first)} ({cause}); "
-            "all are named in summary/data_report.json"
+            f"{counted(len(report['broken']), 'broken image')} left out, first {one_line(first)} "
+            f"({cause}); all are named in summary/data_report.json"
         )
     if without := report["writers_without_validation"]:
         names = one_line(", ".join(without))
         warned.append(
-            f"{len(without)} writer(s) without validation lines, not in the mean: {names}"
+            f"{counted(len(without), 'writer')} without validation lines, not in the mean: {names}"
         )
-    for name, counted in (
-        ("page(s)", "pages_in_two_splits"),
-        ("book(s)", "books_in_two_splits"),
-        ("identical image(s)", "images_in_two_splits"),
+    for one, several, name in (
+        ("page stands", "pages stand", "pages_in_two_splits"),
+        ("book stands", "books stand", "books_in_two_splits"),
+        ("identical image stands", "identical images stand", "images_in_two_splits"),
     ):
-        if report[counted]:
+        if report[name]:
             warned.append(
-                f"{report[counted]} {name} stand in two splits: validation will look better than "
-                "it is"
+                f"{counted(report[name], one, several)} in two splits: validation will look better "
+                "than it is"
             )
     if without := report.get("writers_without_pages"):
         warned.append(
-            f"{len(without)} writer(s) have lines without page directories, first "
-            f"{one_line(without[0])}: their pages are not known, so that nobody can tell whether a "
-            "page stands in two splits, and page accuracy says nothing"
+            f"{counted(len(without), 'writer has', 'writers have')} lines without page "
+            f"directories, first {one_line(without[0])}: their pages are not known, so that nobody "
+            "can tell whether a page stands in two splits, and page accuracy says nothing"
         )
     warned += [
         f"{found['count']} {kind}, first {one_line(found['first'])}"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from writer_search.common.errors import UserError
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.processes.causes import Cause, Kind
 
 STARTS_IN_A_ROW = 2  # that fail on a device before it is set aside
@@ -58,7 +58,7 @@ def divide(
     ]
     if not groups:
         raise UserError(
-            f"--gpus_per_trial {gpus_per_trial}: there are {len(gpus)} GPU(s) here: "
+            f"--gpus_per_trial {gpus_per_trial}: only {counted(len(gpus), 'GPU')} here: "
             f"{', '.join(gpus)}"
         )
     return tuple(groups[job % len(groups)] for job in range(n_jobs or len(groups)))

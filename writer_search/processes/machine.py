@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -13,7 +14,7 @@ import torchvision
 
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
 from writer_search.common.errors import UserError
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.config import BACKBONES
 from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
@@ -27,24 +28,36 @@ from writer_search.space import BACKBONES_BY_TIER
 
 
 def answer_question(connection: Connection, question: MachineQuestion) -> None:
-    """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions."""
+    """Send ("machine", …) or ("mistake", …): devices, tier, weights, precision, versions.
+
+    Before that, ("step", …) for each step that may take long.
+    """
     obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     torch.set_num_threads(question.threads)
     try:
-        answer: Message = ("machine", _describe_machine(question))
+        answer: Message = (
+            "machine",
+            _describe_machine(question, lambda step: _begin(connection, step)),
+        )
     except UserError as error:
         answer = ("mistake", {"cause": str(error)})
     with contextlib.suppress(OSError):  # nobody waits for it any more
         connection.send(answer)
 
 
-def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
+def _describe_machine(
+    question: MachineQuestion, begin: Callable[[str], None] = lambda step: None
+) -> dict[str, Any]:
     gpus = question.gpus
     tier = "gpu" if gpus else "cpu"
+    if question.weights != "none":
+        begin("looking for ImageNet weights")
     weights, why = _decide_weights(question, tier)
     backbones = question.backbones
     if backbones is None:
         backbones = BACKBONES_BY_TIER[tier, weights == "imagenet"]
+    if question.measure and backbones and not gpus:
+        begin("measuring bfloat16")
     return {
         "gpus": [gpu.entry for gpu in gpus],
         "device_names": [gpu.name for gpu in gpus],
@@ -55,11 +68,23 @@ def _describe_machine(question: MachineQuestion) -> dict[str, Any]:
             name: _precision(name, gpus) for name in (backbones if question.measure else ())
         },
         "versions": {
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            # Plain text: the search process would import torch to read a TorchVersion.
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
             "cuda": torch.version.cuda if gpus else None,
         },
     }
+
+
+def _begin(connection: Connection, step: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.send(("step", {"step": step}))
+
+
+def say_ready(connection: Connection, _: None) -> None:
+    """Send ("ready", …): torch is there."""
+    with contextlib.suppress(OSError):
+        connection.send(("ready", {}))
 
 
 def list_devices(connection: Connection, device: str) -> None:
@@ -103,7 +128,7 @@ def _visible_gpus(device: str) -> list[str]:
         number = int(device.partition(":")[2])
         if number >= len(entries):
             raise UserError(
-                f"--device {device}: there are {len(entries)} CUDA device(s), from cuda:0"
+                f"--device {device}: only {counted(len(entries), 'CUDA device')} here, from cuda:0"
             )
         return [entries[number]]
     return entries

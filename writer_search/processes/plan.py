@@ -34,6 +34,7 @@ class Plan:
     provenance: dict[str, Any]  # for config.json
     on_event: tuple[str, ...] | None = None  # the command that is told of each trial's end
     continues: bool = False  # interrupted trials, by itself
+    trains: bool = True  # false: all trials are complete already, and the machine was not asked
     cores: SharedCores | None = None  # shared with other programs; None: `threads` stand
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from writer_search.common.errors import UserError
@@ -27,12 +28,17 @@ class Question:
         except OSError as error:
             raise UserError(f"torch cannot be used here: {one_line(error)}") from None
 
-    def answer(self, seconds: float | None = None) -> Message:
-        """Wait for the answer; ("failed", …) where none comes."""
+    def answer(
+        self, seconds: float | None = None, begin: Callable[[str], None] = lambda step: None
+    ) -> Message:
+        """Wait for the answer; ("failed", …) where none comes.   begin: told of steps meanwhile."""
         code, message, is_late = None, None, False
         try:
             is_late = not self._child.connection.poll(seconds)
             message = None if is_late else self._child.receive()
+            while message is not None and message[0] == "step":
+                begin(message[1]["step"])
+                message = self._child.receive()
         finally:
             if message is None:
                 self._child.kill()
@@ -41,9 +47,17 @@ class Question:
         return message or ("failed", {"cause": cause})
 
 
-def ask_machine(question: MachineQuestion) -> dict[str, Any]:
-    """Let a child process find out weights and precision. Raises UserError."""
-    return _told(Question(MACHINE + "answer_question", question).answer())
+def await_torch() -> None:
+    """Wait until the fork server has imported torch, and can answer. Raises UserError."""
+    _told(Question(MACHINE + "say_ready", None).answer())
+
+
+def ask_machine(question: MachineQuestion, begin: Callable[[str], None]) -> dict[str, Any]:
+    """Let a child process find out weights and precision.
+
+    begin: told of each step that may take long. Raises UserError.
+    """
+    return _told(Question(MACHINE + "answer_question", question).answer(begin=begin))
 
 
 def _told(message: Message) -> dict[str, Any]:

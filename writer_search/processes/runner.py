@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.config import TrialConfig, half_batch
 from writer_search.processes.causes import JOB_ENDS, Cause, Kind, of_error
 from writer_search.processes.devices import FAULTS, STARTS_IN_A_ROW, Devices
@@ -146,7 +146,7 @@ class Runner:
             running.note_fewer_threads(content["threads"])
             self._progress.line(
                 f"trial {running.number:3d} | its threads wait for cores: "
-                f"{running.threads} thread(s) from now on"
+                f"{counted(running.threads, 'thread')} from now on"
             )
         else:
             running.child.end()

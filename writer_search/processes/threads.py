@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
+from writer_search.common.text import counted
 from writer_search.processes.messages import THREADS
 from writer_search.processes.plan import Plan
 from writer_search.processes.running import RunningTrial
@@ -28,7 +29,7 @@ class ThreadDivision:
         if threads != self._last:
             self._progress.line(
                 f"other programs keep {plan.cores.taken:.1f} cores busy: "
-                f"{threads} thread(s) for each new trial"
+                f"{counted(threads, 'thread')} for each new trial"
             )
         self._last = threads
         return threads
@@ -46,7 +47,7 @@ class ThreadDivision:
                 one.child.order(f"{THREADS}{one.threads}")
                 self._progress.line(
                     f"trial {one.number:3d} | cores are free again: "
-                    f"{one.threads} thread(s) from now on"
+                    f"{counted(one.threads, 'thread')} from now on"
                 )
 
 

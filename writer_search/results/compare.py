@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from writer_search.common.files import read_dict
 from writer_search.common.text import one_line, percent, shown_value
 from writer_search.results.chosen import read_confirmation
 from writer_search.results.confirmed import spread
-from writer_search.results.rows import Row, best_row, read_recorded, trial_dir
+from writer_search.results.rows import Row, best_row, count_states, read_recorded, trial_dir
 from writer_search.results.tested import with_interval
+from writer_search.space import fixed_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class Compared:
     @property
     def confirmed(self) -> float | None:
         return None if self.confirmation is None else float(self.confirmation["winner"]["mean"])
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {} if self.best is None else self.best.params
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The best trial's hyperparameters that were not drawn."""
+        space = self.settings.get("space", {})
+        return {} if self.best is None else dict(fixed_of(space, self.best.params))
 
     @property
     def data(self) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def compare_text(directories: Sequence[Path]) -> str:
         raise UserError("--compare: give two search directories or more")
     searches = [read_search(directory) for directory in directories]
     table = [(label, [fact(search) for search in searches]) for label, fact in FACTS.items()]
-    names = sorted({name for s in searches if s.best for name in s.best.params})
+    names = sorted({name for s in searches for name in (*s.params, *s.fixed)})
     table += [(f"  {name}", [_param(search, name) for search in searches]) for name in names]
     reasons = why_not_ranked(searches)
     if not reasons:
@@ -133,7 +143,7 @@ def _columns(table: Sequence[tuple[str, list[str]]], width: int) -> list[str]:
 
 
 def _states(state: str) -> Callable[[Compared], str]:
-    return lambda search: str(Counter(row.state for row in search.rows)[state])
+    return lambda search: str(count_states(search.rows)[state])
 
 
 def _writers(search: Compared) -> str:
@@ -176,9 +186,9 @@ def _device(search: Compared) -> str:
 
 
 def _param(search: Compared, name: str) -> str:
-    if search.best is None or name not in search.best.params:
-        return "-"
-    return shown_value(search.best.params[name])
+    if name in search.params:
+        return shown_value(search.params[name])
+    return f"{shown_value(search.fixed[name])} (fixed)" if name in search.fixed else "-"
 
 
 def _setting(name: str) -> Callable[[Compared], str]:
@@ -190,9 +200,10 @@ FACTS: dict[str, Callable[[Compared], str]] = {
     "writers": _writers,
     "lines": _lines,
     "line height": lambda search: str(search.settings.get("space", {}).get("line_height", "-")),
-    "trials complete": _states("COMPLETE"),
-    "pruned": _states("PRUNED"),
-    "failed": _states("FAIL"),
+    "trials complete": _states("complete"),
+    "pruned": _states("pruned"),
+    "failed": _states("failed"),
+    "interrupted": _states("interrupted"),
     "best value": _best,
     "confirmed mean": _confirmed,
     "test macro top-1": _test,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.text import percent
+from writer_search.common.text import counted, percent
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.rows import Row, trial_dir
 
@@ -94,7 +94,7 @@ def _place(entry: dict[str, Any]) -> tuple[bool, bool, float, int]:
 def describe(found: dict[str, Any]) -> list[str]:
     """Put a confirmation into lines for people."""
     lines = [
-        f"Confirmed with {found['seeds']} new seed(s) each, validation macro top-1:",
+        f"Confirmed with {counted(found['seeds'], 'new seed')} each, validation macro top-1:",
         "  trial  in the search  mean ± deviation  rank",
     ]
     for entry in found["candidates"]:

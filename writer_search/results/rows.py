@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +70,18 @@ def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
     return Path(attributes.get("owner", {}).get("checkpoint_dir", checkpoint_dir))
 
 
+def state_of(row: Row) -> str:
+    """Say a trial's state for people: what was interrupted has not failed by itself."""
+    if row.state == "FAIL":
+        return "interrupted" if row.attributes.get("interrupted") else "failed"
+    return row.state.lower()
+
+
+def count_states(rows: Iterable[Row]) -> Counter[str]:
+    """Count trials by their state for people."""
+    return Counter(state_of(row) for row in rows)
+
+
 def count_complete(rows: Iterable[Row]) -> int:
     """Count the trials that are complete."""
     return sum(row.state == "COMPLETE" for row in rows)
@@ -106,7 +119,7 @@ def read_database(database: Path) -> Reading:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with closing(sqlite3.connect(":memory:", check_same_thread=False)) as memory:
-        with _opened(database) as connection:
+        with opened(database) as connection:
             connection.backup(memory)
         if not memory.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             return Reading([], [], {})  # killed before Optuna made its tables
@@ -126,7 +139,7 @@ def read_database(database: Path) -> Reading:
 
 
 @contextmanager
-def _opened(database: Path) -> Iterator[sqlite3.Connection]:
+def opened(database: Path) -> Iterator[sqlite3.Connection]:
     """Open a database for reading only, also one whose writer was killed in a transaction.
 
     Such a one has a journal to be rolled back, which reading only forbids: a copy is read then.

@@ -10,16 +10,25 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from writer_search.common.locks import is_locked
 from writer_search.common.text import duration, one_line, percent
 from writer_search.results.estimate import Range, finished_epochs, range_text, seconds_left
-from writer_search.results.rows import Row, best_row, read_history, read_recorded, trial_dir
+from writer_search.results.rows import (
+    Row,
+    best_row,
+    count_states,
+    read_history,
+    read_recorded,
+    state_of,
+    trial_dir,
+)
 from writer_search.results.tables import closing_lines
+from writer_search.space import fixed_of
 
 STALLED_SECONDS = 300.0  # a running trial shows a sign of life at every batch
 SHOWN_TRIALS = 12  # finished ones in the table
@@ -56,6 +65,7 @@ class Status:
     rows: Sequence[Row]
     running: Sequence[RunningStatus]
     left: Range | None  # seconds; None when it cannot be known, or nothing runs
+    space: Mapping[str, Any] = field(default_factory=dict)  # the study's, as its settings have it
 
 
 def read_status(checkpoint_dir: Path) -> Status:
@@ -89,6 +99,7 @@ def read_status(checkpoint_dir: Path) -> Status:
         rows=rows,
         running=running,
         left=left,
+        space=settings.get("space", {}),
     )
 
 
@@ -114,7 +125,7 @@ def _running(checkpoint_dir: Path, row: Row, active: bool) -> RunningStatus:
     took = sum(float(epoch.get("seconds", 0.0)) for epoch in history)
     silent = _seconds_silent(directory) if active else None
     stalled = silent is not None and silent > STALLED_SECONDS
-    note = silence(silent) if active else "cut off: the next start records it as failed"
+    note = silence(silent) if active else "cut off: the next start records it as interrupted"
     return RunningStatus(
         number=row.number,
         epoch=len(history),
@@ -157,9 +168,15 @@ def status_json(status: Status) -> str:
         "n_trials": status.n_trials,
         "epochs": status.epochs,
         "states": dict(Counter(row.state for row in status.rows)),
+        "interrupted": count_states(status.rows)["interrupted"],  # of those in state FAIL
         "best": None
         if best is None
-        else {"number": best.number, "value": best.value, "params": best.params},
+        else {
+            "number": best.number,
+            "value": best.value,
+            "params": best.params,
+            "fixed": fixed_of(status.space, best.params),
+        },
         "seconds_left": None
         if status.left is None
         else {"low": round(status.left[0], 1), "high": round(status.left[1], 1)},
@@ -179,6 +196,7 @@ def _trial(row: Row) -> dict[str, Any]:
         "started": row.started.isoformat() if row.started else None,
         "ended": row.ended.isoformat() if row.ended else None,
         "failure": row.attributes.get("failure"),
+        "interrupted": state_of(row) == "interrupted",
         "params": row.params,
     }
 
@@ -193,11 +211,13 @@ def status_text(status: Status) -> str:
         lines += ["", *_table(status), ""]
     if status.active:
         lines.append(f"Time left: {range_text(status.left)}")
-    return "\n".join(lines + closing_lines(status.checkpoint_dir, status.rows, status.n_trials))
+    where, rows, wanted = status.checkpoint_dir, status.rows, status.n_trials
+    lines += closing_lines(where, rows, wanted, status.space, active=status.active)
+    return "\n".join(lines)
 
 
 def _table(status: Status) -> list[str]:
-    lines = ["trial  state     epochs    value     best  time"]
+    lines = ["trial  state        epochs    value     best  time"]
     for trial in status.running:
         lines.append(
             _line(
@@ -216,15 +236,14 @@ def _table(status: Status) -> list[str]:
     for row in finished[:SHOWN_TRIALS]:
         took = "" if row.seconds is None else duration(row.seconds)
         epochs = f"{row.attributes.get('epochs', 0)}/{1 if row.is_fitted else status.epochs}"
-        state = {"FAIL": "failed"}.get(row.state, row.state.lower())
-        lines.append(_line(row.number, state, epochs, "", _value(row.value), took))
+        lines.append(_line(row.number, state_of(row), epochs, "", _value(row.value), took))
     if len(finished) > SHOWN_TRIALS:
         lines.append(f"       and {len(finished) - SHOWN_TRIALS} more: summary/trials.csv has all")
     return lines
 
 
 def _line(number: int, state: str, epochs: str, value: str, best: str, time: str) -> str:
-    return f"{number:5d}  {state:<8}  {epochs:>6}  {value:>7}  {best:>7}  {time}".rstrip()
+    return f"{number:5d}  {state:<11}  {epochs:>6}  {value:>7}  {best:>7}  {time}".rstrip()
 
 
 def _value(value: float | None) -> str:

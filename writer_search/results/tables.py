@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from writer_search.common.files import read_json, write_json, write_text
-from writer_search.common.text import one_line, percent, shown_value
+from writer_search.common.output import wrapped
+from writer_search.common.text import counted, one_line, percent, shown_value
 from writer_search.config import COHOG
-from writer_search.results.rows import UNFINISHED, Row, best_row, home_of, trial_dir
+from writer_search.results.rows import (
+    UNFINISHED,
+    Row,
+    best_row,
+    count_complete,
+    count_states,
+    home_of,
+    state_of,
+    trial_dir,
+)
+from writer_search.space import fixed_of
 
 
 class SummaryFiles:
@@ -118,39 +128,85 @@ def keep_failing(rows: Sequence[Row], most: int) -> bool:
     return len(last) == most and all(row.state == "FAIL" for row in last)
 
 
+def hyperparameter_lines(params: Mapping[str, Any], space: Mapping[str, Any]) -> list[str]:
+    """List a trial's hyperparameters: those that were drawn, then those that were fixed.
+
+    space: the study's, as its settings have it.
+    """
+    width = max((len(name) for name in params), default=0)
+    lines = [f"  {name:<{width}}  {shown_value(value)}" for name, value in params.items()]
+    fixed = fixed_of(space, params)
+    if fixed:
+        parts = [f"{name} {shown_value(value)}" for name, value in fixed.items()]
+        first, *more = wrapped(parts, ", ", indent=len("  fixed: "))
+        lines += [f"  fixed: {first}", *(f"         {line}" for line in more)]
+    return lines
+
+
+def count_line(rows: Sequence[Row]) -> str:
+    """Count the trials by state; what was interrupted has not failed by itself."""
+    states = count_states(rows)
+    line = (
+        f"Completed trials: {states['complete']} | pruned: {states['pruned']} | "
+        f"failed: {states['failed']}"
+    )
+    return line + (f" | interrupted: {states['interrupted']}" if states["interrupted"] else "")
+
+
 def closing_lines(
-    checkpoint_dir: Path, rows: Sequence[Row], n_trials: int, exhausted: bool = False
+    checkpoint_dir: Path,
+    rows: Sequence[Row],
+    n_trials: int,
+    space: Mapping[str, Any],
+    *,
+    model: Path | None = None,
+    exhausted: bool = False,
+    active: bool = False,
 ) -> list[str]:
-    """Say how the search stands: counts, the best trial, where things are, what comes next."""
-    states = Counter(row.state for row in rows)
-    lines = [
-        f"Completed trials: {states['COMPLETE']} | pruned: {states['PRUNED']} | "
-        f"failed: {states['FAIL']}"
-    ]
+    """Say how the search stands: counts, the best trial, where things are, what comes next.
+
+    space: the study's, as its settings have it.   model: summary/best_model.pth, where it is of
+    these trials.   active: the search runs.
+    """
+    lines = [count_line(rows)]
     best = best_row(rows)
     if best is None:
         lines.append("No trial is complete yet.")
     else:
         lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
-        width = max((len(name) for name in best.params), default=0)
-        lines += [f"  {name:<{width}}  {shown_value(v)}" for name, v in best.params.items()]
+        lines += hyperparameter_lines(best.params, space)
         lines += floor_lines(rows)
         home = home_of(best.attributes, checkpoint_dir)
-        lines.append(f"Best model: {trial_dir(home, best.number) / 'best_model.pth'}")
-    lines.append(f"Summary: {checkpoint_dir / 'summary'}")
-    failed = [row for row in rows if row.state == "FAIL" and "failure" in row.attributes]
+        lines.append(f"Model: {model or trial_dir(home, best.number) / 'best_model.pth'}")
+    report = checkpoint_dir / "summary" / "report.html"
+    if model is not None or report.exists():
+        lines.append(f"Report: {report}")
+    failed = [row for row in rows if state_of(row) == "failed" and "failure" in row.attributes]
     lines += [
         f"  trial {row.number} failed: {one_line(row.attributes['failure'], 160)}"
         for row in failed[-3:]
     ]
-    missing = max(0, n_trials - states["COMPLETE"])
-    if missing and exhausted:
-        lines.append(
-            f"{missing} of {n_trials} trials still missing, but the space has no other "
+    return [*lines, next_line(count_complete(rows), n_trials, exhausted, active)]
+
+
+def next_line(complete: int, n_trials: int, exhausted: bool, active: bool) -> str:
+    """Say what comes next: by itself, or by the same command."""
+    missing = n_trials - complete
+    if missing > 0 and exhausted:
+        return (
+            f"{missing} of {counted(n_trials, 'trial')} still missing, but the space has no other "
             "configuration: widen it in a fresh --checkpoint_dir"
         )
-    elif missing:
-        lines.append(f"{missing} of {n_trials} trials still missing: the same command runs them.")
-    else:
-        lines.append("All trials are complete: the same command with a higher --n_trials extends.")
-    return lines
+    if missing > 0 and active:
+        return f"{missing} of {counted(n_trials, 'trial')} still to run."
+    if missing > 0:
+        return (
+            f"{missing} of {counted(n_trials, 'trial')} still missing: the same command runs "
+            f"{'it' if missing == 1 else 'them'}."
+        )
+    if missing < 0:
+        return (
+            f"{counted(complete, 'trial')} complete, and --n_trials {n_trials} asks for no more: "
+            "a number above that extends the search."
+        )
+    return "All trials are complete: the same command with a higher --n_trials extends."

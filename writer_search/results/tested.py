@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from writer_search.common.text import percent
+from writer_search.common.text import counted, percent
 
 NOTE = "measured after the choice; never used for choosing"
 
@@ -31,18 +31,18 @@ def describe(found: dict[str, Any]) -> list[str]:
         )
     elif found["writers_with_one_page"]:
         lines.append(
-            f"  {found['writers_with_one_page']} writer(s) have one test page: how they vary from "
-            "page to page is in no interval, which makes them too narrow"
+            f"  {counted(found['writers_with_one_page'], 'writer has', 'writers have')} one test "
+            "page: how they vary from page to page is in no interval, which makes them too narrow"
         )
     if found.get("lines_not_counted"):
         lines.append(
-            f"  {found['lines_not_counted']} test line(s) of writers without training lines could "
-            "not be counted"
+            f"  {counted(found['lines_not_counted'], 'test line')} of writers without training "
+            "lines could not be counted"
         )
     if found["earlier"]:
         lines.append(
-            f"  the test split had been looked at {len(found['earlier'])} time(s) before, for "
-            "other models or lines"
+            f"  the test split had been looked at {counted(len(found['earlier']), 'time')} before, "
+            "for other models or lines"
         )
     return lines
 

@@ -149,7 +149,7 @@ def confirm(finished: Search, top: int, seeds: int) -> Confirmation:
 def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirmation:
     plan = finished.plan
     study = open_study(directory)
-    record_settings(study, plan.settings)
+    record_settings(study, plan.settings, plan.checkpoint_dir)
     study.pruner = NopPruner()  # a mean over the runs that looked good would be no mean
     candidates = candidates_of(finished.rows, top, seeds, plan.seed)
     repeater = Repeater(finished.supply.study, candidates)

@@ -15,6 +15,7 @@ from multiprocessing import connection
 from optuna.trial import Trial
 
 from writer_search.common.errors import UserError
+from writer_search.common.output import live
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind, by_signal, of_error
@@ -81,7 +82,11 @@ class Search:
             self.loop()
             self.give_up_displaced()
             if self.drawing is not None:
+                self.progress.close()
+                if self.drawing.connections:
+                    live.begin("drawing the report")
                 self.drawing.finish(self.stop.wakeup, self.stop.name is not None)
+                live.end()
         except Exception as error:
             self.rescue(error)
             raise

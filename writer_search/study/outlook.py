@@ -6,17 +6,16 @@ import math
 import time
 from typing import Any
 
-from writer_search.common.text import duration, percent
 from writer_search.processes.deadlines import SAVED_SECONDS, longest_epoch
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Runner
 from writer_search.results.estimate import (
     Timed,
     finished_epochs,
-    range_text,
     seconds_left,
     unbroken,
 )
+from writer_search.results.progress import EpochFacts
 from writer_search.results.rows import Row, best_row
 from writer_search.study.recorder import Recorder
 from writer_search.study.supplies import Supply
@@ -50,27 +49,20 @@ class Outlook:
             seconds = min(seconds, SAVED_SECONDS)
         return time.monotonic() + seconds >= self._plan.stop_at
 
-    def epoch_facts(self, value: float, metrics: dict[str, Any]) -> str:
-        """Say what an epoch has brought, for its line."""
-        return " | ".join(
-            [
-                f"loss {metrics['train_loss']:.3f}",
-                f"val macro top-1 {percent(value)}",
-                f"best {self.best_text()}",
-                f"{duration(metrics['seconds'])}",
-                f"left {range_text(self._time_left())}",
-            ]
-        )
+    def epoch_facts(self, value: float, metrics: dict[str, Any]) -> EpochFacts:
+        """Say what an epoch has brought."""
+        loss, seconds = metrics["train_loss"], metrics["seconds"]
+        return EpochFacts(loss, value, self._best(), seconds, self._time_left())
 
-    def best_text(self) -> str:
+    def _best(self) -> tuple[float, int] | None:
         best = self.finished()[0]
         values = [(r.best, -r.number) for r, _ in self._running() if r.best is not None]
         if best is not None and best.value is not None:
             values.append((best.value, -best.number))
         if not values:
-            return "none yet"
+            return None
         value, negative = max(values)
-        return f"{percent(value)} (trial {-negative})"
+        return value, -negative
 
     def _time_left(self) -> tuple[float, float] | None:
         running = [

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,9 @@ from data import default_cache_dir, find_lines, load_lines
 from writer_search.common.cores import SharedCores, asked_threads, usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
-from writer_search.common.locks import refuse_if_in_use
-from writer_search.common.place import require_short_path
+from writer_search.common.output import live
 from writer_search.common.provenance import provenance
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.config import Choice, Value
 from writer_search.lines.report import describe_report
 from writer_search.lines.walk import LeftOut
@@ -33,8 +33,10 @@ from writer_search.space import (
     default_space,
     narrow,
     networks_of,
+    outside_of,
     parse_fix,
 )
+from writer_search.study.damage import find_damage, read_brief, recorded_settings_of
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -43,17 +45,27 @@ if TYPE_CHECKING:
     from writer_search.processes.plan import Plan
 
 
-def check_checkpoint_dir(directory: Path) -> None:
-    """Raise UserError when the directory cannot hold a search; creates nothing."""
-    existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--checkpoint_dir {directory}: {existing} is a file, not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--checkpoint_dir {directory} cannot be written: no permission")
-    require_short_path(directory)
-    refuse_if_in_use(directory)
+def standing_settings(checkpoint_dir: Path) -> dict[str, Any] | None:
+    """Give the settings of the study to go on with, be its database damaged; None for a new one.
+
+    Changes nothing. Raises UserError, naming the way out, where a damaged database cannot heal.
+    """
+    damage = find_damage(checkpoint_dir)
+    if damage is not None:
+        from writer_search.study.recovery import rebuilt_or_told
+
+        return rebuilt_or_told(checkpoint_dir, damage).settings
+    database = checkpoint_dir / DATABASE
+    told = recorded_settings_of(checkpoint_dir)
+    return told or (read_brief(database).settings if database.exists() else None)
+
+
+def is_finished(args: argparse.Namespace) -> bool:
+    """Tell whether a study on this machine has all its trials, so that nothing is to be trained."""
+    if args.confirm_top is not None or args.evaluate_test or find_damage(args.checkpoint_dir):
+        return False
+    database = args.checkpoint_dir / DATABASE
+    return database.exists() and read_brief(database).complete >= int(args.n_trials)
 
 
 def recorded_settings(
@@ -64,8 +76,6 @@ def recorded_settings(
         from writer_search.study.shared.storage import settings_of
 
         return settings_of(storage, args.study_name)
-    from writer_search.study.recovery import standing_settings
-
     settings = standing_settings(args.checkpoint_dir)
     if settings is None:
         return None
@@ -124,25 +134,38 @@ def ask_machine(
         backbones = networks_of(narrow(default_space("cpu", False), fix, ranges))
     measure = recorded is None and "precision" not in fix
     threads = asked_threads(os.environ) or min(usable_cores(), cores.left())
+    live.begin("importing torch")
+    questions.await_torch()
+    if args.device != "cpu":
+        live.begin("looking for GPUs")
     gpus, warnings = questions.find_gpus(args.device)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return questions.ask_machine(MachineQuestion(gpus, weights, backbones, measure, threads))
+    question = MachineQuestion(gpus, weights, backbones, measure, threads)
+    return questions.ask_machine(question, live.begin)
 
 
-def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None) -> Plan:
+def recorded_machine(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Describe the machine as the study has it, where nothing is to be trained on it."""
+    decided = {name: recorded[name] for name in ("tier", "weights", "precision")}
+    return {**decided, "gpus": [], "device_names": [], "weights_why": "", "versions": {}}
+
+
+def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: bool = True) -> Plan:
     """Check everything and decode the lines; nothing is written to the checkpoint directory.
 
-    recorded: the settings of the study to go on with. Raises UserError.
+    recorded: the settings of the study to go on with.   trains: whether anything is to be trained;
+    where nothing is, torch is not needed, and takes no time. Raises UserError.
     """
-    from writer_search.processes.fork_server import start_fork_server
-
     fix, ranges = parse_fix(args.fix), read_ranges(args.space)
     for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
         narrow(default_space("cpu", pretrained), fix, ranges)
     cores = SharedCores()
-    start_fork_server()  # it imports torch while this process imports Optuna and finds the lines
+    if trains:
+        from writer_search.processes.fork_server import start_fork_server
 
+        start_fork_server()  # it imports torch while this process imports Optuna, finds the lines
+    live.begin("importing Optuna")
     from writer_search.processes.test_measurement import require_test_lines
     from writer_search.study.draws import make_sampler
 
@@ -150,20 +173,28 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None) -> Plan:
     if args.demo:
         from writer_search.demo import make_lines
 
+        live.begin("writing the demo's lines")
         make_lines(args.data_root)
     wanted = None if args.use_all_writers else args.num_writers_subset
     left_out = LeftOut()
+    live.begin("finding lines")
     lines = find_lines(args.data_root, wanted, args.seed, left_out)
     if recorded is not None and "cohog_head" not in recorded["space"]:
         # It was begun before there was a descriptor, or without it: its default backbones are so.
         networks = BACKBONES_BY_TIER[recorded["tier"], recorded["weights"] == "imagenet"]
         ranges = {"backbone": {"choices": list(networks)}, **ranges}
-    machine = ask_machine(args, recorded, fix, ranges, cores)
+    machine = (
+        recorded_machine(recorded)
+        if recorded is not None and not trains
+        else ask_machine(args, recorded, fix, ranges, cores)
+    )
     refuse_other_kind(recorded, machine, args.device)
     decided = recorded or machine
     if recorded is not None and args.weights not in ("auto", recorded["weights"]):
         decided = {**recorded, "weights": args.weights}  # to be refused with the other differences
-    space = narrow(default_space(decided["tier"], decided["weights"] == "imagenet"), fix, ranges)
+    usual = default_space(decided["tier"], decided["weights"] == "imagenet")
+    space = narrow(usual, fix, ranges)
+    live.begin("decoding lines")
     data = load_lines(
         args.data_root,
         lines,
@@ -171,8 +202,11 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None) -> Plan:
         args.cache_dir or default_cache_dir(),
         left_out,
     )
+    live.end()
     if args.evaluate_test:
         require_test_lines(data)
+    for warning in outside_of(usual, fix):
+        print(f"warning: {warning}", file=sys.stderr)
     settings = {
         "metric": "validation macro top-1 accuracy",
         "data": {
@@ -188,7 +222,8 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None) -> Plan:
         "precision": precision_of(space) or decided["precision"],
         "space": space.to_dict(),
     }
-    return make_plan(args, machine, data, space, settings, cores)
+    plan = make_plan(args, machine, data, space, settings, cores)
+    return replace(plan, trains=trains)
 
 
 def make_plan(
@@ -215,8 +250,9 @@ def make_plan(
         )
     if asked is not None and asked * len(slots) * ranks > usable_cores():
         print(
-            f"warning: OMP_NUM_THREADS={asked} for each of {len(slots) * ranks} process(es) is "
-            f"more than the {usable_cores()} core(s) here, which makes all of them slow",
+            f"warning: OMP_NUM_THREADS={asked} for each of "
+            f"{counted(len(slots) * ranks, 'process', 'processes')} is more than the "
+            f"{counted(usable_cores(), 'core')} here, which makes all of them slow",
             file=sys.stderr,
         )
     if idle and args.n_jobs is None:
@@ -261,16 +297,10 @@ def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan
     return plan, False
 
 
-def hidden(text: str, storage: str | None) -> str:
-    """Give a text without the password of the storage's URL."""
-    if storage is None:
-        return text
-    from writer_search.study.shared.storage import hide_password
-
-    return hide_password(text, storage)
-
-
 def public_command(args: argparse.Namespace) -> list[str]:
     """Give the command for config.json, without a password."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return [hidden(word, args.storage) for word in words]
+    if args.storage is None:
+        return sys.argv
+    from writer_search.study.shared.storage import hide_password
+
+    return [hide_password(word, args.storage) for word in sys.argv]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,28 +16,23 @@ from optuna.trial import FrozenTrial, TrialState
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_signed
 from writer_search.results.rows import has_saved, read_history, trial_dir
+from writer_search.study.damage import recorded_settings_of, settings_in, trial_directories
 from writer_search.study.records import count_in_utc, finished_value
 
 MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
-
-
-def trial_directories(checkpoint_dir: Path) -> list[int]:
-    """Give the numbers of the trials that have a directory, in order."""
-    names = {path.name for path in checkpoint_dir.glob("trial_*") if path.is_dir()}
-    numbers = sorted(int(n[6:]) for n in names if re.fullmatch(r"trial_[0-9]{3,9}", n))
-    return [number for number in numbers if trial_dir(checkpoint_dir, number).name in names]
 
 
 @dataclass(frozen=True)
 class Rebuilt:
     """What the trial directories tell of a study.
 
-    trials: all, by number; in the place of a lost one stands a failed one.   settings: None where
-    no directory tells them.
+    trials: all, by number; in the place of a lost one stands a failed one.   recorded: those whose
+    end is in their trial.json.   settings: None where no directory tells them.
     """
 
     trials: list[FrozenTrial]
     lost: list[int]
+    recorded: set[int]
     settings: dict[str, Any] | None
 
     def describe(self) -> str:
@@ -70,24 +64,13 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
             f"{trial_dir(checkpoint_dir, numbers[-1])}: only {len(numbers) - 1} trials before it "
             "have a directory; move it away if it is not of this search"
         )
-    found = [_rebuild(checkpoint_dir, number) for number in range(numbers[-1] + 1)]
+    recorded: set[int] = set()
+    found = [_rebuild(checkpoint_dir, number, recorded) for number in range(numbers[-1] + 1)]
     lost = [number for number, trial in enumerate(found) if trial is None]
     if len(lost) == len(found):
         raise UserError(f"{checkpoint_dir}: its trial directories hold nothing to rebuild from")
     trials = [trial or _placeholder() for trial in found]
-    return Rebuilt(trials, lost, _common_settings(checkpoint_dir, numbers))
-
-
-def settings_in(directory: Path) -> dict[str, Any] | None:
-    """Read the study's settings in a trial's config.json."""
-    settings = read_signed(directory / "config.json").get("settings")
-    return settings if isinstance(settings, dict) else None
-
-
-def recorded_settings_of(checkpoint_dir: Path) -> dict[str, Any] | None:
-    """Find the study's settings in the newest trial's config.json that has them."""
-    directories = (trial_dir(checkpoint_dir, n) for n in trial_directories(checkpoint_dir)[::-1])
-    return next((found for d in directories if (found := settings_in(d)) is not None), None)
+    return Rebuilt(trials, lost, recorded, _common_settings(checkpoint_dir, numbers))
 
 
 def _common_settings(checkpoint_dir: Path, numbers: list[int]) -> dict[str, Any] | None:
@@ -102,12 +85,14 @@ def _common_settings(checkpoint_dir: Path, numbers: list[int]) -> dict[str, Any]
     return newest
 
 
-def _rebuild(checkpoint_dir: Path, number: int) -> FrozenTrial | None:
+def _rebuild(checkpoint_dir: Path, number: int, recorded: set[int]) -> FrozenTrial | None:
     """Rebuild a trial; None where its directory tells nothing of it."""
     directory = trial_dir(checkpoint_dir, number)
     record = read_signed(directory / "trial.json")
     try:
-        return _from_record(record, number)
+        trial = _from_record(record, number)
+        recorded.add(number)
+        return trial
     except (KeyError, TypeError, ValueError, AttributeError):
         pass  # no record, or one that is not ours
     try:

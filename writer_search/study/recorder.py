@@ -117,7 +117,8 @@ class Recorder:
         self._remove_weights(others)
         if not cause.is_interruption:
             self._count(cause)
-        facts = f"failed: {one_line(cause)} | {duration(seconds)}"
+        kind = "" if cause.is_interruption else "failed: "  # its words begin with "interrupted"
+        facts = f"{kind}{one_line(cause)} | {duration(seconds)}"
         self._progress.end(trial.number, facts, self.complete)
 
     def _count(self, cause: Cause) -> None:

@@ -3,113 +3,47 @@
 from __future__ import annotations
 
 import os
-import re
-import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from writer_search.common.errors import UserError
-from writer_search.common.files import read_signed, sync_directory
-from writer_search.common.text import one_line
-from writer_search.results.rows import (
-    DATABASE,
-    OtherVersionError,
-    read_database,
-    trial_dir,
-)
-from writer_search.study.rebuilding import (
-    Rebuilt,
-    rebuild,
-    recorded_settings_of,
-    trial_directories,
-)
-from writer_search.study.store import (
-    DamagedError,
-    is_unwritable,
-    open_study,
-    refuse_changes,
-)
+from writer_search.common.files import sync_directory
+from writer_search.results.rows import DATABASE, OtherVersionError
+from writer_search.study.changes import refuse_changes
+from writer_search.study.damage import find_damage, trial_directories
+from writer_search.study.rebuilding import Rebuilt, rebuild
+from writer_search.study.store import DamagedError, open_study
 
-MAGIC = b"SQLite format 3\0"
 WORKPLACE = ".recovery"
 
 
 # ------------------------------------------------------------------------------------------ damage
 
 
-def find_damage(checkpoint_dir: Path) -> str | None:
-    """Say what SQLite finds wrong; None when all is whole, or there is nothing yet.
-
-    Reads only; takes milliseconds. Raises UserError where the file cannot be used as it is, but
-    not for its contents: no permission, a disk that gives errors.
-    """
-    database = checkpoint_dir / DATABASE
-    numbers = trial_directories(checkpoint_dir)
-    if not database.exists():
-        return "is missing beside trial directories" if numbers else None
-    try:
-        content = _head(database)
-        if not content:
-            # What Optuna was killed over before its first write is an empty file too.
-            return "is empty beside trial directories" if numbers else None
-        # A flipped version of the format is told as a file that nobody may write, or open.
-        if content[:16] != MAGIC or not {content[18], content[19]} <= {1, 2}:
-            return "is damaged (it is no database)"
-        problem = _check(database)
-        known = {row.number for row in read_database(database).rows}
-    except OtherVersionError:
-        if _has_a_version(database):
-            raise
-        return "is damaged (its version is none)"
-    except (sqlite3.DatabaseError, ValueError, OSError) as error:  # its words may be broken text
-        if isinstance(error, OSError) or is_unwritable(error):
-            raise UserError(f"{database} cannot be read: {one_line(error)}") from None
-        return f"is damaged ({one_line(error)})"
-    if problem:
-        return f"is damaged ({one_line(problem)})"
-    lacking = [number for number in numbers if number not in known]
-    if lacking:
-        return f"lacks {len(lacking)} trial(s) that have directories, first trial {lacking[0]}"
-    return None
-
-
-def _head(database: Path) -> bytes:
-    with open(database, "rb") as file:
-        return file.read(100).ljust(20, b"\0") if database.stat().st_size else b""
-
-
-def _check(database: Path) -> str | None:
-    """Run SQLite's own check. Opened for writing, so that a killed writer's journal is undone."""
-    with closing(sqlite3.connect(database, timeout=60)) as connection:
-        (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    return None if answer == "ok" else str(answer)
-
-
-def find_contradiction(checkpoint_dir: Path, rebuilt: Rebuilt) -> str | None:
+def find_contradiction(checkpoint_dir: Path, rebuilt: Rebuilt) -> tuple[str | None, Study | None]:
     """Say where the database contradicts the files, or Optuna cannot read it; under the lock.
 
-    After `find_damage`, which has looked at the version. SQLite's check sees no flipped bit inside
-    of a value. Raises UserError for a database that cannot be written.
+    After `find_damage`: SQLite's check sees no flipped bit inside of a value. Also gives the study
+    that was opened for it. Raises UserError for a database that cannot be written, or is another
+    Optuna version's.
     """
     try:
         study = open_study(checkpoint_dir)
         stored = study.get_trials(deepcopy=False)
         settings = study.user_attrs.get("settings")
-    except DamagedError as error:
-        return f"is damaged ({one_line(error)})"
-    for trial in rebuilt.trials:
-        if not read_signed(trial_dir(checkpoint_dir, trial.number) / "trial.json"):
-            continue  # it was killed before its record, which is written now
-        if trial.number >= len(stored) or _facts(stored[trial.number]) != _facts(trial):
-            return f"is damaged (its trial {trial.number} is not as it was recorded)"
+    except DamagedError:
+        return "is damaged (its contents make no sense)", None
+    for number in sorted(rebuilt.recorded):  # others were killed before it: it is written now
+        if number >= len(stored) or _facts(stored[number]) != _facts(rebuilt.trials[number]):
+            return f"is damaged (its trial {number} is not as it was recorded)", None
     if rebuilt.settings not in (None, settings):
-        return "is damaged (its settings are not as they were recorded)"
-    return None
+        return "is damaged (its settings are not as they were recorded)", None
+    return None, study
 
 
 def _facts(trial: FrozenTrial) -> tuple[Any, ...]:
@@ -119,31 +53,7 @@ def _facts(trial: FrozenTrial) -> tuple[Any, ...]:
     )
 
 
-def _has_a_version(database: Path) -> bool:
-    """Tell whether the version of Optuna's tables looks like one, be it unknown."""
-    with closing(sqlite3.connect(database, timeout=60)) as connection:
-        try:
-            (version,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-        except (sqlite3.DatabaseError, TypeError):
-            return False
-    return bool(re.fullmatch(r"v\d+\.\d+\.\d+\.[a-z]", str(version), re.ASCII))
-
-
 # ----------------------------------------------------------------------------------------- healing
-
-
-def standing_settings(checkpoint_dir: Path) -> dict[str, Any] | None:
-    """Give the settings of the study to go on with, be its database damaged; None for a new one.
-
-    Changes nothing. Raises UserError, naming the way out, where a damaged database cannot heal.
-    """
-    damage = find_damage(checkpoint_dir)
-    if damage is None:
-        database, told = checkpoint_dir / DATABASE, recorded_settings_of(checkpoint_dir)
-        return told or (
-            read_database(database).recorded.get("settings") if database.exists() else None
-        )
-    return _rebuilt_or_told(checkpoint_dir, damage).settings
 
 
 def heal(checkpoint_dir: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -152,22 +62,32 @@ def heal(checkpoint_dir: Path, settings: Mapping[str, Any]) -> list[str]:
     settings: this start's, which the trials must have. Gives a warning; nothing where all is whole.
     Raises UserError, with the file untouched, where that cannot be.
     """
-    damage, rebuilt = find_damage(checkpoint_dir), None
+    return _healed(checkpoint_dir, settings)[0]
+
+
+def open_healed(checkpoint_dir: Path, settings: Mapping[str, Any]) -> tuple[list[str], Study]:
+    """Heal as `heal` does, and open the study or create it: all trials are read but once."""
+    warnings, study = _healed(checkpoint_dir, settings)
+    return warnings, study or open_study(checkpoint_dir)
+
+
+def _healed(checkpoint_dir: Path, settings: Mapping[str, Any]) -> tuple[list[str], Study | None]:
+    damage, rebuilt, study = find_damage(checkpoint_dir), None, None
     if damage is None and trial_directories(checkpoint_dir):
         try:
             rebuilt = rebuild(checkpoint_dir)
         except UserError:
-            return []  # nothing to compare with, and nothing wrong with the database
-        damage = find_contradiction(checkpoint_dir, rebuilt)
+            return [], None  # nothing to compare with, and nothing wrong with the database
+        damage, study = find_contradiction(checkpoint_dir, rebuilt)
     if damage is None:
-        return []
-    rebuilt = rebuilt or _rebuilt_or_told(checkpoint_dir, damage)
+        return [], study
+    rebuilt = rebuilt or rebuilt_or_told(checkpoint_dir, damage)
     if rebuilt.settings is not None:
-        refuse_changes(rebuilt.settings, settings)
+        refuse_changes(rebuilt.settings, settings, checkpoint_dir)
     unknown = "; its settings are not known any more: this start's are taken"
     told = f"{checkpoint_dir / DATABASE} {damage}: it was rebuilt with {rebuilt.describe()}"
     kept = _put_in_place(checkpoint_dir, rebuilt, rebuilt.settings or settings)
-    return [told + ("" if rebuilt.settings else unknown) + kept]
+    return [told + ("" if rebuilt.settings else unknown) + kept], None
 
 
 def recover(checkpoint_dir: Path) -> list[str]:
@@ -177,7 +97,7 @@ def recover(checkpoint_dir: Path) -> list[str]:
     """
     rebuilt = rebuild(checkpoint_dir)
     try:
-        damage = find_damage(checkpoint_dir) or find_contradiction(checkpoint_dir, rebuilt)
+        damage = find_damage(checkpoint_dir) or find_contradiction(checkpoint_dir, rebuilt)[0]
     except OtherVersionError:
         damage = "is of another version"
     if damage is None:
@@ -187,7 +107,8 @@ def recover(checkpoint_dir: Path) -> list[str]:
     return [f"rebuilt {rebuilt.describe()}{kept}", *([] if rebuilt.settings else [unknown])]
 
 
-def _rebuilt_or_told(checkpoint_dir: Path, damage: str) -> Rebuilt:
+def rebuilt_or_told(checkpoint_dir: Path, damage: str) -> Rebuilt:
+    """Rebuild the trials. Raises UserError, naming the way out, where that cannot be."""
     try:
         return rebuild(checkpoint_dir)
     except UserError as error:

@@ -5,8 +5,6 @@ Only the search process touches the study, and only under the directory's lock.
 
 from __future__ import annotations
 
-import json
-import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,10 @@ from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
 from writer_search.results.rows import DATABASE, OtherVersionError
+from writer_search.study.changes import refuse_changes
+from writer_search.study.damage import is_unwritable
 from writer_search.study.records import count_in_utc
 from writer_search.study.value_column import add_value_column
-
-# SQLite's codes for what the system keeps from being written; the database itself is whole.
-UNWRITABLE = {
-    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY),
-    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
-}
 
 
 class DamagedError(UserError):
@@ -66,14 +60,7 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
     return study
 
 
-def is_unwritable(error: BaseException | None) -> bool:
-    """Tell a database that the system keeps from being used from a damaged one."""
-    while error is not None and not isinstance(error, sqlite3.Error):
-        error = error.__cause__
-    return error is not None and getattr(error, "sqlite_errorcode", 0) & 0xFF in UNWRITABLE
-
-
-def record_settings(study: optuna.Study, settings: Mapping[str, Any]) -> None:
+def record_settings(study: optuna.Study, settings: Mapping[str, Any], checkpoint_dir: Path) -> None:
     """Record what makes the study's trials comparable, or check it against what is recorded.
 
     Raises UserError with the differences: Optuna itself would accept most of them silently.
@@ -82,30 +69,4 @@ def record_settings(study: optuna.Study, settings: Mapping[str, Any]) -> None:
     if recorded is None:
         study.set_user_attr("settings", dict(settings))
         return
-    refuse_changes(recorded, settings)
-
-
-def refuse_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError, naming each difference, when settings differ from the recorded ones."""
-    old, new = _flat(recorded), _flat(json.loads(json.dumps(wanted)))
-    changes = [
-        f"{name}: {old.get(name, 'absent')} in the study, {new.get(name, 'absent')} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if changes:
-        raise UserError(
-            "this search was started with other settings, and its trials could not be compared "
-            f"with new ones: {'; '.join(one_line(c, 200) for c in changes)}; "
-            "give the old settings, or a fresh --checkpoint_dir"
-        )
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict) and prefix != "space.":  # a range is told as one
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    refuse_changes(recorded, settings, checkpoint_dir)

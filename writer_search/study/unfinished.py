@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from writer_search.common.files import remove_temporaries
+from writer_search.common.text import counted
 from writer_search.results.rows import has_saved, home_of, read_history, trial_dir
 from writer_search.study.records import finished_value, tell, write_error_log, write_record
 
@@ -73,7 +74,8 @@ def settle(
     if (directory / "config.json").exists():  # it may be on another machine, out of reach
         handle.set_user_attr("advanced", has_saved(directory))
     tell(study, checkpoint_dir, trial.number, TrialState.FAIL)
-    return f"trial {trial.number} was cut off at epoch {min(epochs + 1, most)}: recorded as failed"
+    epoch = min(epochs + 1, most)
+    return f"trial {trial.number} was cut off at epoch {epoch}: recorded as interrupted"
 
 
 def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:
@@ -102,8 +104,8 @@ def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     if not sum(saved):
         return []
     return [
-        f"{len(saved)} interrupted trial(s) have saved {sum(saved)} epoch(s): "
-        "--continue_interrupted goes on with them"
+        f"{counted(len(saved), 'interrupted trial')} saved {counted(sum(saved), 'epoch')}: "
+        f"--continue_interrupted goes on with {'it' if len(saved) == 1 else 'them'}"
     ]
 
 

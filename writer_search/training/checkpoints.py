@@ -28,6 +28,7 @@ from writer_search.common.files import write_text, write_whole
 from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
 from writer_search.lines.decoding import INK_DEVIATION, VERSION
+from writer_search.training.certainty import NEVER
 
 CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result
 
@@ -343,6 +344,16 @@ def load_model(path: Path) -> tuple[WriterModel, TrialConfig, tuple[str, ...]]:
 
     Raises UserError, in one line, for whatever is not a model of this program.
     """
+    return load_for_prediction(path)[:3]
+
+
+def load_for_prediction(
+    path: Path,
+) -> tuple[WriterModel, TrialConfig, tuple[str, ...], float | None]:
+    """Load a saved model as `load_model` does, and the probability from which on it is sure.
+
+    None where its file does not tell: it was not validated, or an earlier version wrote it.
+    """
     saved = _load_saved_model(path)
     try:
         config = TrialConfig.from_dict(saved["config"])
@@ -354,7 +365,11 @@ def load_model(path: Path) -> tuple[WriterModel, TrialConfig, tuple[str, ...]]:
         model.load_state_dict(saved["model"])
     except Exception as error:  # nearly anything, where a file holds nearly anything
         raise UserError(f"{path} is not a model of this program: {one_line(error, 150)}") from None
-    return model.to(memory_format=torch.channels_last).eval(), config, writers
+    metrics = saved.get("metrics")
+    sure_from = metrics.get("sure_from") if isinstance(metrics, dict) else None
+    is_known = isinstance(sure_from, float) and 0 <= sure_from <= NEVER
+    model = model.to(memory_format=torch.channels_last).eval()
+    return model, config, writers, sure_from if is_known else None
 
 
 def _load_saved_model(path: Path) -> dict[str, Any]:

@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from writer_search.training.certainty import sure_from
+
 
 @dataclass(frozen=True)
 class Metrics:
     """What a model gets right on one split, as fractions.
 
+    sure_from: the probability from which on nine of ten lines are right, see `certainty`; None in
+    what an earlier version measured.
     macro_top1: mean over writers of the share of their lines whose first guess is right.
     macro_top5: the same for the first five guesses; None with five writers or fewer.
     micro_top1: share of all lines. page_macro_top1: pages instead of lines.
@@ -23,6 +27,7 @@ class Metrics:
     of 2,000 writers would have four million numbers. Not compared by `==`.
     """
 
+    sure_from: float | None = field(kw_only=True, default=None)
     macro_top1: float
     macro_top5: float | None
     micro_top1: float
@@ -57,6 +62,7 @@ def compute_metrics(
     if len(writers) > 5:
         top5 = float(_mean_by(in_top5(logits, labels), labels, len(writers))[measured].mean())
     return Metrics(
+        sure_from=sure_from(np.exp(log_softmax.max(1)), right),
         macro_top1=float(per_writer.mean()),
         macro_top5=top5,
         micro_top1=float(right.mean()),

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from model import WriterModel
 from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
-from writer_search.common.text import one_line
+from writer_search.common.text import counted, one_line
 from writer_search.config import TrialConfig
 from writer_search.lines.decoding import BrokenImageError, DecodedLine, decode_line
 from writer_search.lines.report import doubt_of
@@ -42,7 +42,9 @@ LINES_AT_ONCE = 256  # decoded lines in memory: 15 MB at 64 px
 class Guess:
     """Whose hand a line or a page is in. Probabilities are fractions, of all writers' the sum is 1.
 
-    image: None for a page.   lines: how many lines were averaged.
+    image: None for a page.   lines: how many lines were averaged.   unsure: whether validation
+    lines of such a probability were often wrong, see `certainty`; None of pages, and where nobody
+    knows.
     """
 
     image: str | None
@@ -52,6 +54,7 @@ class Guess:
     probability: float
     runner_up: str
     runner_up_probability: float
+    unsure: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,14 @@ class Predictions:
 
     skipped: image or directory → why nothing can be said of it, or of some files in it.
     doubtful: image → why its guess may be worth nothing, though there is one.
+    sure_from: the probability below which a line is unsure; None: the model's file does not tell.
     """
 
     lines: list[Guess]
     pages: list[Guess]
     skipped: dict[str, str]
     doubtful: dict[str, str]
+    sure_from: float | None = None
 
 
 @torch.inference_mode()
@@ -75,8 +80,11 @@ def predict(
     writers: Sequence[str],
     paths: Sequence[Path],
     device: torch.device,
+    sure_from: float | None = None,
 ) -> Predictions:
     """Predict the writer of each image, and of each page: the directory that images lie in.
+
+    sure_from: see `Predictions`.
 
     A line's probabilities are the softmax of its windows' mean logits. A page's are those of the
     mean log-softmax of its lines, so that a sure line weighs more than an unsure one.
@@ -106,14 +114,21 @@ def predict(
     for path in scores:
         pages.setdefault(path.parent.resolve(), []).append(path)
     return Predictions(
-        [_guess(scores[path], writers, path, [path]) for path in scores],
+        [marked(_guess(scores[path], writers, path, [path]), sure_from) for path in scores],
         [
             _guess(torch.stack([scores[p] for p in own]).mean(0), writers, None, own)
             for own in pages.values()
         ],
         skipped,
         doubtful,
+        sure_from,
     )
+
+
+def marked(guess: Guess, sure_from: float | None) -> Guess:
+    """Mark a line's guess as unsure, or not; leave it where nobody knows."""
+    unsure = None if sure_from is None else guess.probability < sure_from
+    return replace(guess, unsure=unsure)
 
 
 def _find(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
@@ -217,24 +232,45 @@ def as_table(predictions: Predictions) -> str:
     pages = _aligned(
         ["page", "lines", *columns], predictions.pages, lambda guess: [guess.page, str(guess.lines)]
     )
-    return f"{lines}\n\n{pages}"
+    return f"{lines}\n\n{pages}\n\n{certainty_text(predictions)}"
+
+
+def certainty_text(predictions: Predictions) -> str:
+    """Say how many lines are unsure, and what that means."""
+    if predictions.sure_from is None:
+        return (
+            "How often such guesses are wrong is not known: this model was not validated, or an "
+            "earlier version wrote it."
+        )
+    unsure = sum(guess.unsure is True for guess in predictions.lines)
+    which = f"{unsure} of {counted(len(predictions.lines), 'line')} unsure: "
+    if predictions.sure_from > 1:
+        return f"{which}at no probability were nine of ten validation lines right."
+    if predictions.sure_from == 0:
+        return f"{which}at every probability nine of ten validation lines or more were right."
+    return (
+        f"{which}below {100 * predictions.sure_from:.1f} %, fewer than nine of ten validation "
+        "lines were right."
+    )
 
 
 def _aligned(
     header: list[str], guesses: Sequence[Guess], first: Callable[[Guess], list[str]]
 ) -> str:
-    rows = [header] + [
+    marks = any(guess.unsure for guess in guesses)
+    rows = [header + ([""] if marks else [])] + [
         [
             *first(guess),
             guess.writer,
             f"{100 * guess.probability:.1f} %",
             guess.runner_up,
             f"{100 * guess.runner_up_probability:.1f} %",
+            *(["unsure" if guess.unsure else ""] if marks else []),
         ]
         for guess in guesses
     ]
     shown = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in shown) for column in range(len(header))]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(rows[0]))]
     numbers = {column for column, name in enumerate(header) if name in ("probability", "lines")}
     return "\n".join(
         "  ".join(

@@ -19,7 +19,7 @@ from writer_search.common.files import content_hash, read_json, remove_temporari
 from writer_search.common.locks import DirectoryLock
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
-from writer_search.common.text import duration, one_line, percent
+from writer_search.common.text import counted, duration, one_line, percent
 from writer_search.config import TrialConfig, half_batch
 from writer_search.lines.layout import SPLITS
 from writer_search.training.checkpoints import LATEST, CheckpointMismatchError, load_checked
@@ -260,7 +260,9 @@ def device_like(name: str, on_gpu: bool) -> torch.device:
         return torch.device("cuda" if on_gpu and not why else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA device(s)")
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} sees {counted(count, 'CUDA device')}"
+        )
     if device.type == "cuda" and (why := why_unusable(name)):
         raise UserError(f"--device {name}: {why}")
     return device
@@ -372,7 +374,7 @@ def opening_lines(
     return [
         f"{'Going on with' if goes_on else 'Training'} the configuration of {wanted.config_file}",
         f"{len(data.writers)} writers | lines: {lines} | {data.line_height} px | {device}, "
-        f"{original.threads} thread(s) | {lasting}",
+        f"{counted(original.threads, 'thread')} | {lasting}",
     ]
 
 

@@ -85,6 +85,8 @@ class TrainingState:
         self.step, self.epoch = contents["step"], contents["epoch"]
         self.seconds = contents.get("seconds", 0.0)  # an earlier version did not note it
         self.best, self.history = contents["best"], contents["history"]
+        if self.best is not None:
+            self.best.setdefault("sure_from", None)  # an earlier version did not measure it
         if self.best is not None and isinstance(self.best["confusion"], dict):  # the same
             counts = torch.tensor(self.best["confusion"]["counts"], dtype=torch.int32)
             pairs = counts.nonzero()

@@ -12,14 +12,16 @@ from optuna.trial import FrozenTrial
 
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
+from writer_search.common.text import counted
 from writer_search.results.rows import trial_dir
-from writer_search.study.rebuilding import rebuild, trial_directories
+from writer_search.study.changes import refuse_changes
+from writer_search.study.damage import trial_directories
+from writer_search.study.rebuilding import rebuild
 from writer_search.study.records import count_in_utc, write_record
 from writer_search.study.shared.storage import (
     find_study,
     shown_url,
 )
-from writer_search.study.store import refuse_changes
 
 
 def open_shared(
@@ -36,7 +38,7 @@ def open_shared(
     if recorded is None:  # whoever created the study has died since
         study.set_user_attr("settings", settings)
     else:
-        refuse_changes(recorded, settings)
+        refuse_changes(recorded, settings, checkpoint_dir)
     for trial in study.get_trials(deepcopy=False):
         directory = trial_dir(checkpoint_dir, trial.number)
         has_record = (directory / "trial.json").exists()
@@ -55,9 +57,9 @@ def refuse_strangers(storage: BaseStorage, name: str, url: str, checkpoint_dir: 
     strangers = [n for n in numbers if n >= len(trials) or _differs(checkpoint_dir, trials[n])]
     if strangers:
         raise UserError(
-            f"{checkpoint_dir} holds {len(strangers)} trial(s), first trial {strangers[0]}, that "
-            f"study {name} at {shown_url(url)} does not have: give a fresh --checkpoint_dir, or "
-            "rebuild a study that is lost from them with --recover"
+            f"{checkpoint_dir} holds {counted(len(strangers), 'trial')}, first trial "
+            f"{strangers[0]}, that study {name} at {shown_url(url)} does not have: give a fresh "
+            "--checkpoint_dir, or rebuild a study that is lost from them with --recover"
         )
 
 

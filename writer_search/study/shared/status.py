@@ -9,6 +9,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from writer_search.common.text import counted
 from writer_search.results.estimate import finished_epochs, seconds_left, unbroken
 from writer_search.results.rows import count_complete, is_surplus, rows_of
 from writer_search.results.status import RunningStatus, Status, silence
@@ -40,7 +41,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
             finished_epochs(rows), progress, to_start, epochs, len(running), patience
         )
     return Status(
-        heading=f"{where}: {len(running)} trial(s) running",
+        heading=f"{where}: {counted(len(running), 'trial')} running",
         checkpoint_dir=checkpoint_dir or Path(run.get("checkpoint_dir", ".")),
         active=bool(running),
         holder=None,
@@ -49,6 +50,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
         rows=rows,
         running=running,
         left=left,
+        space=settings.get("space", {}),
     )
 
 

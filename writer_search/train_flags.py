@@ -1,0 +1,119 @@
+"""The command line of train.py: its flags, its help, and what it takes for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from writer_search.common.errors import UserError
+from writer_search.flag_values import Parser, add_version, device_name, underscored
+
+TRAIN_ON = ("train", "train+val")
+TRAIN_EPILOG = """\
+examples:
+  whose hand is this:
+    python train.py --predict page_1/ page_2/line_003.png --model runs/a/summary/best_model.pth
+
+  repeat a trial outside of its search, or train the final model on all but the test lines:
+    python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir again
+    python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir final \\
+        --train_on train+val
+
+exit codes: 0 done | 1 some images could not be read, they are named, or the training failed |
+2 a mistake in the command, or no image could be read | 130, 143, ... stopped by a signal
+"""
+
+
+def build_train_parser() -> Parser:
+    """Describe the command line, in groups."""
+    parser = Parser(
+        prog="train.py",
+        description="Tell whose hand line images are in, with a model that a search has found; or "
+        "train a search's trial again. Stop a training any time: the same command goes on.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_use_flags(parser.add_argument_group("use a model"))
+    _add_again_flags(parser.add_argument_group("train a trial again"))
+    add_version(parser)
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N; auto: a GPU where there is one, and for --config the kind "
+        "that the trial had (default: %(default)s)",
+    )
+    return parser
+
+
+def _add_use_flags(use: Any) -> None:
+    use.add_argument(
+        "--predict",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE_OR_DIR",
+        help="line images, or directories of them; a directory that holds images is a page",
+    )
+    use.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE.pth",
+        help="a best_model.pth or final_model.pth; it holds all that its use needs",
+    )
+    form = use.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--csv", action="store_true", help="print one table of lines and pages")
+
+
+def _add_again_flags(group: Any) -> None:
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.json",
+        help="the config.json of a trial: its hyperparameters, seed, threads and data",
+    )
+    group.add_argument(
+        "--data_root", type=Path, metavar="DIR", help="the lines that the trial was trained on"
+    )
+    group.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="what the training writes, as a trial does"
+    )
+    group.add_argument(
+        "--train_on",
+        choices=TRAIN_ON,
+        default="train",
+        help="train+val: for the final model; then no epoch is chosen, and nothing validates it "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--other_data",
+        action="store_true",
+        help="train on all writers of --data_root, though they are not the trial's lines",
+    )
+    group.add_argument(
+        "--cache_dir",
+        type=Path,
+        metavar="DIR",
+        help="where decoded lines are kept (default: the user's cache)",
+    )
+
+
+def parse_train_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; hyphens in flags are taken for underscores. Raises UserError."""
+    args = build_train_parser().parse_args([underscored(word) for word in argv])
+    if (args.predict is None) == (args.config is None):
+        raise UserError(
+            "give --predict, to use a model, or --config, to train a trial again "
+            "(--help shows all options)"
+        )
+    if args.predict is not None and args.model is None:
+        raise UserError("--model is missing: give a search's summary/best_model.pth")
+    for name, what in (("data_root", "where the lines are"), ("output_dir", "where to write")):
+        if args.config is not None and getattr(args, name) is None:
+            raise UserError(f"--{name} is missing: say {what}")
+    return args
