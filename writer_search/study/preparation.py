@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from data import LineSet
+    from writer_search.lines.report import LineFile
     from writer_search.processes.plan import Plan
 
 
@@ -170,15 +171,7 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
     from writer_search.study.draws import make_sampler
 
     make_sampler(args.sampler, 0)  # it may need what is not installed
-    if args.demo:
-        from writer_search.demo import make_lines
-
-        live.begin("writing the demo's lines")
-        make_lines(args.data_root)
-    wanted = None if args.use_all_writers else args.num_writers_subset
-    left_out = LeftOut()
-    live.begin("finding lines")
-    lines = find_lines(args.data_root, wanted, args.seed, left_out)
+    lines, left_out = wanted_lines(args)
     if recorded is not None and "cohog_head" not in recorded["space"]:
         # It was begun before there was a descriptor, or without it: its default backbones are so.
         networks = BACKBONES_BY_TIER[recorded["tier"], recorded["weights"] == "imagenet"]
@@ -207,7 +200,31 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
         require_test_lines(data)
     for warning in outside_of(usual, fix):
         print(f"warning: {warning}", file=sys.stderr)
-    settings = {
+    settings = settings_of_study(args, decided, data, space)
+    plan = make_plan(args, machine, data, space, settings, cores)
+    return replace(plan, trains=trains)
+
+
+def wanted_lines(args: argparse.Namespace) -> tuple[list[LineFile], LeftOut]:
+    """Find the lines of the wanted writers; writes the demo's first. Also gives what is no line."""
+    if args.demo:
+        from writer_search.demo import make_lines
+
+        live.begin("writing the demo's lines")
+        make_lines(args.data_root)
+    wanted, left_out = None if args.use_all_writers else args.num_writers_subset, LeftOut()
+    live.begin("finding lines")
+    return find_lines(args.data_root, wanted, args.seed, left_out), left_out
+
+
+def settings_of_study(
+    args: argparse.Namespace, decided: dict[str, Any], data: LineSet, space: Space
+) -> dict[str, Any]:
+    """Give all that has to stay the same when a study goes on.
+
+    decided: tier, weights and precision, as the study or the machine has them.
+    """
+    return {
         "metric": "validation macro top-1 accuracy",
         "data": {
             "fingerprint": data.fingerprint,
@@ -222,8 +239,6 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
         "precision": precision_of(space) or decided["precision"],
         "space": space.to_dict(),
     }
-    plan = make_plan(args, machine, data, space, settings, cores)
-    return replace(plan, trains=trains)
 
 
 def make_plan(
