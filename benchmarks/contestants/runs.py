@@ -24,6 +24,7 @@ from benchmarks.contestants.faults import (
 )
 from benchmarks.contestants.job import Job
 from writer_search.common.cores import usable_cores
+from writer_search.common.environment import training_environment
 
 HOOK = Path(__file__).parent / "journal"
 LEFT_SECONDS = 5.0  # after a kill, that processes may take to end
@@ -92,7 +93,9 @@ class Run:
     def _launch(self) -> bool:
         """Run the command once; tell whether a fault ended it."""
         name = f"{self._name}.{len(self.launches)}"
-        environment = os.environ | {
+        # Training is as fast for all of them: with the variables that this program sets for trials.
+        environment = os.environ | training_environment(os.environ)
+        environment |= {
             "GOODPUT_JOURNAL": str(self._place / "journal"),
             "GOODPUT_LAUNCH": name,
             "PYTHONPATH": os.pathsep.join(map(str, (HOOK, ROOT))),
