@@ -1,7 +1,7 @@
 """What a kill costs: the same job on this program and on others, each killed in the same way.
 
     python -m benchmarks.goodput --data_root latin_hands [--contestants default,continued,optuna]
-        [--faults none,kill_group_60,kill_group_30] [--repetitions 1] [--epochs 3] [--lines 12]
+        [--faults none,kill_group_60,kill_group_30] [--repetitions 1] [--epochs 3] [--lines 10]
 
 Each contestant trains the same configurations on the same lines, is hit by a fault, and is started
 again by the same command until it has a result for each. Goodput is the share of the wall time that
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--configurations", type=int, default=len(LEARNING_RATES), help="at most 8")
     parser.add_argument("--epochs", type=int, default=3, help="of each configuration")
-    parser.add_argument("--lines", type=int, default=12, help="of each writer; a third validates")
+    parser.add_argument("--lines", type=int, default=10, help="of each writer; a third validates")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that a run may take")
     parser.add_argument("--output", type=Path, help="JSON, written after each run")
     parser.add_argument("--keep", type=Path, help="an empty directory for what the runs write")

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks.contestants import accounting
+from benchmarks.contestants import Contestant, accounting, runs
 from benchmarks.contestants.accounting import Figures, Launch, Mark, account, read_marks
-from benchmarks.contestants.faults import fault_named, synced_bytes
+from benchmarks.contestants.faults import Fault, fault_named, kill_group, synced_bytes
+from benchmarks.contestants.job import Job
+from benchmarks.goodput import measure
 
 RATES, EPOCHS, STEPS = (0.1, 0.2), 2, 2  # a job of two configurations, and 2 steps in an epoch
 RECORDED = [(0.1, 0.5), (0.2, 0.6)]
+
+
+# A command that trains on paper, and goes on after a kill. Given a third word it tells its results.
+ON_PAPER = """
+import json, os, pathlib, sys, time
+job, state = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2], "state")
+done = json.loads(state.read_text()) if state.exists() else []
+if len(sys.argv) > 3:
+    sys.exit(print([[number, 0.5] for number in (0, 1) if done.count(number) == job["epochs"]]))
+journal = open(os.environ["GOODPUT_JOURNAL"], "a")
+for number, rate in enumerate(job["learning_rates"]):
+    for epoch in range(done.count(number), job["epochs"]):
+        for kind in ("begin", "step", "validation"):
+            words = time.monotonic(), os.environ["GOODPUT_LAUNCH"], os.getpid(), rate, kind, epoch
+            print(*words, 1.0, file=journal, flush=True)
+            time.sleep(0.03)
+        done.append(number)
+        state.with_suffix(".tmp").write_text(json.dumps(done))
+        state.with_suffix(".tmp").replace(state)
+"""
 
 
 class Journal:
@@ -125,6 +148,24 @@ def test_the_journal_is_written_and_read(tmp_path: Path, monkeypatch: pytest.Mon
         ("7.0", os.getpid(), 0.002)
     }
     assert marks[-1].loss == 0.1 + 0.2
+
+
+def test_a_killed_command_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "LEFT_SECONDS", 0.1)
+
+    def words(*more: str) -> Any:
+        return lambda job, own: [sys.executable, "-c", ON_PAPER, str(job), str(own), *more]
+
+    contestant = Contestant("on paper", words(), words("results"), ("state",))
+    Job(3, "", "", learning_rates=RATES).write(tmp_path / "job.json")
+    fault = Fault("killed once", 0.3, kill_group, once=True)
+    run = runs.Run(contestant, fault, tmp_path / "job.json", tmp_path, 60)
+    run.go()
+    found = measure(run, 1, None)
+    assert run.results == [(0, 0.5), (1, 0.5)]
+    assert (run.kills, len(run.launches), run.left, run.person) == (1, 2, 0, [])
+    assert 0 < found["goodput"] < 1
+    assert (found["lost"], found["twice"], found["never"]) == (0, 0, 0)
 
 
 def test_faults_are_named_with_their_seconds() -> None:

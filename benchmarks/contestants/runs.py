@@ -136,7 +136,7 @@ class Run:
                     )
                 )
                 self._plan_next(clock)
-                if process.poll() is not None:
+                if process.poll() is not None and not self.fault.needs_disk:
                     self.kills += 1
                     self._checks.append((time.monotonic() + LEFT_SECONDS, name))
                     return True
@@ -177,8 +177,8 @@ class Run:
         self._read_results()
         if self._has_all():
             return
-        if self._full_until is not None:  # a person makes room, for everybody; then the same again
-            self._make_room()
+        if self._full_until is not None:
+            self._make_room()  # a person has to, whoever it is; then the same command again
             return
         self._failures += 1
         if self._failures >= TRIES:
