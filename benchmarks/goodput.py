@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,6 +38,8 @@ from benchmarks.contestants.job import LEARNING_RATES, Job
 from benchmarks.contestants.runs import Run
 from benchmarks.first_minutes import make_link
 from data import find_lines
+
+About = dict[str, Any]  # machine, versions, settings
 
 COLUMNS = {
     "goodput": "goodput",
@@ -133,46 +136,39 @@ def measure(run: Run, steps: int, undisturbed: Mapping[str, Any] | None) -> dict
 
 
 def run_all(
-    args: argparse.Namespace, able: Sequence[Contestant], job: Job, place: Path, steps: int
+    args: argparse.Namespace, able: Sequence[Contestant], job: Job, place: Path, about: About
 ) -> list[dict[str, Any]]:
     """Run every contestant under every fault, in alternation; the order turns each time."""
     rows: list[dict[str, Any]] = []
-    turn = 0
-    for repetition in range(args.repetitions):
-        undisturbed: dict[str, dict[str, Any]] = {}
-        for fault_name, fault in args.faults.items():
-            order = able[:: 1 if turn % 2 == 0 else -1]
-            turn += 1
-            for contestant in order:
-                own = place / f"{repetition}_{fault_name}_{contestant.name}"
-                own.mkdir()
-                job.write(own / "job.json")
-                run = Run(contestant, fault, own / "job.json", own, args.limit)
-                try:
-                    run.go()
-                except OSError as error:
-                    print(f"skipped: {fault_name}: {error}", file=sys.stderr)
-                    break
-                found = measure(run, steps, undisturbed.get(contestant.name))
-                if fault_name == NONE:
-                    undisturbed[contestant.name] = found
-                labels = {"fault": fault_name, "contestant": contestant.name}
-                rows.append({**labels, "repetition": repetition, **found})
-                told = {name: found[name] for name in ("wall", "goodput", "kills", "gave_up")}
-                print(*labels.values(), json.dumps(told), file=sys.stderr, flush=True)
-                write_output(args, rows, {})
+    rounds = product(range(args.repetitions), args.faults.items())
+    undisturbed: dict[tuple[int, str], dict[str, Any]] = {}
+    for turn, (repetition, (fault_name, fault)) in enumerate(rounds):
+        for contestant in able[:: 1 if turn % 2 == 0 else -1]:
+            own = place / f"{repetition}_{fault_name}_{contestant.name}"
+            own.mkdir()
+            job.write(own / "job.json")
+            run = Run(contestant, fault, own / "job.json", own, args.limit)
+            try:
+                run.go()
+            except OSError as error:
+                print(f"skipped: {fault_name}: {error}", file=sys.stderr)
+                break
+            side = (repetition, contestant.name)
+            found = measure(run, about["settings"]["steps"], undisturbed.get(side))
+            if fault_name == NONE:
+                undisturbed[side] = found
+            labels = {"fault": fault_name, "contestant": contestant.name}
+            rows.append({**labels, "repetition": repetition, **found})
+            told = {name: found[name] for name in ("wall", "goodput", "kills", "gave_up")}
+            print(*labels.values(), json.dumps(told), file=sys.stderr, flush=True)
+            if args.output is not None:
+                args.output.write_text(as_json(about, rows) + "\n")
     return rows
 
 
-def write_output(
-    args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], more: Mapping[str, Any]
-) -> str:
-    """Give all as JSON, and write it where --output says."""
+def as_json(about: About, rows: Sequence[Mapping[str, Any]]) -> str:
     runs = [{key: value for key, value in row.items() if key != "outcome"} for row in rows]
-    text = json.dumps({**more, "runs": runs})
-    if args.output is not None:
-        args.output.write_text(text + "\n")
-    return text
+    return json.dumps({**about, "runs": runs})
 
 
 def cell(values: Sequence[Any]) -> str:
@@ -202,20 +198,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     able, versions = installed(args.contestants.split(","))
     with line_images(args) as (root, _), tempfile.TemporaryDirectory() as temporary:
         place = args.keep or Path(temporary)
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         linked = link_some_lines(root, place / "lines", args.lines)
         rates = LEARNING_RATES[: args.configurations]
         job = Job(args.epochs, str(place / "lines"), str(place / "cache"), learning_rates=rates)
         decoded(place / "lines", place / "cache", job.line_height)
-        steps = max(1, linked // job.config(0).batch_size)
-        rows = run_all(args, able, job, place, steps)
-    machine = describe_machine()
-    print(machine)
+        settings = {
+            **{"configurations": len(rates), "epochs": args.epochs, "lines": args.lines},
+            **{"training_lines": linked, "steps": max(1, linked // job.config(0).batch_size)},
+            "seed": job.seed,
+        }
+        about = {"machine": describe_machine(), "versions": versions, "settings": settings}
+        rows = run_all(args, able, job, place, about)
+    print(about["machine"])
     tell(rows)
-    settings = {"configurations": len(rates), "epochs": args.epochs, "lines": args.lines}
-    settings |= {"seed": job.seed, "training_lines": linked, "steps": steps}
-    more = {"machine": machine, "versions": versions, "settings": settings}
-    print(write_output(args, rows, more))
+    print(as_json(about, rows))
     return 0
 
 
