@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,7 @@ class Run:
         self.left = self.kills = 0
         self.gave_up: str | None = None
         self.results: list[tuple[int, float]] = []
+        self._scratch = ""  # for temporary files
         self._clock = 0.0  # seconds of all launches that have ended
         self._due = fault.seconds if fault else float("inf")
         self._full_until: float | None = None
@@ -67,6 +69,8 @@ class Run:
     def go(self) -> None:
         """Run until all configurations have a result, or it is given up. Raises OSError."""
         self._directory.mkdir(parents=True)
+        # Short: Ray has its sockets there, whose paths may have 107 bytes.
+        self._scratch = tempfile.mkdtemp(prefix="run")
         is_disk = self.fault is not None and self.fault.needs_disk
         if is_disk:
             mount_disk(self._directory)
@@ -78,6 +82,7 @@ class Run:
                 self._read_results()
         finally:
             self._end_everything()
+            shutil.rmtree(self._scratch, ignore_errors=True)
             if is_disk:
                 unmount_disk(self._directory)
 
@@ -101,6 +106,7 @@ class Run:
             "PYTHONPATH": os.pathsep.join(map(str, (HOOK, ROOT))),
             "OMP_NUM_THREADS": str(usable_cores()),  # or results differ in their last digits
             "RAY_USAGE_STATS_ENABLED": "0",
+            "TMPDIR": self._scratch,
         }
         with (self._place / "output.txt").open("ab") as output:
             output.write(f"--- launch {len(self.launches)}\n".encode())
