@@ -63,7 +63,8 @@ class Figures:
     epochs_again: steps done more often than once, in epochs.   lost: configurations that were
     trained to their end and have no result.   never: others without one.   twice: those with two
     results, or that were trained on after their end.   first_batch: seconds from the command to it,
-    the median of all starts.   ending: seconds from the last validation to the command's end.
+    the median of all starts.   ending: seconds from the last validation to the end of a command that
+    has all results.
     """
 
     wall: float
@@ -156,7 +157,7 @@ def account(
         changed=_changed(final, undisturbed[1]) if undisturbed else None,
         launches=len(launches),
         first_batch=median(firsts) if firsts else None,
-        ending=launches[-1].end - work[-1].mark.time if work else None,
+        ending=launches[-1].end - work[-1].mark.time if work and not missing else None,
     )
 
 
