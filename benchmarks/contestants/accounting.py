@@ -63,8 +63,8 @@ class Figures:
     epochs_again: steps done more often than once, in epochs.   lost: configurations that were
     trained to their end and have no result.   never: others without one.   twice: those with two
     results, or that were trained on after their end.   first_batch: seconds from the command to it,
-    the median of all starts.   ending: seconds from the last validation to the end of a command that
-    has all results.
+    the median of all starts.   ending: seconds from the last validation to the end
+    of a command that has all results.
     """
 
     wall: float
