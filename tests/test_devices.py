@@ -17,7 +17,7 @@ from writer_search.processes import machine, parent, questions
 from writer_search.processes import runner as runner_module
 from writer_search.processes.devices import Devices, divide, visible_entries
 from writer_search.processes.machine import _visible_gpus
-from writer_search.processes.messages import Gpu
+from writer_search.processes.messages import Gpu, MachineQuestion
 from writer_search.study import preparation
 from writer_search.study.store import open_study
 from writer_search.training.repeat import device_like
@@ -250,8 +250,40 @@ def test_each_gpu_is_opened_and_named_by_a_process_of_its_own(gpus_found: Any) -
         Gpu("GPU-c", "the GPU-c", True),
     )
     assert warnings == []
-    assert machine._precision("resnet18", found) == "float32"
-    assert machine._precision("resnet18", found[::2]) == "bfloat16"
+    assert machine._precision_on_gpus(("resnet18",), found) == {"resnet18": "float32"}
+    assert machine._precision_on_gpus(("resnet18",), found[::2]) == {"resnet18": "bfloat16"}
+
+
+def test_the_faster_precision_is_measured_once_for_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, begun = [], []
+
+    def measure(backbone: str, tier: str) -> str:
+        measured.append(backbone)
+        return "bfloat16" if backbone == "resnet18" else "float32"
+
+    monkeypatch.setattr(machine, "_faster_precision", measure)
+    memory = tmp_path / "cache" / "precision.json"
+
+    def ask(*backbones: str, threads: int = 1) -> dict[str, str]:
+        question = MachineQuestion((), "none", backbones, True, threads, memory)
+        found: dict[str, str] = machine._describe_machine(question, begun.append)["precision"]
+        return found
+
+    assert ask("resnet18") == {"resnet18": "bfloat16"}
+    both = {"resnet18": "bfloat16", "resnet34": "float32"}
+    assert ask("resnet18", "resnet34") == ask("resnet18", "resnet34") == both
+    assert measured == ["resnet18", "resnet34"]
+    assert begun == ["measuring bfloat16"] * 2
+    ask("resnet18", threads=2)
+    assert measured[2:] == ["resnet18"], "with other threads it may be another one"
+    memory.write_text("damaged")
+    assert ask("resnet34") == {"resnet34": "float32"}
+    memory.unlink()
+    memory.mkdir()  # it cannot be written
+    assert ask("resnet34") == {"resnet34": "float32"}
+    assert measured[3:] == ["resnet34"] * 2
 
 
 def test_gpus_that_do_not_open_are_left_out(

@@ -23,7 +23,7 @@ def provenance(data_root: Path, machine: dict[str, Any]) -> dict[str, Any]:
         "interpreter": sys.executable,
         **git_state(Path(__file__).parents[2]),
         "host": socket.gethostname(),
-        "device_names": machine["device_names"] or [_processor()],
+        "device_names": machine["device_names"] or [processor()],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
@@ -50,7 +50,7 @@ def git_state(directory: Path) -> dict[str, Any]:
     return {"git_commit": commit.removesuffix("-dirty"), "git_dirty": commit.endswith("-dirty")}
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name the processor; on Linux a file alone tells its model."""
     try:
         found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())

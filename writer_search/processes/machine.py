@@ -14,8 +14,10 @@ import torchvision
 
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
 from writer_search.common.errors import UserError
+from writer_search.common.files import read_dict, write_json
+from writer_search.common.provenance import processor
 from writer_search.common.text import counted, one_line
-from writer_search.config import BACKBONES
+from writer_search.config import BACKBONES, PRECISIONS
 from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
 from writer_search.processes.messages import (
@@ -56,17 +58,16 @@ def _describe_machine(
     backbones = question.backbones
     if backbones is None:
         backbones = BACKBONES_BY_TIER[tier, weights == "imagenet"]
-    if question.measure and backbones and not gpus:
-        begin("measuring bfloat16")
+    measured = backbones if question.measure else ()
     return {
         "gpus": [gpu.entry for gpu in gpus],
         "device_names": [gpu.name for gpu in gpus],
         "tier": tier,
         "weights": weights,
         "weights_why": why,
-        "precision": {
-            name: _precision(name, gpus) for name in (backbones if question.measure else ())
-        },
+        "precision": _precision_on_gpus(measured, gpus)
+        if gpus
+        else _precision_here(measured, question, begin),
         "versions": {
             # Plain text: the search process would import torch to read a TorchVersion.
             "torch": str(torch.__version__),
@@ -160,11 +161,30 @@ def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
     return "none", why
 
 
-def _precision(backbone: str, gpus: tuple[Gpu, ...]) -> str:
-    """Decide a backbone's precision here, by what each GPU has said, or measured on the CPU."""
-    if not gpus:
-        return _faster_precision(backbone, "cpu")
-    return "bfloat16" if all(gpu.bfloat16 for gpu in gpus) else "float32"
+def _precision_on_gpus(backbones: tuple[str, ...], gpus: tuple[Gpu, ...]) -> dict[str, str]:
+    """Decide each backbone's precision by what all GPUs have said."""
+    return dict.fromkeys(backbones, "bfloat16" if all(gpu.bfloat16 for gpu in gpus) else "float32")
+
+
+def _precision_here(
+    backbones: tuple[str, ...], question: MachineQuestion, begin: Callable[[str], None]
+) -> dict[str, str]:
+    """Decide each backbone's precision on this CPU, once for each processor and torch."""
+    here = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    here += f", {question.threads} threads"
+    kept = read_dict(question.memory) if question.memory is not None else {}
+    found = {name: kept.get(f"{here}, {name}") for name in backbones}
+    unknown = [name for name, precision in found.items() if precision not in PRECISIONS]
+    if unknown:
+        begin("measuring bfloat16")
+        found |= {name: _faster_precision(name, "cpu") for name in unknown}
+        if question.memory is not None:
+            with contextlib.suppress(OSError):  # then it is measured again next time
+                question.memory.parent.mkdir(parents=True, exist_ok=True)
+                write_json(
+                    question.memory, kept | {f"{here}, {name}": found[name] for name in unknown}
+                )
+    return {name: str(precision) for name, precision in found.items()}
 
 
 def _faster_precision(backbone: str, tier: str) -> str:

@@ -45,6 +45,7 @@ class MachineQuestion:
     backbones: tuple[str, ...] | None  # the networks; None: the tier's own
     measure: bool  # whether to find out the faster precision of each
     threads: int  # to measure with
+    memory: Path | None = None  # the file that keeps what was measured
 
 
 @dataclass(frozen=True)

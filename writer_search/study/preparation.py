@@ -142,7 +142,8 @@ def ask_machine(
     gpus, warnings = questions.find_gpus(args.device)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    question = MachineQuestion(gpus, weights, backbones, measure, threads)
+    memory = (args.cache_dir or default_cache_dir()) / "precision.json"
+    question = MachineQuestion(gpus, weights, backbones, measure, threads, memory)
     return questions.ask_machine(question, live.begin)
 
 
