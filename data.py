@@ -107,7 +107,7 @@ class LineSet:
         return np.flatnonzero(self.splits == SPLITS.index(split))
 
     def for_trial(self) -> LineSet:
-        """Leave out what is large and no trial reads: the report, all paths but those to validate."""
+        """Leave out what is large and no trial reads: the report, paths of no validation line."""
         held_out = set(self.select("val").tolist())
         paths = tuple(path if i in held_out else "" for i, path in enumerate(self.paths))
         return replace(self, paths=paths, report={})
