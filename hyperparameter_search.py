@@ -227,8 +227,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         (search, True, []) if args.confirm_top is None else confirm_best(args, search)
     )
     search.recorder.read()
-    rows = search.rows
-    search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows))
+    rows, fixed = search.rows, search.plan.space.fixed
+    search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows, fixed))
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(args.checkpoint_dir, rows, args.n_trials, search.exhausted)

@@ -309,7 +309,7 @@ def opening(directory: Path, size: int) -> dict[str, float]:
     sides = {
         "open": open_it,
         "status": lambda: status_text(read_status(directory)),
-        "summary": lambda: write_summary(directory, rows),
+        "summary": lambda: write_summary(directory, rows, SPACE.fixed),
     }
     return {
         name: 1000 * min(common.seconds_of(work) for _ in range(3)) for name, work in sides.items()

@@ -20,10 +20,10 @@ from servers import PASSWORD, QUOTED, PostgreSQL
 from test_search import Run, run
 
 from writer_search.flags import STUDY_NAME
+from writer_search.results.rows import is_surplus
 from writer_search.study.draws import params_key
 from writer_search.study.shared.storage import (
     find_study,
-    is_surplus,
     opened_storage,
 )
 

@@ -10,9 +10,9 @@ import base64
 import hashlib
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from data import LineSet
@@ -58,7 +58,7 @@ class ReportPage:
     def seconds_to_next(self) -> float:
         """Give how long `write_if_due` has nothing to do."""
         soonest = self._next if self._is_due else max(self._next, self._last + SIGN_OF_LIFE)
-        return max(0.0, soonest - time.monotonic())
+        return max(0.0, soonest - monotonic())
 
     def write_if_due(
         self,
@@ -72,12 +72,12 @@ class ReportPage:
 
     def write(self, rows: Sequence[Row], recorded: Mapping[str, Any], standing: Standing) -> None:
         """Write the page, and the charts as files when the search runs no more."""
-        started = time.monotonic()
+        started = monotonic()
         shown = Snapshot(self._files, rows, recorded, standing)
         self._attempt(lambda: write_page(shown, self._pictures))
         if not standing.is_live:
             self._attempt(lambda: write_charts(shown))
-        self._last, self._is_due = time.monotonic(), False
+        self._last, self._is_due = monotonic(), False
         self._next = self._last + max(SOON, (self._last - started) / SHARE)
 
     def _attempt(self, write: Callable[[], object]) -> None:

@@ -49,7 +49,7 @@ class Recorder:
         self.unsaved: list[int] = []  # trials that ended without saving what they had just done
         self._plan, self._supply, self._study = plan, supply, supply.study
         self._progress, self._events, self._page = progress, events, page
-        self._summary = SummaryFiles(plan.checkpoint_dir)
+        self._summary = SummaryFiles(plan.checkpoint_dir, plan.space.fixed)
         self._failures: list[Cause] = []  # in a row
         self._without_weights: set[int] = set()  # trials whose weights were deleted
 
