@@ -62,6 +62,16 @@ def test_every_chart_is_well_formed_whatever_the_names() -> None:
     assert len(charts[2].panels) == 2, "neither what is fixed nor what no trial varied"
 
 
+def test_a_value_that_was_given_by_hand_has_its_place() -> None:
+    trials = outcomes([50, 60, 70])
+    by_hand = Outcome(3, "COMPLETE", 80.0, [80.0], {**trials[0].params, HOSTILE: "other"})
+    chart = hyperparameters([*trials, by_hand], SPACE)
+    assert chart is not None
+    panel = ET.fromstring(chart.panels[1])
+    assert "other" in [text.text for text in panel.iter(f"{SVG}text")]
+    assert all(0 < float(dot.get("cx", 0)) < 300 for dot in panel.iter(f"{SVG}circle"))
+
+
 def test_too_little_is_not_drawn() -> None:
     one = outcomes([50])
     assert history(one, 0.0, None) is None

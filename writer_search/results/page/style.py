@@ -87,6 +87,7 @@ CHART_STYLE = """
 .c .g { stroke: var(--line, #d8d8d8); fill: none; }
 .c .d { fill: var(--dot, #6b7785); }
 .c .l { stroke: var(--dot, #6b7785); fill: none; }
+.c .f { stroke-opacity: .35; }
 .c .x { stroke: var(--soft, #5c5c5c); fill: none; }
 .c .a { fill: var(--accent, #a83f00); }
 .c .b { stroke: var(--accent, #a83f00); fill: none; }

@@ -140,7 +140,7 @@ class Axes:
             self.write(x, floor + 16, label, "middle")
         self.write((self.left + self.width) / 2, self.height - 6, x_name, "middle", "")
         if y_name:
-            self.write(4, self.top, y_name, "start", "")
+            self.write(4, 12, y_name, "start", "")
 
     def svg(self, description: str) -> str:
         return (

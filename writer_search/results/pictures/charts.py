@@ -154,7 +154,8 @@ def _curve(axes: Axes, trial: Outcome, is_best: bool, many: bool) -> None:
     first = next((i for i, (_, value) in enumerate(points) if value >= axes.y[0]), len(points) - 1)
     points = points[max(0, first - 1) :]  # what lies below the axis is not drawn along its edge
     title = f"trial {trial.number}, {end}"
-    axes.line(points, "b" if is_best else "l", 2.6 if is_best else 0.7 if many else 1.2, title)
+    kind = "b" if is_best else "l f" if many else "l"
+    axes.line(points, kind, 2.6 if is_best else 0.7 if many else 1.2, title)
     if trial.value is None and points[-1][1] >= axes.y[0]:
         axes.cross(points[-1][0], points[-1][1], 3, title)
 
@@ -182,9 +183,10 @@ def hyperparameters(trials: Sequence[Outcome], space: Mapping[str, Any]) -> Char
     panels = []
     for name, rule in searched.items():
         here = [trial for trial in order if name in trial.params]
-        axes = _hyperparameter_axes(name, rule, here, limits(values))
+        choices = _choices(rule, name, here)
+        axes = _hyperparameter_axes(name, rule, choices, here, limits(values))
         for trial in here:
-            x, value = _place(rule, trial, name), trial.value or 0.0
+            x, value = _place(choices, trial, name), trial.value or 0.0
             title = f"trial {trial.number}: {shown_value(trial.params[name])}, {value:.2f} %"
             kind = "a" if trial.number in numbers_of_top else "d"
             axes.dot(x, value, kind, 3.4 if len(here) <= 60 else 2.2, title)
@@ -196,26 +198,30 @@ def _differ(values: Sequence[Any]) -> bool:
     return len(values) >= ENOUGH_FOR_HYPERPARAMETERS and len(set(map(str, values))) > 1
 
 
-def _choices(rule: Mapping[str, Any]) -> list[Any] | None:
+def _choices(rule: Mapping[str, Any], name: str, trials: Sequence[Outcome]) -> list[Any] | None:
+    """Give what a hyperparameter is chosen from, values that were given by hand included."""
     found = rule.get("choices")
-    return found if isinstance(found, list) else None
+    if not isinstance(found, list):
+        return None
+    return list(dict.fromkeys([*found, *(trial.params[name] for trial in trials)]))
 
 
-def _place(rule: Mapping[str, Any], trial: Outcome, name: str) -> float:
+def _place(choices: list[Any] | None, trial: Outcome, name: str) -> float:
     value = trial.params[name]
-    choices = _choices(rule)
     if choices is None:
         return float(value)
     # Spread by the trial's number, always the same way, so that equal values stay visible.
-    at = choices.index(value) if value in choices else len(choices)
-    return at + 0.4 * (trial.number * 0.618 % 1 - 0.5)
+    return choices.index(value) + 0.4 * (trial.number * 0.618 % 1 - 0.5)
 
 
 def _hyperparameter_axes(
-    name: str, rule: Mapping[str, Any], trials: Sequence[Outcome], y: tuple[float, float]
+    name: str,
+    rule: Mapping[str, Any],
+    choices: list[Any] | None,
+    trials: Sequence[Outcome],
+    y: tuple[float, float],
 ) -> Axes:
     size: dict[str, Any] = {"width": 300, "height": 190, "left": 34}
-    choices = _choices(rule)
     if choices is not None:
         axes = Axes((-0.6, len(choices) - 0.4), y, **size)
         room = max(3, 38 // len(choices))
