@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
@@ -105,6 +105,12 @@ class LineSet:
     def select(self, split: str) -> NDArray[np.int64]:
         """Give the indices of a split's lines, in a fixed order."""
         return np.flatnonzero(self.splits == SPLITS.index(split))
+
+    def for_trial(self) -> LineSet:
+        """Leave out what is large and no trial reads: the report, paths of no validation line."""
+        held_out = set(self.select("val").tolist())
+        paths = tuple(path if i in held_out else "" for i, path in enumerate(self.paths))
+        return replace(self, paths=paths, report={})
 
 
 # ------------------------------------------------------------------------------------ finding

@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,7 @@ from writer_search.common.text import one_line
 from writer_search.flags import parse_args
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
+from writer_search.results.page.snapshot import CONFIRMING, FINISHED, STOPPED, Standing
 from writer_search.results.rows import DATABASE
 from writer_search.results.status import read_status, show
 from writer_search.results.tables import closing_lines, keep_failing, write_summary
@@ -54,8 +54,8 @@ EXIT_OK, EXIT_NOTHING_COMPLETE, EXIT_USAGE, EXIT_FAILURES = 0, 1, 2, 3
 
 def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Search:
     """Open or create the study, settle what a dead search left, print the banner."""
-    from writer_search.processes.pictures import Drawing
     from writer_search.results.events import Events
+    from writer_search.results.report import ReportPage
     from writer_search.study.banner import announce, banner, describe_run
     from writer_search.study.draws import make_pruner
     from writer_search.study.loop import Search
@@ -91,7 +91,8 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     study.set_user_attr("run", describe_run(args, plan, rows))
     database = str(args.checkpoint_dir / DATABASE)
     announce(args, plan, banner(args, database, None if is_new else rows), settled)
-    return Search(plan, stop, supply, Drawing(args.checkpoint_dir), Events(plan.on_event))
+    page = ReportPage(args.checkpoint_dir, plan.data)
+    return Search(plan, stop, supply, page, Events(plan.on_event))
 
 
 def open_shared_search(
@@ -103,14 +104,14 @@ def open_shared_search(
     is_new: bool,
 ) -> Search:
     """Take part in a study in a shared storage; print the banner."""
-    from writer_search.processes.pictures import Drawing
     from writer_search.results.events import Events
+    from writer_search.results.report import ReportPage
     from writer_search.study.banner import announce, banner
     from writer_search.study.draws import Drawer, make_pruner
     from writer_search.study.loop import Search
     from writer_search.study.shared.fleet import Fleet
     from writer_search.study.shared.opening import open_shared
-    from writer_search.study.shared.storage import read_shared, shown_url
+    from writer_search.study.shared.storage import shown_url
     from writer_search.study.shared.supply import SharedSupply, bury_dead
 
     pruner = make_pruner(args.pruner, args.epochs)
@@ -123,9 +124,8 @@ def open_shared_search(
         study, drawer, args.n_trials, args.checkpoint_dir, lock, args.continue_interrupted
     )
     settled = bury_dead(fleet, fleet.trials())
-    read = partial(read_shared, args.storage, args.study_name)
-    events, drawing = Events(plan.on_event), Drawing(args.checkpoint_dir, read)
-    search = Search(plan, stop, SharedSupply(fleet), drawing, events)
+    page = ReportPage(args.checkpoint_dir, plan.data)
+    search = Search(plan, stop, SharedSupply(fleet), page, Events(plan.on_event))
     shown = f"{shown_url(args.storage)}, study {args.study_name}"
     announce(args, plan, banner(args, shown, None if is_new else search.rows), settled)
     return search
@@ -143,6 +143,7 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
         return search, False, []
     if not search.has_all:
         return search, False, ["Not confirmed yet: that begins when all trials are complete."]
+    write_page(search, CONFIRMING)
     confirmation = confirm(search, args.confirm_top, args.confirm_seeds)
     last, left = confirmation.search, confirmation.runs_left
     if left:
@@ -165,8 +166,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         (search, True, []) if args.confirm_top is None else confirm_best(args, search)
     )
     search.recorder.read()
-    rows = search.rows
-    search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows))
+    rows, fixed = search.rows, search.plan.space.fixed
+    search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows, fixed))
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(
@@ -178,9 +179,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     is_settled = is_settled and search.has_all and not (last.stop.name or last.recorder.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
-    assert search.drawing is not None, "only a confirmation draws nothing"
-    search.drawing.write_report(rows, search.supply.study.user_attrs)
-    print("\n".join([RULE, *lines, *search.drawing.notes, RULE]))
+    write_page(search, FINISHED if is_settled else STOPPED)
+    print("\n".join([RULE, *lines, RULE]))
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True, unsaved=last.recorder.unsaved)
     if last.recorder.gave_up:
@@ -207,6 +207,12 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     if args.requeue_exit_code is not None and has_more and not is_in_vain:
         return int(args.requeue_exit_code)
     return EXIT_OK
+
+
+def write_page(search: Search, state: str) -> None:
+    """Write the report. state: where the search stands."""
+    assert search.page is not None, "only a confirmation has none"
+    search.page.write(search.rows, search.supply.study.user_attrs, Standing(state))
 
 
 def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:

@@ -36,6 +36,7 @@ from writer_search.common.place import open_standard_streams, require_directorie
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
 from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig
+from writer_search.lines.predictions import write_predictions
 from writer_search.train_flags import parse_train_args
 from writer_search.training.batches import EpochImages, Lines, epoch_order, strip_on
 from writer_search.training.checkpoints import (
@@ -51,7 +52,7 @@ from writer_search.training.checkpoints import (
 from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.evaluation import evaluate
 from writer_search.training.fitting import describe, fit
-from writer_search.training.metrics import Metrics
+from writer_search.training.metrics import OF_THE_BEST, Metrics, row_of
 from writer_search.training.optimisation import (
     autocast,
     derived_seed,
@@ -308,7 +309,8 @@ def end_epoch(
     state.loss_sum.zero_()
     is_best = metrics is not None and (state.best is None or _merit(row) > _merit(state.best))
     if is_best and metrics is not None:
-        state.best = {**row, "confusion": torch.from_numpy(metrics.confusion)}
+        kept = {name: getattr(metrics, name) for name in OF_THE_BEST}
+        state.best = row | {n: torch.from_numpy(v) for n, v in kept.items() if v is not None}
     checkpoints.end_epoch(state.history, state.average if is_best else None)
 
 
@@ -328,8 +330,8 @@ def finish(
         _write_results(state, config, data, trial_dir)
     if state.best is None:
         return None
-    found = {name: state.best[name] for name in Metrics.__dataclass_fields__}
-    return Metrics(**found | {"confusion": found["confusion"].numpy()})
+    found = {n: state.best[n] for n in Metrics.__dataclass_fields__ if n in state.best}
+    return Metrics(**found | {n: found[n].numpy() for n in OF_THE_BEST if n in found})
 
 
 def _write_results(
@@ -339,8 +341,17 @@ def _write_results(
     final, best = state.history[-1], state.best
     save_model(trial_dir / "final_model.pth", state.average, config, data, final)
     if best is not None:
+        if "predictions" in best:  # a state that an earlier version saved has none
+            lines = data.select("val")
+            write_predictions(
+                trial_dir,
+                [data.paths[line] for line in lines],
+                data.labels[lines],
+                data.writers,
+                best["predictions"].tolist(),
+            )
         pairs = best["confusion"].tolist()
-        best = {**best, "confusion": {"writers": list(data.writers), "pairs": pairs}}
+        best = {**row_of(best), "confusion": {"writers": list(data.writers), "pairs": pairs}}
     write_json(
         trial_dir / "metrics.json",
         {

@@ -33,13 +33,13 @@ from optuna.pruners import MedianPruner
 
 from tests.servers import PostgreSQL
 from writer_search.flags import STUDY_NAME
+from writer_search.results.rows import is_surplus
 from writer_search.space import default_space
 from writer_search.study.draws import Drawer, params_key
 from writer_search.study.shared.fleet import Fleet
 from writer_search.study.shared.storage import (
     PatientStorage,
     create_shared_study,
-    is_surplus,
     opened_storage,
 )
 

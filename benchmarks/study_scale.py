@@ -43,10 +43,10 @@ from benchmarks.trial_start import silent
 from data import LineSet
 from writer_search.common.signals import StopSignals
 from writer_search.processes import runner
-from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
 from writer_search.processes.running import Complete, Report
 from writer_search.results.events import Events
+from writer_search.results.report import ReportPage
 from writer_search.results.rows import DATABASE, read_database
 from writer_search.results.status import read_status, status_text
 from writer_search.results.tables import write_summary
@@ -225,7 +225,7 @@ def search_side(
     study.pruner = make_pruner("median", EPOCHS)
     settle_unfinished(study, directory)
     supply = LocalSupply(study, plan)
-    running_search = Search(plan, stop, supply, Drawing(directory), Events(None))
+    running_search = Search(plan, stop, supply, ReportPage(directory), Events(None))
 
     def trial() -> None:
         running_search.start_next()
@@ -309,7 +309,7 @@ def opening(directory: Path, size: int) -> dict[str, float]:
     sides = {
         "open": open_it,
         "status": lambda: status_text(read_status(directory)),
-        "summary": lambda: write_summary(directory, rows),
+        "summary": lambda: write_summary(directory, rows, SPACE.fixed),
     }
     return {
         name: 1000 * min(common.seconds_of(work) for _ in range(3)) for name, work in sides.items()

@@ -31,23 +31,6 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any
-) -> None:
-    """Searches of tests draw nothing, which costs seconds each, unless marked with `pictures`.
-
-    Those in processes of their own find a matplotlib that cannot be imported.
-    """
-    if request.node.get_closest_marker("pictures") is not None:
-        return
-    monkeypatch.setattr("writer_search.processes.pictures.Drawing.request", lambda self: None)
-    hidden = tmp_path_factory.getbasetemp() / "hidden"
-    hidden.mkdir(exist_ok=True)
-    (hidden / "matplotlib.py").write_text("raise ImportError('hidden from this test')\n")
-    monkeypatch.setenv("PYTHONPATH", str(hidden))
-
-
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")

@@ -14,6 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from writer_search.common.files import write_json
+from writer_search.lines.predictions import write_predictions
 from writer_search.results.rows import trial_dir
 from writer_search.study.store import open_study
 
@@ -39,23 +40,26 @@ def make_search(
     *,
     states: bool = True,
     confusion: bool = True,
+    predictions: bool = False,
 ) -> optuna.Study:
     """Write a search of so many trials: database, trial directories, data report.
 
+    predictions: let complete trials leave predictions.csv, of two pages a writer.
     states: let the 4th of every 7 trials fail and the 6th be pruned; otherwise all are complete.
     """
     directory.mkdir(parents=True, exist_ok=True)
     study = open_study(directory)
     names = [f"writer_{i + 1:03d}" for i in range(writers)] if isinstance(writers, int) else writers
     generator = random.Random(trials)
-    space = {name: {"choices": ["x"]} for name in DISTRIBUTIONS}
-    study.set_user_attr("settings", {"epochs": EPOCHS, "weights": "none", "space": space})
+    space = {name: _rule(distribution) for name, distribution in DISTRIBUTIONS.items()}
+    settings = {"epochs": EPOCHS, "weights": "none", "data": {"writers": len(names)}}
+    study.set_user_attr("settings", {**settings, "space": {**space, "line_height": 64}})
     study.set_user_attr("run", {"n_trials": trials, "n_jobs": 1})
     for number in range(trials):
         state = TrialState.COMPLETE
         if states and number % 7 in (3, 5):
             state = TrialState.FAIL if number % 7 == 3 else TrialState.PRUNED
-        _add_trial(study, directory, number, state, names, generator, confusion)
+        _add_trial(study, directory, number, state, names, generator, confusion, predictions)
     report = {
         "lines": {"train": 60 * len(names), "val": 20 * len(names), "test": 20 * len(names)},
         "pages": 10 * len(names),
@@ -72,6 +76,29 @@ def make_search(
     return study
 
 
+def _rule(distribution: Any) -> dict[str, Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return {"choices": list(distribution.choices)}
+    return {"low": distribution.low, "high": distribution.high, "log": distribution.log}
+
+
+def _write_predictions(directory: Path, writers: list[str], counts: list[list[int]]) -> None:
+    lines = [
+        (true, guessed)
+        for true, row in enumerate(counts)
+        for guessed, number in enumerate(row)
+        for _ in range(number)
+    ]
+    paths = [
+        f"val/{writers[true]}/page_{i % 2}/line_{i:03d}.png" for i, (true, _) in enumerate(lines)
+    ]
+    found = [
+        (float(guessed), 0.4 + 0.5 * (i % 7) / 7, 0.2, float(true))
+        for i, (true, guessed) in enumerate(lines)
+    ]
+    write_predictions(directory, paths, [true for true, _ in lines], writers, found)
+
+
 def _add_trial(
     study: optuna.Study,
     directory: Path,
@@ -80,6 +107,7 @@ def _add_trial(
     writers: list[str],
     generator: random.Random,
     confusion: bool,
+    predictions: bool,
 ) -> None:
     params = _draw(generator)
     limit = 0.985 - 0.15 * abs(math.log(params["learning_rate"] / 2e-3)) / 1.4
@@ -121,6 +149,8 @@ def _add_trial(
     if value is not None:
         best = history[-1] | _per_writer(writers, value, generator, confusion)
         write_json(own / "metrics.json", {"value": value, "best": best, "epochs": epochs})
+        if predictions:
+            _write_predictions(own, writers, best["confusion"]["counts"])
 
 
 def _draw(generator: random.Random) -> dict[str, Any]:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import io
 import math
 import random
 import re
 import shutil
-import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from optuna.trial import TrialState
 from PIL import Image
 from searches import make_search
 
+from data import LineSet
 from writer_search.common.files import read_json, write_json
 from writer_search.common.text import percent
+from writer_search.lines.predictions import write_predictions
 from writer_search.results.confusion import confusion_of
-from writer_search.results.report import ranges, report_html, standard_error, write_report
+from writer_search.results.page.lines import LinePictures
+from writer_search.results.page.snapshot import (
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    RunningTrial,
+    Snapshot,
+    Standing,
+    TrialFiles,
+)
+from writer_search.results.page.standing import standard_error
+from writer_search.results.page.trials import ranges
+from writer_search.results.report import SIGN_OF_LIFE, SOON, ReportPage, report_html
 from writer_search.results.rows import DATABASE, best_row, read_database, trial_dir
 from writer_search.study.store import open_study
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "فارسی", "\udcff"]
 VOID = {"meta", "img", "br"}
+ENDED = Standing(FINISHED)
 
 
 class Page(HTMLParser):
@@ -54,18 +71,17 @@ class Page(HTMLParser):
             self.texts[self._open[-1]][-1] += data
 
 
-def page_of(directory: Path, notes: tuple[str, ...] = ()) -> str:
-    database = directory / DATABASE
-    reading = read_database(database)
-    return report_html(directory, reading.rows, reading.recorded, notes)
+def page_of(directory: Path, standing: Standing = ENDED, data: LineSet | None = None) -> str:
+    reading = read_database(directory / DATABASE)
+    shown = Snapshot(TrialFiles(directory), reading.rows, reading.recorded, standing)
+    return report_html(shown, LinePictures(data))
 
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine trials of hostile names, one of them failed with a hostile text, one picture."""
+    """Nine trials of hostile names, and one that failed with a hostile text."""
     directory = tmp_path_factory.mktemp("search") / "<b>c"
-    study = make_search(directory, 9, HOSTILE)
-    Image.new("RGB", (4, 4)).save(directory / "summary" / "history.png")
+    study = make_search(directory, 9, HOSTILE, predictions=True)
     trial = study.ask()
     trial.set_user_attr("failure", "<img src=//evil.example/x> in\nepoch 3")
     study.tell(trial, state=TrialState.FAIL)
@@ -73,15 +89,17 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_result_comes_first_and_every_trial_follows(search: Path) -> None:
-    text = page_of(search, ("slices.png: needs 3 complete trials",))
+    text = page_of(search)
     page = Page(text)
     rows = read_database(search / DATABASE).rows
     best = best_row(rows)
     assert best is not None
     assert page.tags[0] == ("html", {"lang": "en"})
     assert percent(best.value) in text[text.index("<h1>") : text.index("</h1>")]
-    assert text.index("<h1>") < text.index("<h2>")
-    table = text[text.index('class="sortable"') : text.index("<h2>Failures")]
+    order = ["<h1>", "Lines it gets wrong", "Writers</h2>", "Pages</h2>", "The search</h2>"]
+    places = [text.index(title) for title in [*order, "Settings</h2>"]]
+    assert places == sorted(places)
+    table = text[text.index('data-keep="trials"') : text.index("Failures and interruptions")]
     cells = re.findall(r'<tr(?: class="best")?><td class="number" data-key="(\d+)">', table)
     assert list(map(int, cells)) == [row.number for row in rows]
     assert table.count('<tr class="best">') == 1
@@ -89,8 +107,11 @@ def test_result_comes_first_and_every_trial_follows(search: Path) -> None:
         for value in row.params.values():
             assert f'data-key="{value}"' in table or f">{value}<" in table
     assert "loss is nan" in text
-    assert "trial_003/error.log" in text
-    assert "slices.png: needs 3 complete trials" in text
+    assert 'href="../trial_003/error.log"' in text
+    assert 'href="../trial_000/config.json"' in text
+    assert "a lower learning rate" in text, "what the error.log says to try"
+    assert "Fixed, the same in all trials: line_height 64." in text
+    assert "64 (fixed)" in text
     assert "hyperparameter_search.py --data_root &#x27;my lines&#x27; --n_trials 12" in text
 
 
@@ -98,7 +119,9 @@ def test_page_needs_no_network_and_no_script(search: Path) -> None:
     page = Page(page_of(search))
     assert [tag for tag, _ in page.tags].count("script") == 1
     for tag, attributes in page.tags:
-        assert tag not in ("link", "iframe", "object", "form", "a", "base")
+        assert tag not in ("link", "iframe", "object", "form", "base")
+        if tag == "a":
+            assert str(attributes["href"]).startswith("../trial_"), "beside the page, or nowhere"
         assert not any(name.startswith("on") for name in attributes), attributes
         if tag == "img":
             assert str(attributes["src"]).startswith("data:image/png;base64,")
@@ -111,17 +134,150 @@ def test_page_needs_no_network_and_no_script(search: Path) -> None:
 def test_hostile_texts_are_shown_as_they_are(search: Path) -> None:
     page = Page(page_of(search))
     cells = page.texts["td"]
-    assert {"<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b"} <= set(cells)
+    names = set(page.texts["bdi"])
+    assert {"<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b"} <= names
+    assert "\\udcff" in names
     assert any("<img src=//evil.example/x> in epoch 3" in cell for cell in cells)
 
 
-def test_report_is_written_whole_and_over_the_last(search: Path) -> None:
-    database = search / DATABASE
+def test_hardest_writers_and_pages_come_first_and_names_are_whole(tmp_path: Path) -> None:
+    names = ["a" * 120, "b", "c"]
+    make_search(tmp_path, 1, names, predictions=True)
+    path = trial_dir(tmp_path, 0) / "metrics.json"
+    metrics = read_json(path)
+    counts = [[9, 1, 0], [0, 4, 6], [0, 0, 10]]
+    metrics["best"]["confusion"] = {"writers": names, "counts": counts}
+    metrics["best"] |= {"per_writer": {names[0]: 0.9, "b": 0.4, "c": 1.0}, "page_macro_top1": 0.917}
+    write_json(path, metrics)
+    text = page_of(tmp_path)
+    writers = text[text.index('data-keep="writers"') : text.index("Confusion</h3>")]
+    firsts = [writers.index(f'<td data-key="{name}">') for name in ("b", names[0], "c")]
+    assert firsts == sorted(firsts), "the hardest first"
+    assert "6 of 10" in writers
+    assert "91.70%" in text[text.index("Pages</h2>") :]
+
+
+def test_confusion_is_a_matrix_below_thirty_writers_and_pairs_from_there(tmp_path: Path) -> None:
+    for writers, kind in ((29, 'class="confusion"'), (30, 'data-keep="pairs"')):
+        directory = tmp_path / str(writers)
+        make_search(directory, 1, writers)
+        assert [kind in page_of(directory)] == [True]
+        assert ('class="confusion"' in page_of(directory)) == (writers == 29)
+
+
+def test_wrong_lines_come_surest_first_with_their_pictures(data: LineSet, tmp_path: Path) -> None:
+    make_search(tmp_path, 1, list(data.writers))
+    lines = data.select("val")[:4]
+    guesses = [(data.labels[line] + 1) % 4 for line in lines[:3]] + [data.labels[lines[3]]]
+    shares = [0.5, 0.9, 0.7, 0.41]
+    found = [(float(g), p, 0.1, 0.0) for g, p in zip(guesses, shares, strict=True)]
+    paths = [data.paths[line] for line in lines]
+    write_predictions(trial_dir(tmp_path, 0), paths, data.labels[lines], data.writers, found)
+    text = page_of(tmp_path, data=data)
+    assert "3 of 4 validation lines wrong" in text
+    places = [text.index(f"<strong>{100 * p:.1f}&nbsp;%") for p in sorted(shares)[::-1]]
+    assert places == sorted(places), "the line that is right is last"
+    pictures = re.findall('<img class="strip" alt="Line ([^ ]*) by', text)
+    assert pictures == [paths[1], paths[2], paths[0], paths[3]]
+    assert text.count('alt="Training line') == 3 * len(data.writers)
+    assert all(f"Training line {path}" not in text for path in paths)
+
+
+def test_pictures_are_those_of_the_strip(data: LineSet) -> None:
+    line = int(data.select("val")[0])
+    found = re.search('base64,([^"]*)', LinePictures(data).of(line, 1000, ""))
+    assert found
+    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+        shown = np.asarray(image.convert("L"))
+    ink = data.strip[data.starts[line] :][: data.widths[line]].T
+    assert np.abs(shown.astype(int) - (255 - ink.astype(int))).max() <= 17, "16 greys"
+
+
+def test_without_the_strip_lines_are_named_without_pictures(
+    data: LineSet, tmp_path: Path, search: Path
+) -> None:
+    gone = replace(data, strip_file=tmp_path / "gone")
+    assert LinePictures(gone).of(0, 100, "") == ""
+    assert 'class="strip"' not in page_of(search, data=gone)
+
+
+def test_interrupted_is_a_state_of_its_own(tmp_path: Path) -> None:
+    study = make_search(tmp_path, 3, states=False)
+    trial = study.ask()
+    trial.set_user_attr("failure", "interrupted by SIGTERM")
+    trial.set_user_attr("interrupted", True)
+    study.tell(trial, state=TrialState.FAIL)
+    text = page_of(tmp_path, Standing(STOPPED))
+    assert "4 trials: 3 complete, 1 interrupted; 3 complete wanted." in text
+    assert "<td>interrupted</td>" in text
+    assert "failed" not in text[: text.index("<h1>")]
+
+
+def test_a_running_search_says_what_runs_and_how_long(search: Path) -> None:
+    text = page_of(search, Standing(RUNNING, (60.0, 120.0), [RunningTrial(10, 3, 20, 0.5)]))
+    assert "Time left: 1 min 0 s to 2 min 0 s." in text
+    assert "Trial 10 runs: epoch 3 of 20, best so far 50.00%." in text
+    assert "data-written=" in text
+    assert "data-written=" not in page_of(search, Standing(STOPPED)), "it is not loaded again"
+
+
+def test_page_is_written_within_a_second_of_an_end_and_not_too_often(
+    search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "c"
+    shutil.copytree(search, directory)
+    reading, now = read_database(directory / DATABASE), [1000.0]
+    written = directory / "summary" / "report.html"
+    study = open_study(directory)
+    page = ReportPage(directory)
+    monkeypatch.setattr("writer_search.results.report.monotonic", lambda: now[0])
+
+    def write_if_due() -> bool:
+        written.unlink(missing_ok=True)
+        page.write_if_due(reading.rows, study, lambda: Standing(RUNNING))
+        return written.exists()
+
+    assert write_if_due(), "at once"
+    assert page.seconds_to_next() == SIGN_OF_LIFE
+    now[0] += SOON / 2
+    page.trial_has_ended()
+    assert page.seconds_to_next() == SOON / 2
+    assert not write_if_due()
+    now[0] += SOON / 2
+    assert write_if_due()
+    now[0] += SIGN_OF_LIFE - 0.1
+    assert not write_if_due()
+    now[0] += 0.1
+    assert write_if_due()
+
+
+def test_charts_are_files_when_the_search_has_ended(search: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    shutil.copytree(search, directory)
+    reading = read_database(directory / DATABASE)
+    page = ReportPage(directory)
+    for standing in (Standing(RUNNING), Standing(FINISHED)):
+        assert not list((directory / "summary").glob("*.svg"))
+        page.write(reading.rows, reading.recorded, standing)
+    assert (directory / "summary" / "report.html").read_text().rstrip().endswith("</html>")
+    names = {path.name for path in (directory / "summary").glob("*.svg")}
+    assert names == {"history.svg", "learning_curves.svg", "hyperparameters.svg"}
+    assert not list((directory / "summary").glob(".*"))
+    curves = directory / "trial_000" / "curves.svg"
+    drawn = curves.stat().st_mtime_ns
+    ReportPage(directory).write(reading.rows, reading.recorded, Standing(FINISHED))
+    assert curves.stat().st_mtime_ns == drawn, "drawn once"
+
+
+def test_a_page_that_cannot_be_written_is_one_warning(
+    search: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading = read_database(search / DATABASE)
+    (tmp_path / "summary").write_text("no directory")
+    page = ReportPage(tmp_path)
     for _ in range(2):
-        reading = read_database(database)
-        write_report(search, reading.rows, reading.recorded)
-    assert (search / "summary" / "report.html").read_text().rstrip().endswith("</html>")
-    assert not list((search / "summary").glob(".*"))
+        page.write(reading.rows, reading.recorded, Standing(RUNNING))
+    assert capsys.readouterr().err.count("warning: writing the report: ") == 1
 
 
 @pytest.mark.parametrize("lost", ["nothing yet", "files"])
@@ -218,72 +374,3 @@ def test_all_right_is_not_certain(tmp_path: Path) -> None:
 def test_numbers_are_written_shortly() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert ranges([]) == ""
-
-
-# --------------------------------------------------------------------------------------- a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if path := shutil.which(name):
-            return path
-    pytest.skip("no chromium is installed here")
-
-
-PROBE = """<!DOCTYPE html><body style="margin:0">
-<iframe id="frame" style="border:0;width:{width}px;height:2000px"></iframe>
-<script>
-const frame = document.getElementById("frame");
-frame.srcdoc = {page};
-frame.onload = () => {{
-  const page = frame.contentDocument, table = page.querySelector("table.sortable");
-  const numbers = () => [...table.tBodies[0].rows].map((row) => +row.cells[0].textContent);
-  const heads = [...table.tHead.rows[0].cells];
-  const value = heads.find((head) => head.textContent === "value");
-  const result = {{
-    sideways: page.documentElement.scrollWidth - page.documentElement.clientWidth,
-    images: [...page.images].map((image) => image.naturalWidth),
-    before: numbers(),
-  }};
-  value.click();
-  result.up = numbers();
-  value.click();
-  result.down = numbers();
-  result.alerted = window.alerted || frame.contentWindow.alerted || false;
-  document.body.textContent = "RESULT" + JSON.stringify(result) + "END";
-}};
-</script>"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 1400])
-def test_in_a_browser(width: int, search: Path, browser: str, tmp_path: Path) -> None:
-    """Fits both widths; the table sorts; no text of the search is run."""
-    text = page_of(search)
-    # The page's own policy holds in the frame too: its script runs, because its hash is in there.
-    probe = tmp_path / "probe.html"
-    embedded = json.dumps(text).replace("</", "<\\/")
-    probe.write_text(PROBE.format(width=width, page=embedded), "utf-8", "backslashreplace")
-    result = subprocess.run(
-        [
-            *(browser, "--headless", "--no-sandbox", "--disable-gpu"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"),
-            *("--dump-dom", probe.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.search("RESULT(.*)END", result.stdout)
-    assert found, result.stderr[-2000:]
-    seen = json.loads(found[1])
-    assert seen["sideways"] == 0, "nothing but tables and pictures scrolls sideways"
-    assert seen["images"] == [4]
-    assert not seen["alerted"]
-    rows = {row.number: row.value for row in read_database(search / DATABASE).rows}
-    assert seen["before"] == sorted(rows)
-    complete = sorted((n for n in rows if rows[n] is not None), key=lambda n: rows[n] or 0.0)
-    assert seen["up"][: len(complete)] == complete
-    assert seen["down"][: len(complete)] == complete[::-1]
-    assert set(seen["down"]) == set(rows), "trials without a value stay last"

@@ -6,12 +6,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.study_scale import fill, instant_trials, search_side
+from benchmarks.study_scale import SPACE, fill, instant_trials, search_side
 from writer_search.common.signals import StopSignals
 from writer_search.results.rows import DATABASE, Row, best_row, read_database
 from writer_search.results.tables import SummaryFiles, write_summary
 from writer_search.study.weights import remove_weights
 
+FIXED = {"line_height": 64}
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -28,7 +29,7 @@ def test_summary_kept_up_to_date_is_the_summary_written_anew(tmp_path: Path) -> 
     kept, anew = tmp_path / "kept", tmp_path / "anew"
     kept.mkdir()
     anew.mkdir()
-    files = SummaryFiles(kept)
+    files = SummaryFiles(kept, FIXED)
     rows = [complete_row(0, 0.5, dropout=0.1)]
     changes = [
         rows,
@@ -38,12 +39,15 @@ def test_summary_kept_up_to_date_is_the_summary_written_anew(tmp_path: Path) -> 
     ]
     for rows_now in changes:
         files.write(rows_now)
-        write_summary(anew, rows_now)
+        write_summary(anew, rows_now, FIXED)
         assert summary_of(kept) == summary_of(anew)
+    header, first = summary_of(kept)[0].splitlines()[:2]
+    assert header.endswith(",line_height (fixed),failure")
+    assert first.endswith(",64,")
 
 
 def test_best_trial_is_written_only_when_it_changes(tmp_path: Path) -> None:
-    files, best = SummaryFiles(tmp_path), complete_row(0, 0.5)
+    files, best = SummaryFiles(tmp_path, FIXED), complete_row(0, 0.5)
     files.write([best])
     written = tmp_path / "summary" / "best_trial.json"
     before = written.stat().st_ino
@@ -75,5 +79,5 @@ def test_search_knows_its_rows_without_reading_all(tmp_path: Path) -> None:
     assert search.rows == rows
     assert search.outlook.finished()[0] == best_row(rows)
     kept = (tmp_path / "summary" / "trials.csv").read_text()
-    write_summary(tmp_path, rows)
+    write_summary(tmp_path, rows, SPACE.fixed)
     assert (tmp_path / "summary" / "trials.csv").read_text() == kept

@@ -147,9 +147,11 @@ def test_files_of_a_search(run: Run, tmp_path: Path) -> None:
     assert names == {
         "best_model.pth",
         "config.json",
+        "curves.svg",
         "final_model.pth",
         "history.jsonl",
         "metrics.json",
+        "predictions.csv",
         "train.log",
         "trial.json",
     }

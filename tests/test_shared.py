@@ -20,11 +20,10 @@ from servers import PASSWORD, QUOTED, PostgreSQL
 from test_search import Run, run
 
 from writer_search.flags import STUDY_NAME
-from writer_search.processes.pictures import Drawing
+from writer_search.results.rows import is_surplus
 from writer_search.study.draws import params_key
 from writer_search.study.shared.storage import (
     find_study,
-    is_surplus,
     opened_storage,
 )
 
@@ -102,15 +101,12 @@ def test_claims_at_once_keep_to_the_budget_and_never_draw_twice(
 
 
 @pytest.mark.slow
-@pytest.mark.pictures
 def test_a_local_study_moves_to_postgresql_and_goes_on_there(
     run: Run, postgresql: PostgreSQL, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By the line of docs/several_machines.md; what goes on is drawn from the storage."""
+    """By the line of docs/several_machines.md; the page shows what is in the storage."""
     url, directory = postgresql.make_database("moved"), tmp_path / "c"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drawing, "request", lambda self: None)
-        assert run(n_trials="1") == 0
+    assert run(n_trials="1") == 0
     page = (ROOT / "docs" / "several_machines.md").read_text()
     (line,) = re.findall(r'`(python -c "import optuna; optuna.copy_study[^`]*)`', page)
     line = line.replace("sqlite:///runs/search_001", f"sqlite:///{directory}")
@@ -126,8 +122,8 @@ def test_a_local_study_moves_to_postgresql_and_goes_on_there(
     assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.COMPLETE)
     assert first.params != second.params
     assert second.user_attrs["draw"] == first.user_attrs["draw"] + 1
-    assert (directory / "summary" / "history.png").exists()
-    assert (directory / "trial_001" / "curves.png").exists()
+    assert (directory / "summary" / "history.svg").exists()
+    assert (directory / "trial_001" / "curves.svg").exists()
     page = (directory / "summary" / "report.html").read_text()
     assert f"{100 * second.values[0]:.2f}%" in page
     assert QUOTED not in page

@@ -492,6 +492,7 @@ def test_files_of_a_finished_trial(data: LineSet, config: TrialConfig, tmp_path:
         "final_model.pth",
         "history.jsonl",
         "metrics.json",
+        "predictions.csv",
     ]
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["value"] == metrics.macro_top1

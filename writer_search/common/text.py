@@ -8,7 +8,9 @@ from typing import Any
 def one_line(text: object, limit: int = 300) -> str:
     """Squeeze any text (an error, a hostile file name) into one printable line."""
     flat = " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode()
-    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in flat)
+    printable = flat
+    if not flat.isprintable():
+        printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in flat)
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
 
 

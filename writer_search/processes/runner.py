@@ -71,7 +71,7 @@ class Runner:
         directory.mkdir()
         job = Job(
             config,
-            replace(plan.data, paths=(), report={}),  # large, and no trial reads them
+            plan.data.for_trial(),
             directory,
             self.threads(),
             plan.slots[slot],

@@ -32,8 +32,9 @@ class SummaryFiles:
     when the best trial is: a search of thousands of trials spends no longer on it than one of ten.
     """
 
-    def __init__(self, checkpoint_dir: Path) -> None:
-        self._checkpoint_dir = checkpoint_dir
+    def __init__(self, checkpoint_dir: Path, fixed: Mapping[str, Any]) -> None:
+        """fixed: hyperparameters that are the same in all trials; their columns say so."""
+        self._checkpoint_dir, self._fixed = checkpoint_dir, dict(fixed)
         self._names: set[str] = set()  # of hyperparameters: the columns
         self._lines: dict[int, tuple[Row, str]] = {}  # by the trial's number
         self._best: Row | None = None
@@ -59,14 +60,16 @@ class SummaryFiles:
             self._names, changed = names, list(rows)
         columns = sorted(self._names)
         for row in changed:
-            self._lines[row.number] = (row, _csv_line(_cells(row, columns)))
-        header = ["number", "state", "value", "epochs", "seconds", *columns, "failure"]
+            cells = [*_cells(row, columns), *self._fixed.values()]
+            self._lines[row.number] = (row, _csv_line([*cells, row.attributes.get("failure", "")]))
+        fixed = [f"{name} (fixed)" for name in self._fixed]
+        header = ["number", "state", "value", "epochs", "seconds", *columns, *fixed, "failure"]
         return _csv_line(header) + "".join(self._lines[row.number][1] for row in rows)
 
 
-def write_summary(checkpoint_dir: Path, rows: Sequence[Row]) -> None:
+def write_summary(checkpoint_dir: Path, rows: Sequence[Row], fixed: Mapping[str, Any]) -> None:
     """Write summary/trials.csv and, once a trial is complete, summary/best_trial.json."""
-    SummaryFiles(checkpoint_dir).write(rows)
+    SummaryFiles(checkpoint_dir, fixed).write(rows)
 
 
 def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
@@ -99,7 +102,6 @@ def _cells(row: Row, columns: Sequence[str]) -> list[Any]:
         row.attributes.get("epochs", ""),
         f"{row.seconds:.1f}" if row.ended and row.seconds is not None else "",
         *(row.params.get(name, "") for name in columns),
-        row.attributes.get("failure", ""),
     ]
 
 

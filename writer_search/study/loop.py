@@ -15,17 +15,16 @@ from multiprocessing import connection
 from optuna.trial import Trial
 
 from writer_search.common.errors import UserError
-from writer_search.common.output import live
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind, by_signal, of_error
 from writer_search.processes.messages import CONTINUE, PRUNE, STOP
-from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Runner
 from writer_search.processes.running import Complete, Failed, News, Pruned, Report, RunningTrial
 from writer_search.results.events import Events
 from writer_search.results.progress import Progress
+from writer_search.results.report import ReportPage
 from writer_search.results.rows import Row, count_complete, has_saved, trial_dir
 from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_epochs
 from writer_search.study.outlook import Outlook
@@ -41,13 +40,13 @@ LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
 class Search:
     """Runs a supply's trials until there are no more, a signal comes, or too many fail.
 
-    drawing: what draws the search beside it; None: nothing does.
+    page: the report, which is kept up to date; None: there is none.
     """
 
     plan: Plan
     stop: StopSignals
     supply: Supply
-    drawing: Drawing | None
+    page: ReportPage | None
     events: Events
     exhausted: bool = False  # every configuration of a finite space has been drawn
     deadline: float = field(init=False)  # after which no trial starts
@@ -57,7 +56,7 @@ class Search:
         rows = self.supply.rows()
         self.progress = Progress(count_complete(rows), plan.n_trials, plan.epochs)
         self.runner = Runner(plan, self.progress, partial(write_config, plan))
-        self.recorder = Recorder(plan, self.supply, rows, self.progress, self.events, self.drawing)
+        self.recorder = Recorder(plan, self.supply, rows, self.progress, self.events, self.page)
         self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
 
@@ -81,19 +80,11 @@ class Search:
         try:
             self.loop()
             self.give_up_displaced()
-            if self.drawing is not None:
-                self.progress.close()
-                if self.drawing.connections:
-                    live.begin("drawing the report")
-                self.drawing.finish(self.stop.wakeup, self.stop.name is not None)
-                live.end()
         except Exception as error:
             self.rescue(error)
             raise
         finally:
             self.runner.kill_all()
-            if self.drawing is not None:
-                self.drawing.kill()
             self.progress.close()
 
     def loop(self) -> None:
@@ -156,10 +147,11 @@ class Search:
 
     def wait_for_news(self) -> None:
         """Wait for a message, a signal or a deadline, and act on it."""
+        if self.page is not None:  # now, when all that can has been started
+            self.page.write_if_due(self.rows, self.supply.study, self.outlook.standing)
         trials = self.runner.connections()
-        of_drawing = self.drawing.connections if self.drawing is not None else []
         ready = connection.wait(
-            [*trials, *of_drawing, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
+            [*trials, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
         )
         if self.stop.wakeup in ready:
             self.stop.wakeup.recv(4096)
@@ -167,14 +159,13 @@ class Search:
             self.runner.stop_all(by_signal(self.stop.name))
         for pipe in trials.keys() & set(ready):
             self.hear(trials[pipe], pipe)
-        if self.drawing is not None and any(pipe in ready for pipe in of_drawing):
-            self.drawing.receive()
         self.watch_the_clock()
 
     def seconds_to_next_deadline(self) -> float:
         soonest = min(self.runner.next_deadline(), self.supply.next_deadline(self.runner.has_room))
         left = max(0.0, soonest - time.monotonic())
-        return min(LONGEST_WAIT, left, self.events.seconds_to_next_deadline())
+        page = self.page.seconds_to_next() if self.page is not None else LONGEST_WAIT
+        return min(LONGEST_WAIT, left, page, self.events.seconds_to_next_deadline())
 
     def watch_the_clock(self) -> None:
         self.events.look()

@@ -15,6 +15,7 @@ from writer_search.results.estimate import (
     seconds_left,
     unbroken,
 )
+from writer_search.results.page.snapshot import RUNNING, RunningTrial, Standing
 from writer_search.results.progress import EpochFacts
 from writer_search.results.rows import Row, best_row
 from writer_search.study.recorder import Recorder
@@ -78,6 +79,13 @@ class Outlook:
             len(self._plan.slots),
             self._plan.patience,
         )
+
+    def standing(self) -> Standing:
+        """Say how the search stands, for its page."""
+        running = [
+            RunningTrial(r.number, r.epoch, r.job.config.epochs, r.best) for r, _ in self._running()
+        ]
+        return Standing(RUNNING, self._time_left(), running)
 
     def _running(self) -> list[tuple[Any, float]]:
         now = time.monotonic()

@@ -14,12 +14,12 @@ from optuna.trial import Trial, TrialState
 
 from writer_search.common.text import duration, one_line, percent
 from writer_search.processes.causes import Cause
-from writer_search.processes.pictures import Drawing
 from writer_search.processes.plan import Plan
 from writer_search.processes.running import RunningTrial
 from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress
+from writer_search.results.report import ReportPage
 from writer_search.results.rows import Row, count_complete, trial_dir
 from writer_search.results.tables import SummaryFiles
 from writer_search.study.records import write_error_log, write_record
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 class Recorder:
     """Tells the study of each end, brings the files up to date, and counts failures in a row.
 
-    drawing: what draws the search; None: nothing does.
+    page: the report; None: there is none.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Recorder:
         rows: list[Row],
         progress: Progress,
         events: Events,
-        drawing: Drawing | None,
+        page: ReportPage | None,
     ) -> None:
         self.rows = rows  # as of the last change
         self.gave_up = ""  # why; for good, whatever the trials do that still run
         self.unsaved: list[int] = []  # trials that ended without saving what they had just done
         self._plan, self._supply, self._study = plan, supply, supply.study
-        self._progress, self._events, self._drawing = progress, events, drawing
-        self._summary = SummaryFiles(plan.checkpoint_dir)
+        self._progress, self._events, self._page = progress, events, page
+        self._summary = SummaryFiles(plan.checkpoint_dir, plan.space.fixed)
         self._failures: list[Cause] = []  # in a row
         self._without_weights: set[int] = set()  # trials whose weights were deleted
 
@@ -164,8 +164,8 @@ class Recorder:
         # The database has it. What a full disk keeps from being written now is written later.
         self.attempt(lambda: write_record(directory, told))
         self.attempt(lambda: self._summary.write(self.rows))
-        if self._drawing is not None:
-            self._drawing.request()
+        if self._page is not None:
+            self._page.trial_has_ended()
         self._events.send(trial_event(directory, trial.number, self.rows, self._plan.n_trials))
 
     def _remove_weights(self, running: Collection[int]) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from writer_search.training.metrics import in_top5, pages_right
+from writer_search.training.metrics import guess_pages, in_top5
 
 RESAMPLES = 2000
 SEED = 0
@@ -39,7 +39,7 @@ def count_pages(
 ) -> Pages:
     """Count what is right by page.   logits (lines, writers), labels (lines,), pages (lines,)"""
     log_softmax = F.log_softmax(torch.from_numpy(logits), 1).numpy()
-    page_labels, page_right = pages_right(log_softmax, labels, pages)
+    page_labels, page_guesses = guess_pages(log_softmax, labels, pages)
 
     def by_page(hits: NDArray[np.bool_]) -> NDArray[np.int64]:
         return np.bincount(pages, weights=hits).astype(np.int64)
@@ -49,7 +49,7 @@ def count_pages(
         lines=np.bincount(pages),
         right=by_page(logits.argmax(1) == labels),
         top5=by_page(in_top5(logits, labels)) if logits.shape[1] > 5 else None,
-        page_right=page_right.astype(np.int64),
+        page_right=(page_guesses == page_labels).astype(np.int64),
     )
 
 

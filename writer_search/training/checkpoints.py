@@ -29,6 +29,7 @@ from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
 from writer_search.lines.decoding import INK_DEVIATION, VERSION
 from writer_search.training.certainty import NEVER
+from writer_search.training.metrics import row_of
 
 CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result
 
@@ -201,7 +202,7 @@ class Checkpoints:
 
     def _best_of(self, old_dir: Path, best: dict[str, Any]) -> Path:
         """Find the best model that belongs to a checkpoint: a kill may have come between them."""
-        row = without_confusion(best)
+        row = row_of(best)
         for name in (PREVIOUS, BEST):
             if name == BEST or (old_dir / name).exists():
                 model = load_checked(old_dir / name, self._config, self._data)
@@ -285,17 +286,12 @@ class Checkpoints:
 
     def _write_best(self, weights: dict[str, Any], row: dict[str, Any]) -> None:
         path, previous = self._trial_dir / BEST, self._trial_dir / PREVIOUS
-        _write_model(path, weights, self._config, self._data, without_confusion(row), previous)
+        _write_model(path, weights, self._config, self._data, row_of(row), previous)
 
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         computed = time.thread_time()
         write_history(self._trial_dir, history)
         self._history_times.end(time.thread_time() - computed, 0.0)
-
-
-def without_confusion(best: dict[str, Any]) -> dict[str, Any]:
-    """Give the best epoch's row as the history has it."""
-    return {name: value for name, value in best.items() if name != "confusion"}
 
 
 def load_checked(path: Path, config: TrialConfig, data: LineSet) -> dict[str, Any]:

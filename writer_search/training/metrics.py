@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 
 from writer_search.training.certainty import sure_from
 
+OF_THE_BEST = ("confusion", "predictions")  # kept of the best epoch alone
+
+
+def row_of(best: dict[str, Any]) -> dict[str, Any]:
+    """Give the best epoch's row as the history has it."""
+    return {name: value for name, value in best.items() if name not in OF_THE_BEST}
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -24,7 +31,10 @@ class Metrics:
     micro_top1: share of all lines. page_macro_top1: pages instead of lines.
     loss: mean cross-entropy of lines. per_writer: each writer's share, writers with lines only.
     confusion: (pairs, 3), int32: true writer, guessed writer, lines, where there are any; a table
-    of 2,000 writers would have four million numbers. Not compared by `==`.
+    of 2,000 writers would have four million numbers.
+    predictions: (lines, 4), float32: of each line the guessed writer, his probability, the true
+    writer's probability, and the writer that the line's page is taken for; None where they were not
+    kept. Neither is compared by `==`.
     """
 
     sure_from: float | None = field(kw_only=True, default=None)
@@ -35,11 +45,11 @@ class Metrics:
     loss: float
     per_writer: dict[str, float]
     confusion: NDArray[np.int32] = field(compare=False)
+    predictions: NDArray[np.float32] | None = field(default=None, compare=False)
 
     def row(self) -> dict[str, Any]:
-        """Give what every epoch keeps: all but the confusion."""
-        names = (each.name for each in fields(self) if each.name != "confusion")
-        return {name: getattr(self, name) for name in names}
+        """Give what every epoch keeps."""
+        return row_of({each.name: getattr(self, each.name) for each in fields(self)})
 
 
 def compute_metrics(
@@ -58,6 +68,9 @@ def compute_metrics(
     right = guesses == labels
     per_writer = _mean_by(right, labels, len(writers))[measured]
     log_softmax = F.log_softmax(torch.from_numpy(logits), 1).numpy()
+    page_labels, page_guesses = guess_pages(log_softmax, labels, pages)
+    page_right = _mean_by(page_guesses == page_labels, page_labels, len(writers))[measured]
+    every = np.arange(len(labels))
     top5 = None
     if len(writers) > 5:
         top5 = float(_mean_by(in_top5(logits, labels), labels, len(writers))[measured].mean())
@@ -66,12 +79,21 @@ def compute_metrics(
         macro_top1=float(per_writer.mean()),
         macro_top5=top5,
         micro_top1=float(right.mean()),
-        page_macro_top1=_page_macro_top1(log_softmax, labels, pages),
-        loss=float(-log_softmax[np.arange(len(labels)), labels].mean()),
+        page_macro_top1=float(page_right.mean()),
+        loss=float(-log_softmax[every, labels].mean()),
         per_writer={
             writers[w]: float(share) for w, share in zip(measured, per_writer, strict=True)
         },
         confusion=_confusion(labels, guesses),
+        predictions=np.stack(
+            [
+                guesses,
+                np.exp(log_softmax[every, guesses]),
+                np.exp(log_softmax[every, labels]),
+                page_guesses[pages],
+            ],
+            1,
+        ).astype(np.float32),
     )
 
 
@@ -97,10 +119,10 @@ def in_top5(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[n
     return found
 
 
-def pages_right(
+def guess_pages(
     log_softmax: NDArray[np.float64], labels: NDArray[np.int64], pages: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Give each page's writer, and whether its lines' mean log-softmax guesses him: (pages,).
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Give each page's writer, and whom its lines' mean log-softmax guesses: (pages,).
 
     log_softmax (lines, writers), labels (lines,), pages (lines,) numbered from 0 without gaps.
     """
@@ -109,12 +131,4 @@ def pages_right(
     np.add.at(page_scores, pages, log_softmax)  # the mean has the same argmax as the sum
     page_labels = np.zeros(num_pages, np.int64)
     page_labels[pages] = labels
-    return page_labels, page_scores.argmax(1) == page_labels
-
-
-def _page_macro_top1(
-    log_softmax: NDArray[np.float64], labels: NDArray[np.int64], pages: NDArray[np.int64]
-) -> float:
-    page_labels, right = pages_right(log_softmax, labels, pages)
-    by_writer = _mean_by(right, page_labels, log_softmax.shape[1])
-    return float(by_writer[np.unique(page_labels)].mean())
+    return page_labels, page_scores.argmax(1)

@@ -14,34 +14,24 @@ from data import LineSet
 from writer_search.common.files import write_whole
 from writer_search.common.text import one_line
 
-FIRST_WRITERS = 12  # in lines.png; the next ones are in more_lines.png, for the report
-MORE_WRITERS = 48
+FIRST_WRITERS = 12  # the report shows more
 LINES_EACH = 3
 WIDTH = 1000  # pixels that are shown of a line
 LABEL, GAP = 18, 6  # pixels
 
 
 def draw_lines(summary: Path, data: LineSet) -> None:
-    """Write lines.png and, for more than twelve writers, more_lines.png into a directory.
-
-    Failing to write costs no search: it is told in a warning.
-    """
-    parts = {
-        "lines.png": data.writers[:FIRST_WRITERS],
-        "more_lines.png": data.writers[FIRST_WRITERS : FIRST_WRITERS + MORE_WRITERS],
-    }
-    for name, writers in parts.items():
-        if not writers:
-            continue
-        try:
-            write_whole(summary / name, partial(lines_picture(data, writers).save, format="PNG"))
-        except OSError as error:
-            print(f"warning: summary/{name} was not written: {one_line(error)}", file=sys.stderr)
+    """Write lines.png into a directory. Failing to costs no search: it is told in a warning."""
+    picture = lines_picture(data, data.writers[:FIRST_WRITERS])
+    try:
+        write_whole(summary / "lines.png", partial(picture.save, format="PNG"))
+    except OSError as error:
+        print(f"warning: summary/lines.png was not written: {one_line(error)}", file=sys.stderr)
 
 
 def lines_picture(data: LineSet, writers: Sequence[str]) -> Image.Image:
     """Draw the first, middle and last training line of each writer, black on white."""
-    chosen = {writer: _some_lines(data, writer) for writer in writers}
+    chosen = {writer: some_lines(data, writer) for writer in writers}
     rows = sum(map(len, chosen.values()))
     height = len(writers) * (LABEL + GAP) + rows * (data.line_height + 2)
     picture = Image.new("L", (WIDTH, height), 255)
@@ -59,7 +49,8 @@ def lines_picture(data: LineSet, writers: Sequence[str]) -> Image.Image:
     return picture
 
 
-def _some_lines(data: LineSet, writer: str) -> list[int]:
+def some_lines(data: LineSet, writer: str) -> list[int]:
+    """Choose the first, middle and last training line of a writer."""
     own = np.flatnonzero((data.labels == data.writers.index(writer)) & (data.splits == 0))
     if not len(own):
         return []

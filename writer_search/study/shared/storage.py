@@ -22,7 +22,6 @@ from sqlalchemy.engine import make_url
 from writer_search.common.errors import UserError
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
-from writer_search.results.rows import Reading, is_surplus, rows_of
 
 EXAMPLE = "postgresql+psycopg://user@host/database"
 PATIENCE_SECONDS = 300.0  # so long an outage in the middle of a search is waited out
@@ -244,13 +243,3 @@ def settings_of(storage: BaseStorage, name: str) -> dict[str, Any] | None:
             return settings  # None: its creator died; who comes first writes them
         time.sleep(0.2)
     return None
-
-
-def read_shared(url: str, name: str) -> Reading:
-    """Read a study in a shared storage for the pictures, in a process of its own."""
-    with opened_storage(url) as storage:
-        study = find_study(storage, name)
-        if study is None:
-            return Reading([], [], {})
-        trials = [t for t in study.get_trials(deepcopy=False) if not is_surplus(t)]
-        return Reading(trials, rows_of(trials), study.user_attrs)

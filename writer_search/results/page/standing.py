@@ -1,0 +1,201 @@
+"""The page's head: how the search stands, the best trial, and how sure that is."""
+
+from __future__ import annotations
+
+import html
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from writer_search.common.files import read_dict
+from writer_search.common.text import duration, percent, shown_value
+from writer_search.results.chosen import read_confirmation
+from writer_search.results.confirmed import describe as describe_confirmation
+from writer_search.results.confusion import confusion_of
+from writer_search.results.estimate import range_text
+from writer_search.results.page.html import count, folded, section, soft, text
+from writer_search.results.page.snapshot import (
+    CONFIRMING,
+    FINISHED,
+    RUNNING,
+    STATES,
+    STOPPED,
+    Snapshot,
+    state_of,
+)
+from writer_search.results.rows import Row
+from writer_search.results.tables import floor_lines
+from writer_search.results.tested import describe
+
+EVERY_SECONDS = 10  # the page looks for a newer one
+SAID = {
+    RUNNING: "The search runs.",
+    CONFIRMING: "All trials are complete; the best ones are being trained again.",
+    FINISHED: "Finished: all wanted trials are complete.",
+    STOPPED: "Not running: the same command goes on where the search stopped.",
+}
+
+
+def head(shown: Snapshot) -> str:
+    """Say how the search stands, and for how long it still runs."""
+    standing, now = shown.standing, datetime.now().astimezone()
+    live = f' data-written="{now.timestamp():.0f}" data-every="{EVERY_SECONDS}"'
+    said = SAID[standing.state]
+    if standing.state == RUNNING:
+        said += f" Time left: {range_text(standing.left)}."
+    parts = [
+        soft(f"Search {text(shown.checkpoint_dir.absolute())}, as of {now:%Y-%m-%d %H:%M:%S %Z}"),
+        f'<p class="state" role="status"{live if standing.is_live else ""}>{text(said)}</p>',
+        f"<p>{_counts(shown)}</p>",
+    ]
+    parts += [
+        f"<p>Trial {trial.number} runs: epoch {trial.epoch} of {trial.epochs}, "
+        f"best so far {percent(trial.best)}.</p>"
+        for trial in standing.running
+    ]
+    if standing.is_live:
+        parts.append(
+            '<p id="late" hidden>This page was written <span></span> minutes ago. Unless it was '
+            "sent to you, the search may have been killed; the same command goes on.</p>"
+        )
+    return "\n".join(parts)
+
+
+def _counts(shown: Snapshot) -> str:
+    states = Counter(state_of(row) for row in shown.rows)
+    told = ", ".join(f"{states[state]} {name}" for state, name in STATES.items() if states[state])
+    wanted = shown.recorded.get("run", {}).get("n_trials")
+    spent = sum(row.seconds or 0.0 for row in shown.rows if row.ended)
+    return (
+        f"{count(len(shown.rows), 'trial')}{': ' if told else ''}{told}"
+        + (f"; {wanted} complete wanted" if wanted else "")
+        + f". {duration(spent)} of training."
+    )
+
+
+def best_trial(shown: Snapshot) -> str:
+    """Say what came out, how sure that is, and what it has to beat."""
+    best = shown.best
+    if best is None:
+        return "<h1>No trial is complete yet</h1>"
+    value = f'<span class="value">{percent(best.value)}</span>'
+    parts = [f"<h1>Best: {value} validation macro top-1, trial {best.number}</h1>"]
+    pages = shown.metrics.get("page_macro_top1")
+    if isinstance(pages, float):
+        parts.append(
+            f"<p>Whole pages, by all of their lines together: <strong>{percent(pages)}</strong> "
+            "of each writer's pages on average.</p>"
+        )
+    parts.append(f"<p>{_how_sure(shown, best)}</p>")
+    parts += [f"<p>{text(line)}</p>" for line in floor_lines(shown.rows)]
+    parts.append(_hyperparameters(shown, best))
+    model = shown.files.directory(best) / "best_model.pth"
+    if model.exists():
+        parts.append(f"<p>Its model: <code>{text(model)}</code></p>")
+    parts += [
+        section("Confirmed with new seeds", _confirmation(shown)),
+        section("Test lines", _test(read_dict(shown.checkpoint_dir / "summary/test_metrics.json"))),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _hyperparameters(shown: Snapshot, best: Row) -> str:
+    fixed = {name: value for name, value in shown.fixed.items() if name not in best.params}
+    lines = [
+        f'<tr><th scope="row">{text(name)}</th><td>{text(shown_value(value))}{mark}</td></tr>\n'
+        for values, mark in ((best.params, ""), (fixed, ' <span class="fixed">fixed</span>'))
+        for name, value in values.items()
+    ]
+    if not lines:
+        return ""
+    return folded(
+        f"Hyperparameters of trial {best.number}",
+        f'<table class="facts">\n<tbody>{"".join(lines)}</tbody>\n</table>',
+        "hyperparameters",
+    )
+
+
+def _how_sure(shown: Snapshot, best: Row) -> str:
+    """Say on how many lines the best value rests, and how many trials are as good within that."""
+    value = best.value or 0.0
+    lines, error = standard_error(shown.metrics)
+    if not lines:
+        return "How sure that is cannot be told: the trial left no count of its validation lines."
+    if error == 0:
+        return (
+            f"Measured on {count(lines, 'validation line')}, all recognised. Even so, up to "
+            f"{300 / lines:.1f} points of mistakes in new lines of the same kind would be no "
+            "surprise (95 %, rule of three)."
+        )
+    ties = sum((row.value or 0.0) >= value - error for row in shown.complete)
+    others = ""
+    if ties > 1:
+        others = (
+            f" {count(ties - 1, 'other trial')} within one standard error of it cannot be told "
+            "apart from it."
+        )
+    return (
+        f"Measured on {count(lines, 'validation line')}: standard error "
+        f"{100 * error:.1f} points.{others} It was chosen for this value, so that new lines will "
+        "on average show a lower one."
+    )
+
+
+def standard_error(metrics: Mapping[str, Any]) -> tuple[int, float]:
+    """Give a trial's count of validation lines and the standard error of its macro top-1.
+
+    The mean of writers' shares p of n lines each deviates by the root of the sum of p(1 - p) / n,
+    over the number of writers. (0, 0.0) where the confusion is not recorded.
+    """
+    try:
+        _, pairs = confusion_of(metrics)
+    except ValueError:
+        return 0, 0.0
+    lines, right = Counter[int](), Counter[int]()
+    for true, guessed, number in pairs:
+        lines[true] += number
+        right[true] += number * (true == guessed)
+    if not lines:
+        return 0, 0.0
+    shares = {writer: right[writer] / number for writer, number in lines.items()}
+    variance = sum(shares[w] * (1 - shares[w]) / number for w, number in lines.items())
+    return lines.total(), math.sqrt(variance) / len(lines)
+
+
+def _confirmation(shown: Snapshot) -> str:
+    """Show what training the best configurations again has given, where that was done."""
+    found = read_confirmation(shown.checkpoint_dir, shown.rows)
+    try:
+        return _lines(describe_confirmation(found)) if found else ""
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""
+
+
+def _test(found: dict[str, Any]) -> str:
+    """Show what the chosen model was measured at on the test lines, where it was."""
+    try:
+        return _lines(describe(found))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""  # not measured, or by another version
+
+
+def _lines(lines: Sequence[str]) -> str:
+    """Keep lines, and the columns in them; nothing in them is markup."""
+    return "<pre>" + "\n".join(html.escape(line) for line in lines) + "</pre>" if lines else ""
+
+
+def how_to_go_on(shown: Snapshot) -> str:
+    """Give the command to resume or extend, as the newest trial has recorded it."""
+    for number in sorted(shown.configs, reverse=True):
+        command = shown.configs[number].get("command")
+        if isinstance(command, list) and command:
+            line = shlex.join(["python", *map(str, command)])
+            return (
+                f"<pre>{text(line, 10**5)}</pre>\n<p>The same command goes on where the search "
+                "stopped, and runs the trials that are still missing. With a higher "
+                "<code>--n_trials</code>, the total of complete trials, it extends the search.</p>"
+            )
+    return ""
