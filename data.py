@@ -7,8 +7,6 @@ is mapped into memory and shared by every trial, every process and every later s
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +31,7 @@ from tqdm import tqdm
 from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory, write_whole
+from writer_search.common.locks import builder_lock
 from writer_search.common.text import counted, one_line
 from writer_search.lines.decoding import (
     INK_DEVIATION,
@@ -68,7 +67,6 @@ from writer_search.lines.walk import (
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
 CACHE_FORMAT = 2
 INDEX = ("widths", "digests", "versions", "line_height", "checksum", "broken", *MEASURED)
-WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @dataclass(frozen=True)
@@ -298,7 +296,7 @@ def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
 def _decode_into(entry: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:
     """Fill a temporary directory beside `entry`, then put it in place."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _one_builder(entry) as is_alone:
+    with builder_lock(entry.with_name(f".{entry.name}.lock")) as is_alone:
         if not _damage_of(entry):  # another process built it while this one waited
             return
         mark = "tmp" if is_alone else f"{socket.gethostname()}.{os.getpid()}.tmp"
@@ -313,39 +311,6 @@ def _decode_into(entry: Path, data_root: Path, lines: list[LineFile], line_heigh
             sync_directory(entry.parent)
         finally:
             rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _one_builder(entry: Path) -> Iterator[bool]:
-    """Let one process decode an entry while others wait; a dead one's lock is free at once.
-
-    Gives False on a file system without locks: then several may decode the same.
-    """
-    lock = entry.with_name(f".{entry.name}.lock")
-    while True:
-        with open(lock, "wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                is_alone = True
-            except OSError as error:
-                if error.errno not in WITHOUT_LOCKS:
-                    raise
-                is_alone = False
-            if is_alone and not _is_same(file, lock):
-                continue  # whoever held it has removed it meanwhile
-            try:
-                yield is_alone
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_same(file: IO[bytes], path: Path) -> bool:
-    """Tell whether an open file still has its name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:

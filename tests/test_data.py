@@ -34,6 +34,7 @@ from data import (
     split_by_page,
 )
 from writer_search.common.errors import UserError
+from writer_search.common.locks import builder_lock
 from writer_search.lines.decoding import INK_DEVIATION, BrokenImageError, decode_line
 from writer_search.lines.kinds import SUFFIXES
 from writer_search.lines.report import describe_report
@@ -878,10 +879,10 @@ def test_builder_that_waited_for_a_removed_lock_takes_a_new_one(tmp_path: Path) 
     lock, entered = tmp_path / ".entry.lock", []
 
     def wait() -> None:
-        with data_module._one_builder(tmp_path / "entry") as is_alone:
+        with builder_lock(lock) as is_alone:
             entered.append((is_alone, lock.exists()))
 
-    with data_module._one_builder(tmp_path / "entry"):
+    with builder_lock(lock):
         waiting = threading.Thread(target=wait)
         waiting.start()
         waiting.join(0.2)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from glob import escape
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
+
+WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # file systems that have none
 
 
 class DirectoryLock:
@@ -87,6 +93,38 @@ class SharedLock:
             self.path.unlink(missing_ok=True)
         for descriptor in self._descriptors:
             os.close(descriptor)
+
+
+@contextmanager
+def builder_lock(path: Path) -> Iterator[bool]:
+    """Let one process build something while others wait; a dead one's lock is free at once.
+
+    Gives False on a file system without locks: then several may build the same. Raises OSError.
+    """
+    while True:
+        with open(path, "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                is_alone = True
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                is_alone = False
+            if is_alone and not _has_name(file, path):
+                continue  # whoever held it has removed it meanwhile
+            try:
+                yield is_alone
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _has_name(file: IO[bytes], path: Path) -> bool:
+    """Tell whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def holder_is_dead(lock: Path) -> bool:
