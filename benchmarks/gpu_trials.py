@@ -121,10 +121,14 @@ def train_part(part: Part) -> None:
     """Train three epochs, from a checkpoint where there is one, saving before each batch."""
     if part.is_deterministic:
         compute_alike()
-    save = Checkpoints.save
+    save, is_due = Checkpoints.save, Checkpoints.is_due
 
     def save_and_wait(files: Checkpoints, contents: Any, **_: Any) -> None:
         save(files, contents, at_once=True)
+
+    def is_due_at_each_batch(files: Checkpoints, *where: int) -> bool:
+        files.wait()  # while the history is being written, nothing else is
+        return is_due(files, *where)
 
     within: list[float] = []  # of the epoch to be killed in, without its beginning
     begun: list[float] = []
@@ -145,6 +149,7 @@ def train_part(part: Part) -> None:
     with (
         mock.patch.object(SaveTimes, "is_due", return_value=True),
         mock.patch.object(Checkpoints, "save", save_and_wait),
+        mock.patch.object(Checkpoints, "is_due", is_due_at_each_batch),
     ):
         train(
             config,

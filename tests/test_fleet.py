@@ -24,7 +24,7 @@ from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock, holder_is_dead
 from writer_search.flags import STUDY_NAME
 from writer_search.processes.parent import TrialProcesses
-from writer_search.results.rows import trial_dir
+from writer_search.results.rows import rows_of, trial_dir
 from writer_search.space import default_space
 from writer_search.study import loop as loop_module
 from writer_search.study.draws import Drawer, params_key
@@ -38,7 +38,6 @@ from writer_search.study.shared.storage import (
     create_shared_study,
     hide_password,
     is_outage,
-    rows_of,
     secrets_of,
     shown_url,
 )
