@@ -47,6 +47,7 @@ from writer_search.lines.layout import (
 )
 from writer_search.lines.report import (
     MEASURED,
+    NO_PAGE,
     STRANGERS,
     LineFile,
     data_report,
@@ -77,7 +78,7 @@ class LineSet:
     opened where it is first used; a LineSet that was sent to another process opens it there.
     starts, widths (lines,), int64: a line's columns are strip[start : start + width].
     labels (lines,), int64: index into `writers`.   splits (lines,), int64: index into SPLITS.
-    pages (lines,), int64: the same number for lines of the same page.
+    pages (lines,), int64: the same number for lines of the same page; -1 where it is not known.
     """
 
     strip_file: Path
@@ -431,6 +432,8 @@ def open_lines(entry: Path, lines: Iterable[LineFile], left_out: LeftOut | None 
     page_number: dict[tuple[str, str, str], int] = {}
     pages = [
         page_number.setdefault((line.split, line.writer, line.page), len(page_number))
+        if line.page != NO_PAGE
+        else -1
         for line in kept
     ]
     return LineSet(

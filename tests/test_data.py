@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -39,6 +40,7 @@ from writer_search.lines.decoding import INK_DEVIATION, BrokenImageError, decode
 from writer_search.lines.kinds import SUFFIXES
 from writer_search.lines.report import describe_report
 from writer_search.lines.walk import LeftOut
+from writer_search.training.batches import Lines
 
 HEIGHT = 16
 
@@ -1173,8 +1175,12 @@ def test_writers_may_be_called_like_splits(tmp_path: Path) -> None:
 def test_lines_without_page_directories_are_no_page_in_two_splits(tmp_path: Path) -> None:
     root = tmp_path / "root"
     write_lines(root, [f"{s}/{w}/{s}_{n}.png" for s in SPLITS for w in "ab" for n in range(2)])
-    report = load(root, tmp_path / "cache").report
-    assert report["pages_in_two_splits"] == 0
+    data = load(root, tmp_path / "cache")
+    assert set(data.pages) == {-1}, "no page is known"
+    lines = Lines.of(data, "val", torch.from_numpy(data.strip))
+    assert (lines.pages.tolist(), lines.has_pages) == ([0, 1, 2, 3], False)
+    report = data.report
+    assert (report["pages"], report["pages_in_two_splits"]) == (0, 0)
     assert report["writers_without_pages"] == ["a", "b"]
     (warning,) = describe_report(report)
     assert "2 writers have lines without page directories" in warning

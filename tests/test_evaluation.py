@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 from test_search import Run, run
 
 from data import LineSet
+from train import train
+from writer_search.config import TrialConfig
 from writer_search.processes import test_measurement as evaluation
-from writer_search.results.tested import with_interval
+from writer_search.results.tested import describe, with_interval
 from writer_search.training.batches import Lines, strip_on
 from writer_search.training.bootstrap import Pages, count_pages, intervals, resample
 from writer_search.training.checkpoints import load_model
 from writer_search.training.evaluation import evaluate
+from writer_search.training.test_split import measure_test_split
 
 __all__ = ["run"]  # the fixture
 
@@ -130,6 +134,25 @@ def test_chosen_model_is_measured_once(
         assert run("--evaluate_test", n_trials="1") == 0
     assert "macro top-1 " in capfd.readouterr().out
     assert read(directory) == found
+
+
+def test_pages_that_are_not_known_are_not_measured(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    """Lines in the writers' directories themselves: each may be from another page."""
+    unpaged = replace(data, pages=np.full_like(data.pages, -1))
+    metrics = train(config, unpaged, tmp_path)
+    assert metrics is not None
+    assert metrics.page_macro_top1 is None
+    assert metrics.macro_top1 == train(config, data, tmp_path / "paged").macro_top1  # type: ignore[union-attr]
+    found = measure_test_split(tmp_path / "best_model.pth", unpaged, torch.device("cpu"))
+    assert found["page_macro_top1"] is found["pages"] is found["writers_with_one_page"] is None
+    assert all(of["page_top1"] is None for of in found["per_writer"].values())
+    assert found["interval_unit"] == "lines"
+    told = "\n".join(describe({**found, "trial": 0, "earlier": []}))
+    assert "pages not known" in told
+    assert "pages are not known: lines were resampled" in told
+    assert "five writers or fewer" not in told.splitlines()[1]
 
 
 def test_another_choice_is_measured_and_the_earlier_one_remembered(

@@ -27,6 +27,9 @@ EMPTY, FULL = "lines with almost no ink", "lines that are almost only ink"
 STRANGERS = "test lines of writers without training lines"
 
 
+NO_PAGE = "."  # the page of lines that lie in the writer's directory itself: it is not known
+
+
 @dataclass(frozen=True)
 class LineFile:
     """One line image: where it is, and whose it is. Paths are relative to the data root."""
@@ -82,15 +85,17 @@ def data_report(
         # Unlike the LineSet's it does not depend on the height: for comparing searches.
         "fingerprint": hash_lines("lines", kept, digests),
         "lines": {split: sum(line.split == split for line in kept) for split in SPLITS},
-        "pages": len({(line.split, line.writer, line.page) for line in kept}),
+        "pages": len(
+            {(line.split, line.writer, line.page) for line in kept if line.page != NO_PAGE}
+        ),
         "writers": counts,
         "writers_without_validation": [w for w, own in counts.items() if not own["val"]],
         "broken": broken,
         "pages_in_two_splits": _in_two_splits(
-            kept, lambda i: (kept[i].writer, kept[i].page) if kept[i].page != "." else None
+            kept, lambda i: (kept[i].writer, kept[i].page) if kept[i].page != NO_PAGE else None
         ),
         "writers_without_pages": sorted(
-            {line.writer for line in kept} - {line.writer for line in kept if line.page != "."}
+            {line.writer for line in kept} - {line.writer for line in kept if line.page != NO_PAGE}
         ),
         "books_in_two_splits": _in_two_splits(
             kept, lambda i: (kept[i].writer, kept[i].book) if kept[i].book else None

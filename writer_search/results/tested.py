@@ -17,17 +17,20 @@ def describe(found: dict[str, Any]) -> list[str]:
     """Put what was measured into lines for people."""
     shown = {name: _with_interval(found, name) for name in METRICS}
     unit = found.get("interval_unit", "pages")
+    pages = "pages not known" if found["pages"] is None else f"{found['pages']} pages"
     lines = [
         f"Test split, trial {found['trial']}, {NOTE}:",
-        f"  macro top-1 {shown['macro_top1']}, pages {shown['page_macro_top1']}",
+        f"  macro top-1 {shown['macro_top1']}"
+        + (f", pages {shown['page_macro_top1']}" if found["pages"] is not None else ""),
         f"  micro top-1 {shown['micro_top1']}, macro top-5 {shown['macro_top5']}",
-        f"  {found['lines']} lines, {found['pages']} pages, {len(found['per_writer'])} writers; "
+        f"  {found['lines']} lines, {pages}, {len(found['per_writer'])} writers; "
         f"[95 % intervals by resampling {unit}]",
     ]
     if unit == "lines":
         lines.append(
-            "  every writer has one test page: lines were resampled, how writers vary from page to "
-            "page is not known, and the intervals are too narrow"
+            ("  every writer has one test page" if found["pages"] else "  pages are not known")
+            + ": lines were resampled, how writers vary from page to page is in no interval, and "
+            "they are too narrow"
         )
     elif found["writers_with_one_page"]:
         lines.append(

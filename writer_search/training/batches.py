@@ -34,8 +34,9 @@ class Lines:
     starts: Tensor
     widths: Tensor
     labels: Tensor
-    pages: Tensor  # numbered from 0 without gaps
+    pages: Tensor  # from 0 without gaps; a line whose page is not known has one of its own
     device: torch.device
+    has_pages: bool = True  # all of them are known
 
     @classmethod
     def of(
@@ -46,12 +47,16 @@ class Lines:
         device: where batches are wanted, if not where the strip is.
         """
         chosen = data.select(split)
-        _, pages = np.unique(data.pages[chosen], return_inverse=True)
+        known = data.pages[chosen]
+        # Below all that are known, each another one, in their order.
+        alone = np.where(known < 0, np.arange(len(known)) - len(known), known)
+        _, pages = np.unique(alone, return_inverse=True)
         starts, widths, labels, numbers = (
             torch.from_numpy(np.asarray(own)).to(strip.device)
             for own in (data.starts[chosen], data.widths[chosen], data.labels[chosen], pages)
         )
-        return cls(strip, starts, widths, labels, numbers, device or strip.device)
+        has_pages = bool((known >= 0).all())
+        return cls(strip, starts, widths, labels, numbers, device or strip.device, has_pages)
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -50,9 +50,8 @@ def evaluate(
     logits = ranks.of_first(logits)
     if not logits.isfinite().all():
         raise DivergedError("the model's output on the validation lines is not finite")
-    return compute_metrics(
-        logits.numpy(), lines.labels.cpu().numpy(), lines.pages.cpu().numpy(), writers
-    )
+    labels, pages = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
+    return compute_metrics(logits.numpy(), labels, pages, writers, lines.has_pages)
 
 
 def line_logits(

@@ -28,7 +28,8 @@ class Metrics:
     what an earlier version measured.
     macro_top1: mean over writers of the share of their lines whose first guess is right.
     macro_top5: the same for the first five guesses; None with five writers or fewer.
-    micro_top1: share of all lines. page_macro_top1: pages instead of lines.
+    micro_top1: share of all lines. page_macro_top1: pages instead of lines; None where some are not
+    known.
     loss: mean cross-entropy of lines. per_writer: each writer's share, writers with lines only.
     confusion: (pairs, 3), int32: true writer, guessed writer, lines, where there are any; a table
     of 2,000 writers would have four million numbers.
@@ -41,7 +42,7 @@ class Metrics:
     macro_top1: float
     macro_top5: float | None
     micro_top1: float
-    page_macro_top1: float
+    page_macro_top1: float | None
     loss: float
     per_writer: dict[str, float]
     confusion: NDArray[np.int32] = field(compare=False)
@@ -57,9 +58,11 @@ def compute_metrics(
     labels: NDArray[np.int64],
     pages: NDArray[np.int64],
     writers: tuple[str, ...],
+    has_pages: bool = True,
 ) -> Metrics:
     """Compute all metrics from logits (lines, writers), labels (lines,) and pages (lines,).
 
+    has_pages: whether pages are known, so that they can be measured.
     A line is right when its writer has the highest logit of *all* writers; ties go to the first.
     """
     counts = np.bincount(labels, minlength=len(writers))
@@ -79,7 +82,7 @@ def compute_metrics(
         macro_top1=float(per_writer.mean()),
         macro_top5=top5,
         micro_top1=float(right.mean()),
-        page_macro_top1=float(page_right.mean()),
+        page_macro_top1=float(page_right.mean()) if has_pages else None,
         loss=float(-log_softmax[every, labels].mean()),
         per_writer={
             writers[w]: float(share) for w, share in zip(measured, per_writer, strict=True)

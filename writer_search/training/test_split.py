@@ -37,30 +37,32 @@ def measure_test_split(model_file: Path, data: LineSet, device: torch.device) ->
         raise DivergedError("the model's output on the test lines is not finite")
     labels, numbers = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
     metrics, pages = (
-        compute_metrics(logits, labels, numbers, writers),
+        compute_metrics(logits, labels, numbers, writers, lines.has_pages),
         count_pages(logits, labels, numbers),
     )
     left_out = data.report.get("left_out", {}).get(STRANGERS, {})
     return {
         **{name: getattr(metrics, name) for name in TEST_METRICS},
-        **_intervals(pages, logits, labels),
+        **_intervals(pages, logits, labels, lines.has_pages),
         "lines_not_counted": left_out.get("count", 0),
         "lines": len(labels),
-        "pages": len(pages.labels),
-        "writers_with_one_page": int((np.bincount(pages.labels) == 1).sum()),
+        "pages": len(pages.labels) if lines.has_pages else None,
+        "writers_with_one_page": int((np.bincount(pages.labels) == 1).sum())
+        if lines.has_pages
+        else None,
         "writers_without_test_lines": sorted(set(writers) - set(metrics.per_writer)),
         "per_writer": {
-            name: _of_writer(pages, writers.index(name), share)
+            name: _of_writer(pages, writers.index(name), share, lines.has_pages)
             for name, share in metrics.per_writer.items()
         },
     }
 
 
 def _intervals(
-    pages: Pages, logits: NDArray[np.float64], labels: NDArray[np.int64]
+    pages: Pages, logits: NDArray[np.float64], labels: NDArray[np.int64], has_pages: bool
 ) -> dict[str, Any]:
-    """Give intervals by pages, or by lines where each writer has one page: that cannot vary."""
-    if np.bincount(pages.labels).max() > 1:
+    """Give intervals by pages; by lines where each writer has one, or pages are not known."""
+    if has_pages and np.bincount(pages.labels).max() > 1:
         return {
             "intervals": intervals(pages),
             "interval_unit": "pages",
@@ -74,11 +76,11 @@ def _intervals(
     }
 
 
-def _of_writer(pages: Pages, label: int, share: float) -> dict[str, Any]:
+def _of_writer(pages: Pages, label: int, share: float, has_pages: bool) -> dict[str, Any]:
     own = pages.labels == label
     return {
         "top1": share,
         "lines": int(pages.lines[own].sum()),
-        "pages": int(own.sum()),
-        "page_top1": float(pages.page_right[own].mean()),
+        "pages": int(own.sum()) if has_pages else None,
+        "page_top1": float(pages.page_right[own].mean()) if has_pages else None,
     }
