@@ -29,12 +29,12 @@ SPACE = {
 }
 
 
-def outcomes(values: list[float], state: str = "COMPLETE") -> list[Outcome]:
+def outcomes(values: list[float], state: str = "complete") -> list[Outcome]:
     return [
         Outcome(
             number,
             state,
-            value if state == "COMPLETE" else None,
+            value if state == "complete" else None,
             [value / 3, value / 2, value],
             {
                 "rate": 10 ** (-4 + number % 3),
@@ -64,7 +64,7 @@ def test_every_chart_is_well_formed_whatever_the_names() -> None:
 
 def test_a_value_that_was_given_by_hand_has_its_place() -> None:
     trials = outcomes([50, 60, 70])
-    by_hand = Outcome(3, "COMPLETE", 80.0, [80.0], {**trials[0].params, HOSTILE: "other"})
+    by_hand = Outcome(3, "complete", 80.0, [80.0], {**trials[0].params, HOSTILE: "other"})
     chart = hyperparameters([*trials, by_hand], SPACE)
     assert chart is not None
     panel = ET.fromstring(chart.panels[1])
@@ -76,9 +76,9 @@ def test_too_little_is_not_drawn() -> None:
     one = outcomes([50])
     assert history(one, 0.0, None) is None
     assert hyperparameters(outcomes([50, 60]), SPACE) is None
-    assert learning_curves([Outcome(0, "COMPLETE", 50.0, [50.0], {})], None) is None
+    assert learning_curves([Outcome(0, "complete", 50.0, [50.0], {})], None) is None
     assert trial_curves(0, [{"epoch": 1, "train_loss": 1.0}]) == []
-    assert learning_curves(outcomes([3.0, 4.0], "PRUNED"), None) is not None, "none is complete"
+    assert learning_curves(outcomes([3.0, 4.0], "pruned"), None) is not None, "none is complete"
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_a_dot_stands_where_its_value_is() -> None:
 def test_pruned_trials_stand_at_their_last_value_and_failures_are_counted() -> None:
     trials = [
         *outcomes([80, 90, 85]),
-        Outcome(3, "PRUNED", None, [10.0, 70.0], {}),
-        Outcome(4, "INTERRUPTED", None, [], {}),
-        Outcome(5, "FAIL", None, [], {}),
+        Outcome(3, "pruned", None, [10.0, 70.0], {}),
+        Outcome(4, "interrupted", None, [], {}),
+        Outcome(5, "failed", None, [], {}),
     ]
     chart = history(trials, 2.0, 4.0)
     assert chart is not None

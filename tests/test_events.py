@@ -64,6 +64,7 @@ def test_ends_of_trials_and_search_are_told(
         "params": complete["params"],
     }
     assert (complete["complete"], complete["failed"], complete["n_trials"]) == (1, 1, 2)
+    assert complete["interrupted"] == 0
     assert complete["checkpoint_dir"] == str(tmp_path / "c")
     assert (end["event"], end["exit_code"], end["complete"]) == ("search", 0, 1)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from writer_search.common.text import one_line
-from writer_search.results.rows import Row, best_row
+from writer_search.results.rows import Row, best_row, count_states
 
 LIMIT_SECONDS = 60.0  # a command that runs longer is ended
 LAST_SECONDS = 10.0  # so long the end of a search waits for what still runs
@@ -144,7 +144,7 @@ def search_event(
 
 def _common(checkpoint_dir: Path, rows: Sequence[Row], n_trials: int) -> dict[str, Any]:
     best = best_row(rows)
-    states = [row.state for row in rows]
+    states, ended = [row.state for row in rows], count_states(rows)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint_dir": str(checkpoint_dir.absolute()),
@@ -152,6 +152,7 @@ def _common(checkpoint_dir: Path, rows: Sequence[Row], n_trials: int) -> dict[st
         "complete": states.count("COMPLETE"),
         "pruned": states.count("PRUNED"),
         "failed": states.count("FAIL"),
+        "interrupted": ended["interrupted"],  # of those that failed
         "best": None
         if best is None
         else {"number": best.number, "value": best.value, "params": best.params},

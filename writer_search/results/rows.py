@@ -70,6 +70,9 @@ def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
     return Path(attributes.get("owner", {}).get("checkpoint_dir", checkpoint_dir))
 
 
+STATES = ("complete", "pruned", "interrupted", "failed", "running", "waiting")
+
+
 def state_of(row: Row) -> str:
     """Say a trial's state for people: what was interrupted has not failed by itself."""
     if row.state == "FAIL":

@@ -18,24 +18,7 @@ from writer_search.results.pictures.charts import alone, trial_curves
 from writer_search.results.rows import Row, best_row, home_of, read_history, trial_dir
 
 RUNNING, CONFIRMING, FINISHED, STOPPED = "running", "confirming", "finished", "stopped"
-STATES = {
-    "COMPLETE": "complete",
-    "PRUNED": "pruned",
-    "INTERRUPTED": "interrupted",
-    "FAIL": "failed",
-    "RUNNING": "running",
-    "WAITING": "waiting",
-}
-
-
 CURVES = ("curves.svg", "curves.png")  # an earlier version drew the latter
-
-
-def state_of(row: Row) -> str:
-    """Give a trial's state; one that was interrupted has not failed by itself."""
-    if row.state == "FAIL" and row.attributes.get("interrupted"):
-        return "INTERRUPTED"
-    return row.state
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,10 @@ from writer_search.results.page.snapshot import (
     CONFIRMING,
     FINISHED,
     RUNNING,
-    STATES,
     STOPPED,
     Snapshot,
-    state_of,
 )
-from writer_search.results.rows import Row
+from writer_search.results.rows import STATES, Row, count_states
 from writer_search.results.tables import floor_lines
 from writer_search.results.tested import describe
 
@@ -65,8 +63,8 @@ def head(shown: Snapshot) -> str:
 
 
 def _counts(shown: Snapshot) -> str:
-    states = Counter(state_of(row) for row in shown.rows)
-    told = ", ".join(f"{states[state]} {name}" for state, name in STATES.items() if states[state])
+    states = count_states(shown.rows)
+    told = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
     wanted = shown.recorded.get("run", {}).get("n_trials")
     spent = sum(row.seconds or 0.0 for row in shown.rows if row.ended)
     return (

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from writer_search.common.text import duration, percent, shown_value
 from writer_search.results.page.html import Column, cell, part, soft, table, text
-from writer_search.results.page.snapshot import CURVES, STATES, Snapshot, state_of
+from writer_search.results.page.snapshot import CURVES, Snapshot
 from writer_search.results.page.standing import standard_error
 from writer_search.results.pictures.charts import (
     Chart,
@@ -19,7 +19,7 @@ from writer_search.results.pictures.charts import (
     hyperparameters,
     learning_curves,
 )
-from writer_search.results.rows import Row
+from writer_search.results.rows import Row, state_of
 
 LINKED = (*CURVES, "config.json", "error.log")  # where they are there
 TRY = re.compile(r"^try: +(.*)$", re.MULTILINE)
@@ -46,10 +46,9 @@ def trials_table(shown: Snapshot) -> str:
 def _trial(shown: Snapshot, row: Row, names: Sequence[str], numeric: set[str]) -> str:
     ended = row.ended is not None and row.seconds is not None
     epochs = row.attributes.get("epochs", "")
-    state = state_of(row)
     cells = [
         cell(str(row.number), row.number, number=True),
-        cell(STATES.get(state, state.lower())),
+        cell(state_of(row)),
         cell("" if row.value is None else percent(row.value), row.value, number=True),
         cell(text(epochs), epochs, number=True),
         cell(
@@ -93,7 +92,7 @@ def failures(shown: Snapshot) -> str:
             cause = str(row.attributes.get("failure", "no cause is recorded"))
             # The same cause at another epoch is the same cause.
             same = re.sub(r" (at|in) epoch \d+", "", cause)
-            causes.setdefault((STATES[state_of(row)], same), []).append(row)
+            causes.setdefault((state_of(row), same), []).append(row)
     rows = []
     for (state, cause), ended in sorted(causes.items(), key=lambda item: -len(item[1])):
         rows.append(

@@ -74,7 +74,7 @@ def history(trials: Sequence[Outcome], error: float, chance: float | None) -> Ch
         return None
     best = best_of(trials)
     top = best.value or 0.0
-    pruned = [t for t in trials if t.state == "PRUNED" and t.values]
+    pruned = [t for t in trials if t.state == "pruned" and t.values]
     values = [value for _, value in complete] + [trial.values[-1] for trial in pruned]
     low, high = limits(values)
     high = min(100.0, max(high, top + error))
@@ -90,9 +90,9 @@ def history(trials: Sequence[Outcome], error: float, chance: float | None) -> Ch
         axes.cross(trial.number, trial.values[-1], size * 0.8, title)
     for number, value in complete:
         axes.dot(number, value, "d", size, f"trial {number}, {value:.2f} %")
-    lost = [trial for trial in trials if trial.state in ("FAIL", "INTERRUPTED")]
+    lost = [trial for trial in trials if trial.state in ("failed", "interrupted")]
     for trial in lost:
-        axes.tick(trial.number, f"trial {trial.number}, {_ended(trial)}")
+        axes.tick(trial.number, f"trial {trial.number}, {trial.state}")
     steps, so_far = [], -math.inf
     for number, value in [*complete, (last, -math.inf)]:
         steps += [(float(number), so_far)] if so_far > -math.inf else []
@@ -111,10 +111,6 @@ def history(trials: Sequence[Outcome], error: float, chance: float | None) -> Ch
     return Chart(
         "history", "Value of each trial", caption, [axes.svg(f"Value by trial. {caption}")]
     )
-
-
-def _ended(trial: Outcome) -> str:
-    return "interrupted" if trial.state == "INTERRUPTED" else "failed"
 
 
 def learning_curves(trials: Sequence[Outcome], chance: float | None) -> Chart | None:
