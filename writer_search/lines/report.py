@@ -192,7 +192,7 @@ def describe_report(report: Mapping[str, Any]) -> list[str]:
         warned.append(
             f"{counted(len(without), 'writer has', 'writers have')} lines without page "
             f"directories, first {one_line(without[0])}: their pages are not known, so that nobody "
-            "can tell whether a page stands in two splits, and page accuracy says nothing"
+            "can tell whether a page stands in two splits, and page accuracy is not measured"
         )
     warned += [
         f"{found['count']} {kind}, first {one_line(found['first'])}"
