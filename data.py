@@ -101,6 +101,19 @@ class LineSet:
         # Mode c: torch wants memory that it may write to; nothing reaches the file.
         return np.memmap(self.strip_file, np.uint8, mode="c").reshape(-1, self.line_height)
 
+    def ink(self, line: int, most: int) -> NDArray[np.uint8]:
+        """Read a line's first columns from the file, (columns, line_height). Raises OSError.
+
+        Not from the map, where a part that is gone, as on a network disk, ends the process.
+        """
+        columns, height = min(int(self.widths[line]), most), self.line_height
+        with open(self.strip_file, "rb") as file:
+            file.seek(int(self.starts[line]) * height)
+            read = file.read(columns * height)
+        if len(read) < columns * height:
+            raise OSError(f"{self.strip_file} is not whole")
+        return np.frombuffer(read, np.uint8).reshape(columns, height)
+
     def select(self, split: str) -> NDArray[np.int64]:
         """Give the indices of a split's lines, in a fixed order."""
         return np.flatnonzero(self.splits == SPLITS.index(split))

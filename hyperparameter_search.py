@@ -212,7 +212,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
 def write_page(search: Search, state: str) -> None:
     """Write the report. state: where the search stands."""
     assert search.page is not None, "only a confirmation has none"
-    search.page.write(search.rows, search.supply.study.user_attrs, Standing(state))
+    study = search.supply.study
+    search.page.write(search.rows, lambda: study.user_attrs, lambda: Standing(state))
 
 
 def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:

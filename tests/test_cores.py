@@ -301,7 +301,7 @@ def test_threads_that_seldom_wait_stay(tasks: Tasks) -> None:
         tasks.wait(2.0, t7=0.3, t8=0.1 if number % 2 else 1.0)  # now and then above the threshold
         assert waiting.fewer() is None
     for _ in range(4):
-        tasks.wait(2.0, t7=0.4, t8=0.4)  # as beside the drawing of pictures
+        tasks.wait(2.0, t7=0.4, t8=0.4)  # as beside something small
         assert waiting.fewer() is None
 
 

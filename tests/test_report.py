@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import math
+import os
 import random
 import re
 import shutil
@@ -24,7 +26,7 @@ from writer_search.common.files import read_json, write_json
 from writer_search.common.text import percent
 from writer_search.lines.predictions import write_predictions
 from writer_search.results.confusion import confusion_of
-from writer_search.results.page.lines import LinePictures
+from writer_search.results.page.lines import LinePictures, seen_lines
 from writer_search.results.page.snapshot import (
     FINISHED,
     RUNNING,
@@ -90,6 +92,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_result_comes_first_and_every_trial_follows(search: Path) -> None:
     text = page_of(search)
+    assert "Cannot be shown" not in text
     page = Page(text)
     rows = read_database(search / DATABASE).rows
     best = best_row(rows)
@@ -256,16 +259,18 @@ def test_charts_are_files_when_the_search_has_ended(search: Path, tmp_path: Path
     shutil.copytree(search, directory)
     reading = read_database(directory / DATABASE)
     page = ReportPage(directory)
+    (directory / "summary" / "confusion.png").write_bytes(b"of an earlier version")
     for standing in (Standing(RUNNING), Standing(FINISHED)):
         assert not list((directory / "summary").glob("*.svg"))
-        page.write(reading.rows, reading.recorded, standing)
+        page.write(reading.rows, lambda: reading.recorded, lambda of=standing: of)
     assert (directory / "summary" / "report.html").read_text().rstrip().endswith("</html>")
     names = {path.name for path in (directory / "summary").glob("*.svg")}
     assert names == {"history.svg", "learning_curves.svg", "hyperparameters.svg"}
+    assert not list((directory / "summary").glob("*.png")), "it would show an old state"
     assert not list((directory / "summary").glob(".*"))
     curves = directory / "trial_000" / "curves.svg"
     drawn = curves.stat().st_mtime_ns
-    ReportPage(directory).write(reading.rows, reading.recorded, Standing(FINISHED))
+    ReportPage(directory).write(reading.rows, lambda: reading.recorded, lambda: Standing(FINISHED))
     assert curves.stat().st_mtime_ns == drawn, "drawn once"
 
 
@@ -276,8 +281,50 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     (tmp_path / "summary").write_text("no directory")
     page = ReportPage(tmp_path)
     for _ in range(2):
-        page.write(reading.rows, reading.recorded, Standing(RUNNING))
+        page.write(reading.rows, lambda: reading.recorded, lambda: Standing(RUNNING))
     assert capsys.readouterr().err.count("warning: writing the report: ") == 1
+
+
+def test_a_database_that_cannot_be_read_costs_a_page(
+    search: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loop that writes the page goes on, whatever becomes of it."""
+
+    def fail() -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    rows, page = read_database(search / DATABASE).rows, ReportPage(tmp_path)
+    page.write(rows, fail, lambda: Standing(RUNNING))
+    page.write(rows, dict, fail)
+    assert capsys.readouterr().err.count("warning: writing the report: ") == 1
+
+
+def test_a_damaged_file_costs_its_part_of_the_page(search: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    shutil.copytree(search, directory)
+    rows = read_database(directory / DATABASE).rows
+    for path in directory.glob("trial_*/metrics.json"):
+        metrics = read_json(path)
+        metrics["best"]["per_writer"] = dict.fromkeys(metrics["best"]["per_writer"])
+        write_json(path, metrics)
+    for curves in directory.glob("trial_*/curves.svg"):
+        curves.unlink()
+        curves.mkdir()  # they cannot be drawn
+    ReportPage(directory).write(rows, dict, lambda: Standing(FINISHED))
+    page = (directory / "summary" / "report.html").read_text()
+    assert page.count("Cannot be shown: TypeError") == 1
+    assert "<h2>The search</h2>" in page
+
+
+def test_pictures_of_a_cache_that_is_gone_are_left_out(data: LineSet, tmp_path: Path) -> None:
+    """Reading them from the map would end the search process: SIGBUS."""
+    assert np.array_equal(data.ink(1, 10), data.strip[data.starts[1] : data.starts[1] + 10])
+    cut = tmp_path / "strip.u8"
+    cut.write_bytes(data.strip_file.read_bytes()[: data.line_height])
+    for file in (cut, tmp_path / "none"):
+        pictures = LinePictures(replace(data, strip_file=file))
+        assert "<img" not in seen_lines(pictures)
+    assert "<img" in seen_lines(LinePictures(data))
 
 
 @pytest.mark.parametrize("lost", ["nothing yet", "files"])
@@ -369,6 +416,11 @@ def test_all_right_is_not_certain(tmp_path: Path) -> None:
     text = page_of(tmp_path)
     assert "30 validation lines, all recognised" in text
     assert "up to 10.0 points" in text  # 3 / 30
+    metrics["best"] |= confusion([[15, 0], [15, 0]])
+    write_json(path, metrics)
+    text = page_of(tmp_path)
+    assert "Its standard error cannot be told" in text
+    assert "all recognised" not in text
 
 
 def test_numbers_are_written_shortly() -> None:

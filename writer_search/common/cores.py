@@ -19,9 +19,8 @@ LATELY = 3  # looks
 # What other programs may use before a thread is left out for them: cores, and a share of all, since
 # a little runs on each of many. On 2 cores, 2 threads lose to 1 from about there.
 TOLERATED, TOLERATED_SHARE = 0.15, 0.01
-# Cores that a training's threads may be kept from. Alone 2 threads are from a hundredth, beside the
-# search's own drawing from up to 0.3, beside another busy program from one. To what takes less than
-# half a core only the next trial gives way.
+# Cores that a training's threads may be kept from. Alone 2 threads are from a hundredth, beside
+# another busy program from one. To what takes less than half a core only the next trial gives way.
 TOLERATED_WAITING, TOLERATED_WAITING_SHARE = 0.5, 0.02
 WAITING_SECONDS = 2.0  # a look; two in a row have to agree
 

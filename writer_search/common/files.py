@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, the lock on a directory, and the user's mistakes."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -99,7 +99,9 @@ class Live:
         if not columns:
             return
         erasing, self._lines = self._erasing(), 0
-        # A line that wraps could not be overwritten.
+        if rows := shutil.get_terminal_size((0, 0)).lines:
+            lines = lines[-max(1, rows - 1) :]  # what has scrolled away could not be overwritten
+        # Nor could a line that wraps.
         sys.stderr.write(erasing + "\n".join(line[: columns - 1] for line in lines))
         sys.stderr.flush()
         self._lines = len(lines)

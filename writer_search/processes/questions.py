@@ -37,7 +37,8 @@ class Question:
             is_late = not self._child.connection.poll(seconds)
             message = None if is_late else self._child.receive()
             while message is not None and message[0] == "step":
-                begin(message[1]["step"])
+                step, message = message[1]["step"], None  # an interruption from here on: none came
+                begin(step)
                 message = self._child.receive()
         finally:
             if message is None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data import LineSet
 from writer_search.common.files import write_text
 from writer_search.common.text import one_line
-from writer_search.results.page.html import part, section, text
+from writer_search.results.page.html import part, section, soft, text
 from writer_search.results.page.lines import LinePictures, seen_lines, wrong_lines
 from writer_search.results.page.settings import settings
 from writer_search.results.page.snapshot import Snapshot, Standing, TrialFiles
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 SOON = 1.0  # seconds between one writing and the next, at least
 SIGN_OF_LIFE = 60.0  # seconds: the page is written anew so often, also when no trial ends
+OLD_PICTURES = (
+    *("history", "learning_curves", "slices", "parallel_coordinates", "importances", "durations"),
+    *("writers", "confusion", "more_lines"),
+)
 SHARE = 0.03  # of the search process's time, at most, is spent on the page
 
 
@@ -68,17 +72,27 @@ class ReportPage:
     ) -> None:
         """Write the page if something has changed, or for a sign of life; not too often."""
         if self.seconds_to_next() <= 0:
-            self.write(rows, study.user_attrs, standing())
+            self.write(rows, lambda: study.user_attrs, standing)
 
-    def write(self, rows: Sequence[Row], recorded: Mapping[str, Any], standing: Standing) -> None:
-        """Write the page, and the charts as files when the search runs no more."""
+    def write(
+        self,
+        rows: Sequence[Row],
+        recorded: Callable[[], Mapping[str, Any]],
+        standing: Callable[[], Standing],
+    ) -> None:
+        """Write the page, and the charts as files when the search runs no more.
+
+        recorded: gives the study's user attributes, from its database.
+        """
         started = monotonic()
-        shown = Snapshot(self._files, rows, recorded, standing)
-        self._attempt(lambda: write_page(shown, self._pictures))
-        if not standing.is_live:
-            self._attempt(lambda: write_charts(shown))
+        self._attempt(lambda: self._write(Snapshot(self._files, rows, recorded(), standing())))
         self._last, self._is_due = monotonic(), False
         self._next = self._last + max(SOON, (self._last - started) / SHARE)
+
+    def _write(self, shown: Snapshot) -> None:
+        write_page(shown, self._pictures)
+        if not shown.standing.is_live:
+            write_charts(shown)
 
     def _attempt(self, write: Callable[[], object]) -> None:
         try:
@@ -102,20 +116,21 @@ def report_html(shown: Snapshot, pictures: LinePictures) -> str:
     name = text(shown.checkpoint_dir.absolute().name)
     allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     search = [
-        charts(shown),
-        part("All trials", trials_table(shown)),
-        part("Failures and interruptions", failures(shown)),
-        part("How to go on", how_to_go_on(shown)),
+        made(charts, shown),
+        part("All trials", made(trials_table, shown)),
+        part("Failures and interruptions", made(failures, shown)),
+        part("How to go on", made(how_to_go_on, shown)),
     ]
+    writers = made(writers_table, shown) + part("Confusion", made(confusion, shown))
     sections = [
-        head(shown),
-        best_trial(shown),
-        section("Lines it gets wrong", wrong_lines(shown, pictures), "lines"),
-        section("What the network sees", seen_lines(pictures)),
-        section("Writers", writers_table(shown) + part("Confusion", confusion(shown))),
-        section("Pages", pages_table(shown)),
+        made(head, shown),
+        made(best_trial, shown),
+        section("Lines it gets wrong", made(wrong_lines, shown, pictures), "lines"),
+        section("What the network sees", made(seen_lines, pictures)),
+        section("Writers", writers),
+        section("Pages", made(pages_table, shown)),
         section("The search", "\n".join(filter(None, search))),
-        section("Settings", settings(shown)),
+        section("Settings", made(settings, shown)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -129,8 +144,21 @@ def report_html(shown: Snapshot, pictures: LinePictures) -> str:
     )
 
 
+def made(make: Callable[..., str], *of: object) -> str:
+    """Make a part of the page; a line in its place where a damaged file lets that fail."""
+    try:
+        return make(*of)
+    except Exception as error:
+        return soft(f"Cannot be shown: {text(one_line(f'{type(error).__name__}: {error}'))}")
+
+
 def write_charts(shown: Snapshot) -> None:
-    """Write each chart into summary/ as a file of its own; remove what is there no more."""
+    """Write each chart into summary/ as a file of its own; remove what is there no more.
+
+    Also what earlier versions drew there: it would show an old state beside the new report.
+    """
+    for name in OLD_PICTURES:
+        (shown.checkpoint_dir / "summary" / f"{name}.png").unlink(missing_ok=True)
     drawn = {chart.name: chart for chart in charts_of(shown)}
     for name in ("history", "learning_curves", "hyperparameters"):
         path = shown.checkpoint_dir / "summary" / f"{name}.svg"

@@ -171,7 +171,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     for line in settled:
         print(line, flush=True)
     supply = RepetitionSupply(study, own, repeater)
-    # Without pictures: those, and the report, are of the search that is confirmed.
+    # Without a report: it is of the search that is confirmed.
     search = Search(own, finished.stop, supply, None, finished.events)
     search.run()
     runs_left = len(repeater.seeds - seeds_of(search.rows, "COMPLETE", "FAIL"))

@@ -1,4 +1,4 @@
-"""The Optuna study: opening it, what it records about itself, drawing and recording trials.
+"""The Optuna study: opening it, and what it records about itself.
 
 Only the search process touches the study, and only under the directory's lock.
 """

@@ -49,20 +49,19 @@ class LinePictures:
         if (line, width) not in self._made:
             try:
                 self._made[line, width] = _picture(self.data, line, width, description)
-            except (OSError, ValueError):  # somebody has emptied the cache
+            except OSError:  # somebody has emptied the cache
                 return ""
         return self._made[line, width]
 
 
 def _picture(data: LineSet, line: int, most: int, description: str) -> str:
-    start, width = int(data.starts[line]), min(int(data.widths[line]), most)
-    ink = data.strip[start : start + width].T
+    ink = data.ink(line, most).T
     levels = (255 - ink.astype(np.uint16)) * (GREYS - 1) // 255
     image = Image.fromarray(levels.astype(np.uint8), "P")
     image.putpalette([grey * 255 // (GREYS - 1) for grey in range(GREYS) for _ in range(3)])
     file = io.BytesIO()
     image.save(file, "PNG", bits=4)
-    shown = picture(file.getvalue(), description, width, data.line_height)
+    shown = picture(file.getvalue(), description, ink.shape[1], data.line_height)
     return shown.replace("<img ", '<img class="strip" ', 1)
 
 
@@ -71,7 +70,8 @@ def wrong_lines(shown: Snapshot, pictures: LinePictures) -> str:
     if shown.best is None:
         return ""
     if not shown.predictions:
-        return soft("The best trial has left no predictions: an earlier version trained it.")
+        directory = text(shown.files.directory(shown.best))
+        return soft(f"<code>{directory}/{FILE}</code> cannot be read here, or was never written.")
     wrong = sorted(
         (line for line in shown.predictions if not line.is_right),
         key=lambda line: -line.probability,

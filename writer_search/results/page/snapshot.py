@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +80,8 @@ class TrialFiles:
             known = version, [float(epoch["macro_top1"]) for epoch in history]
             self._histories[row.number] = known
             if directory.parent.absolute() == self.checkpoint_dir.absolute():
-                draw_curves(directory, row.number, history, status.st_mtime)
+                with suppress(OSError):  # a directory that cannot be written costs its curves alone
+                    draw_curves(directory, row.number, history, status.st_mtime)
         return known[1]
 
     def of_best(self, row: Row) -> tuple[dict[str, Any], list[Prediction]]:
@@ -88,7 +90,10 @@ class TrialFiles:
         if self._of_best is None or self._of_best[0] != directory:
             found = read_dict(directory / "metrics.json").get("best")
             metrics = found if isinstance(found, dict) else {}
-            self._of_best = directory, metrics, read_predictions(directory)
+            predictions = read_predictions(directory)
+            if not metrics or not predictions:  # perhaps they are seen a moment later
+                return metrics, predictions
+            self._of_best = directory, metrics, predictions
         return self._of_best[1:]
 
 

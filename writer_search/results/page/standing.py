@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-import shlex
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from writer_search.common.files import read_dict
+from writer_search.common.provenance import pasted
 from writer_search.common.text import duration, percent, shown_value
 from writer_search.results.chosen import read_confirmation
 from writer_search.results.confirmed import describe as describe_confirmation
@@ -24,7 +25,7 @@ from writer_search.results.page.snapshot import (
     STOPPED,
     Snapshot,
 )
-from writer_search.results.rows import STATES, Row, count_states
+from writer_search.results.rows import STATES, Row, count_states, home_of
 from writer_search.results.tables import floor_lines
 from writer_search.results.tested import describe
 
@@ -32,7 +33,7 @@ EVERY_SECONDS = 10  # the page looks for a newer one
 SAID = {
     RUNNING: "The search runs.",
     CONFIRMING: "All trials are complete; the best ones are being trained again.",
-    FINISHED: "Finished: all wanted trials are complete.",
+    FINISHED: "Finished.",
     STOPPED: "Not running: the same command goes on where the search stopped.",
 }
 
@@ -55,9 +56,14 @@ def head(shown: Snapshot) -> str:
         for trial in standing.running
     ]
     if standing.is_live:
+        why = (
+            "Unless it was sent to you, the search may have been killed; the same command goes on."
+            if standing.state == RUNNING
+            else "It is not written anew while the best trials are trained again; "
+            "<code>--status</code> tells how far that is."
+        )
         parts.append(
-            '<p id="late" hidden>This page was written <span></span> minutes ago. Unless it was '
-            "sent to you, the search may have been killed; the same command goes on.</p>"
+            f'<p id="late" hidden>This page was written <span></span> minutes ago. {why}</p>'
         )
     return "\n".join(parts)
 
@@ -91,7 +97,7 @@ def best_trial(shown: Snapshot) -> str:
     parts += [f"<p>{text(line)}</p>" for line in floor_lines(shown.rows)]
     parts.append(_hyperparameters(shown, best))
     model = shown.files.directory(best) / "best_model.pth"
-    if model.exists():
+    if os.path.exists(model):  # also where nobody may look
         parts.append(f"<p>Its model: <code>{text(model)}</code></p>")
     parts += [
         section("Confirmed with new seeds", _confirmation(shown)),
@@ -122,6 +128,11 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
     lines, error = standard_error(shown.metrics)
     if not lines:
         return "How sure that is cannot be told: the trial left no count of its validation lines."
+    if error == 0 and any(true != guessed for true, guessed, _ in shown.confusion[1]):
+        return (
+            f"Measured on {count(lines, 'validation line')}. Its standard error cannot be told: "
+            "each writer's lines are all right, or all wrong."
+        )
     if error == 0:
         return (
             f"Measured on {count(lines, 'validation line')}, all recognised. Even so, up to "
@@ -187,10 +198,16 @@ def _lines(lines: Sequence[str]) -> str:
 
 def how_to_go_on(shown: Snapshot) -> str:
     """Give the command to resume or extend, as the newest trial has recorded it."""
-    for number in sorted(shown.configs, reverse=True):
+    own = [
+        row.number
+        for row in shown.rows
+        if home_of(row.attributes, shown.checkpoint_dir).absolute()
+        == shown.checkpoint_dir.absolute()
+    ]
+    for number in sorted(own, reverse=True):
         command = shown.configs[number].get("command")
         if isinstance(command, list) and command:
-            line = shlex.join(["python", *map(str, command)])
+            line = pasted(list(map(str, command)))
             return (
                 f"<pre>{text(line, 10**5)}</pre>\n<p>The same command goes on where the search "
                 "stopped, and runs the trials that are still missing. With a higher "

@@ -72,7 +72,7 @@ def _links(shown: Snapshot, row: Row) -> str:
     return " ".join(
         f'<a href="{where}/{name}">{name.partition(".")[0]}</a>'
         for name in LINKED
-        if (directory / name).exists()
+        if os.path.exists(directory / name)  # also where nobody may look
     )
 
 

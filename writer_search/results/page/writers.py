@@ -147,6 +147,8 @@ def _pages(shown: Snapshot) -> dict[tuple[str, str], list[int | str]]:
     """Count by page: lines, right ones, and whom the page is taken for."""
     found: dict[tuple[str, str], list[int | str]] = {}
     for line in shown.predictions:
+        if not line.page:
+            continue  # it is not known
         entry = found.setdefault((line.writer, line.page), [0, 0, line.page_guess])
         entry[0] = int(entry[0]) + 1
         entry[1] = int(entry[1]) + line.is_right
@@ -156,8 +158,8 @@ def _pages(shown: Snapshot) -> dict[tuple[str, str], list[int | str]]:
 def pages_table(shown: Snapshot) -> str:
     """Make the table of validation pages, the hardest first."""
     pages = _pages(shown)
-    if not any(page for _, page in pages):
-        return ""  # where pages are not known, all of a writer's lines would be one
+    if not pages:
+        return ""
     order = sorted(
         pages.items(),
         key=lambda item: (item[0][0] == item[1][2], int(item[1][1]) / int(item[1][0])),

@@ -81,7 +81,8 @@ def history(trials: Sequence[Outcome], error: float, chance: float | None) -> Ch
     first, last = trials[0].number, max(trial.number for trial in trials)
     axes = Axes((first - 0.5, last + 0.5), (low, high), top=26)
     axes.frame("trial", VALUE, numbers(first, last))
-    axes.band(top - error, min(100.0, top + error))
+    if error:
+        axes.band(top - error, min(100.0, top + error))
     if chance is not None:
         axes.across(chance, "x")
     size = 4.0 if len(trials) <= 100 else 2.2
@@ -102,7 +103,7 @@ def history(trials: Sequence[Outcome], error: float, chance: float | None) -> Ch
     axes.dot(best.number, top, "a", size + 2, f"trial {best.number}, the best, {top:.2f} %")
     caption = (
         f"Dots: complete trials; line: the best so far; large dot: trial {best.number}, {top:.2f} %"
-        f" ± {error:.2f} (standard error, shaded)."
+        + (f" ± {error:.2f} (standard error, shaded)." if error else ".")
     )
     caption += f" Crosses: {len(pruned)} pruned, at their last value." if pruned else ""
     caption += f" Ticks above: {len(lost)} failed or interrupted." if lost else ""

@@ -22,8 +22,8 @@ LABEL, GAP = 18, 6  # pixels
 
 def draw_lines(summary: Path, data: LineSet) -> None:
     """Write lines.png into a directory. Failing to costs no search: it is told in a warning."""
-    picture = lines_picture(data, data.writers[:FIRST_WRITERS])
     try:
+        picture = lines_picture(data, data.writers[:FIRST_WRITERS])
         write_whole(summary / "lines.png", partial(picture.save, format="PNG"))
     except OSError as error:
         print(f"warning: summary/lines.png was not written: {one_line(error)}", file=sys.stderr)
@@ -40,9 +40,7 @@ def lines_picture(data: LineSet, writers: Sequence[str]) -> Image.Image:
         draw.text((2, top + 2), _label(writer), fill=0, font=font)
         top += LABEL
         for line in lines:
-            start = int(data.starts[line])
-            ink = data.strip[start : start + min(int(data.widths[line]), WIDTH)].T
-            picture.paste(Image.fromarray(255 - ink), (0, top))
+            picture.paste(Image.fromarray(255 - data.ink(line, WIDTH).T), (0, top))
             top += data.line_height + 2
         draw.line((0, top, WIDTH, top), fill=200)
         top += GAP
