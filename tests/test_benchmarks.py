@@ -120,6 +120,7 @@ def test_search_efficiency(result: Any) -> None:
     assert all(0 <= value <= 1 for value in found.values())
 
 
+@pytest.mark.slow
 def test_first_minutes(result: Any) -> None:
     found = result(
         first_minutes,

@@ -150,6 +150,7 @@ def test_the_journal_is_written_and_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert marks[-1].loss == 0.1 + 0.2
 
 
+@pytest.mark.slow
 def test_a_killed_command_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "LEFT_SECONDS", 0.1)
 

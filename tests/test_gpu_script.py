@@ -235,6 +235,7 @@ def test_index_out_of_range_ends_one_trial_alone(on_fake_gpu: Any) -> None:
     assert "device-side assert" in found.value["cause"]
 
 
+@pytest.mark.slow
 def test_a_gpu_without_room_is_not_set_aside(on_fake_gpu: Any, tmp_path: Path) -> None:
     value = gpu_searches.refused_beside_another(on_fake_gpu("exclusive"))
     assert value == {"refused": 1, "exit_code": 0, "passes": True}
@@ -275,6 +276,7 @@ def test_memory_that_runs_out(on_fake_gpu: Any, setting: Setting) -> None:
     assert found == {"images_at_once": 4, "passes": True}
 
 
+@pytest.mark.slow
 def test_ranks(setting: Setting) -> None:
     found = gpu_searches.ranks(setting)
     assert found.passes, found

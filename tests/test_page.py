@@ -164,14 +164,15 @@ def test_one_click_shows_a_writer_s_lines_alone(chrome: Any, open_page: Open, se
     assert shown_lines(chrome) == every
 
 
+@pytest.mark.slow
 def test_refreshing_keeps_place_order_filter_and_what_is_unfolded(
     chrome: Any, open_page: Open, search: Path
 ) -> None:
     page = open_page(search, state=RUNNING)
     text = page.read_text()
     assert 'data-every="10"' in text
-    page.write_text(text.replace('data-every="10"', 'data-every="1"'))
-    chrome.refresh()
+    page.write_text(text.replace('data-every="10"', 'data-every="3"'))
+    chrome.get(page.as_uri())
     click_head(chrome, "trials", 2)
     click(chrome, "#lines .pick")
     click(chrome, "[data-keep=data] summary")
@@ -190,7 +191,7 @@ def test_refreshing_keeps_place_order_filter_and_what_is_unfolded(
     finished = open_page(search)  # in the place of the other
     assert finished == page
     chrome.execute_script("window.old = true")
-    time.sleep(1.3)
+    time.sleep(3.5)
     assert chrome.execute_script("return window.old"), "a finished search's page stays"
 
 
@@ -259,6 +260,7 @@ def test_nothing_hinders_who_sees_little_or_nothing(
     assert "color-contrast" in {one["id"] for one in result["passes"]}
 
 
+@pytest.mark.slow
 def test_page_of_300_trials_opens_within_two_seconds(
     chrome: Any, search: Path, tmp_path: Path
 ) -> None:
@@ -271,8 +273,10 @@ def test_page_of_300_trials_opens_within_two_seconds(
     page.write_text(report_html(shown, LinePictures(None)), "utf-8")
     look(chrome, WIDE, dark=False)
     chrome.get(page.as_uri())
-    milliseconds = chrome.execute_script(
-        "const [entry] = performance.getEntriesByType('navigation'); return entry.loadEventEnd"
-    )
+    milliseconds, deadline = 0, time.monotonic() + 20
+    while not milliseconds and time.monotonic() < deadline:  # the event itself may not have ended
+        milliseconds = chrome.execute_script(
+            "const [entry] = performance.getEntriesByType('navigation'); return entry.loadEventEnd"
+        )
     assert len(column(chrome, "trials", 0)) == 300
     assert 0 < milliseconds < 2000
