@@ -21,6 +21,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Torch takes seconds to import: --help and mistakes in the command are answered before.
+    from writer_search.train_flags import tell_before_torch
+
+    tell_before_torch(sys.argv[1:])
+
 import numpy as np
 import torch
 import torch.nn.functional as F

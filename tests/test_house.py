@@ -100,6 +100,23 @@ def test_help_imports_neither_torch_nor_optuna() -> None:
     assert ran.stdout.startswith("usage: hyperparameter_search.py")
 
 
+@pytest.mark.parametrize("flags", [["--help"], ["--predict", "line.png"]], ids=["help", "mistake"])
+def test_what_train_can_say_at_once_needs_no_torch(flags: list[str]) -> None:
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    *said, last = ran.stderr.splitlines()
+    assert last == f"{0 if flags == ['--help'] else 2} False"
+    assert said == [] or said == [
+        "error: --model is missing: give a search's summary/best_model.pth"
+    ]
+
+
 @pytest.mark.parametrize(
     "command",
     [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],

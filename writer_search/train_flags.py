@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from writer_search.common.errors import UserError
+from writer_search.common.place import open_standard_streams
+from writer_search.common.text import one_line
 from writer_search.flag_values import Parser, add_version, device_name, underscored
 
 TRAIN_ON = ("train", "train+val")
@@ -117,3 +120,15 @@ def parse_train_args(argv: Sequence[str]) -> argparse.Namespace:
         if args.config is not None and getattr(args, name) is None:
             raise UserError(f"--{name} is missing: say {what}")
     return args
+
+
+def tell_before_torch(argv: Sequence[str]) -> None:
+    """Answer --help and what is wrong with the command; say on a terminal what takes seconds."""
+    open_standard_streams()
+    try:
+        parse_train_args(argv)
+    except UserError as error:
+        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+        sys.exit(2)
+    if sys.stderr.isatty():
+        print("importing torch ...", file=sys.stderr, flush=True)
