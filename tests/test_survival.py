@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
 import shutil
@@ -506,21 +507,30 @@ def damage(database: Path, kind: str) -> None:
         "cut page": bytes(content[:-1000]),
         "header": b"x" * 100 + bytes(content[100:]),
         "middle": bytes(content),
+        "byte": bytes(content).replace(b'"attributes"', b'"attri\xffutes"'),
     }
     database.write_bytes(damaged[kind])
 
 
 @pytest.mark.parametrize(
-    "kind", ["empty", "text", "truncated", "cut page", "header", "middle", "deleted"]
+    "kind", ["empty", "text", "truncated", "cut page", "header", "middle", "byte", "deleted"]
 )
 def test_damaged_database_heals_under_the_same_command(
-    kind: str, copied: Path, run: Run, capfd: pytest.CaptureFixture[str]
+    kind: str,
+    copied: Path,
+    run: Run,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = facts(copied)
     damage(copied / "optuna_study.db", kind)
     capfd.readouterr()
+    said: list[Any] = []
+    optunas = logging.getLogger("optuna.storages._rdb.storage")
+    monkeypatch.setattr(optunas, "callHandlers", said.append)
     assert run(n_trials="3") == 0
     printed, problem = capfd.readouterr()
+    assert said == [], "this program tells what is damaged, not Optuna"
     assert "RESUMING EXISTING STUDY" in printed
     assert problem.count("\n") == 1
     assert "rebuilt with 5 trials from their directories: 2 COMPLETE, 2 FAIL, 1 PRUNED" in problem

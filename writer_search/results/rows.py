@@ -120,7 +120,7 @@ def read_database(database: Path) -> Reading:
     import optuna
     from sqlalchemy.pool import StaticPool
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what is damaged is told by this program
     with closing(sqlite3.connect(":memory:", check_same_thread=False)) as memory:
         with opened(database) as connection:
             connection.backup(memory)

@@ -38,7 +38,7 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
     Raises UserError when the file cannot be used: DamagedError, OtherVersionError, or what the
     system keeps from being written.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what is damaged is told by this program
     count_in_utc()
     database = checkpoint_dir / DATABASE
     try:
@@ -62,6 +62,7 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
         if type(error) is RuntimeError:  # Optuna's word on another version of its tables
             raise OtherVersionError(f"{database}: {one_line(error)}") from None
         raise DamagedError(f"{cause}; --recover rebuilds it from the trial directories") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return study
 
 
