@@ -56,3 +56,18 @@ def test_nohup_is_respected() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_while_an_object_is_removed_is_remembered_without_a_word(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Python can raise nothing from there: it would print a traceback."""
+
+    class Signalling:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopSignals() as stop:
+        Signalling()
+        assert stop.name == "SIGTERM"
+    assert capfd.readouterr().err == ""

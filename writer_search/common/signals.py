@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,14 +57,21 @@ class StopSignals:
         # SIGHUP is ignored at the wish of whoever typed nohup.
         caught = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._old = {number: signal.signal(number, self._remember) for number in caught}
+        self._old_hook, sys.unraisablehook = sys.unraisablehook, self._pass_over
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._old_hook
         signal.set_wakeup_fd(self._old_wakeup)
         self.wakeup.close()
         self._wake.close()
+
+    def _pass_over(self, lost: sys.UnraisableHookArgs) -> None:
+        """Say nothing of an Interrupted raised while an object was removed: `name` has it."""
+        if not isinstance(lost.exc_value, Interrupted):
+            self._old_hook(lost)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:
