@@ -143,7 +143,7 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
         return search, False, []
     if not search.has_all:
         return search, False, ["Not confirmed yet: that begins when all trials are complete."]
-    write_page(search, CONFIRMING)
+    update_page(search, CONFIRMING)
     confirmation = confirm(search, args.confirm_top, args.confirm_seeds)
     last, left = confirmation.search, confirmation.runs_left
     if left:
@@ -179,7 +179,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     is_settled = is_settled and search.has_all and not (last.stop.name or last.recorder.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
-    write_page(search, FINISHED if is_settled else STOPPED)
+    update_page(search, FINISHED if is_settled else STOPPED)
     print("\n".join([RULE, *lines, RULE]))
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True, unsaved=last.recorder.unsaved)
@@ -209,7 +209,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     return EXIT_OK
 
 
-def write_page(search: Search, state: str) -> None:
+def update_page(search: Search, state: str) -> None:
     """Write the report. state: where the search stands."""
     assert search.page is not None, "only a confirmation has none"
     study = search.supply.study

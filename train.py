@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from data import LineSet, default_cache_dir
 from model import classification_loss, mix_images
 from writer_search.common.environment import as_in_a_trial
-from writer_search.common.errors import UserError, place_errors_told
+from writer_search.common.errors import UserError, place_errors_told, told
 from writer_search.common.files import write_json
 from writer_search.common.output import lasting_output
 from writer_search.common.place import open_standard_streams, require_directories
@@ -460,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with place_errors_told(), StopSignals() as stop:
                 return predict_command(args) if args.predict else retrain_command(args, stop)
         except UserError as error:
-            print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+            print(told(error), file=sys.stderr)
             return EXIT_USAGE
         except Interrupted as error:
             saved = ": everything is saved; the same command goes on" if error.began else ""

@@ -31,10 +31,10 @@ from writer_search.results.page.snapshot import (
     FINISHED,
     RUNNING,
     STOPPED,
-    RunningTrial,
     Snapshot,
     Standing,
     TrialFiles,
+    TrialProgress,
 )
 from writer_search.results.page.standing import standard_error
 from writer_search.results.page.trials import ranges
@@ -217,7 +217,7 @@ def test_interrupted_is_a_state_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_running_search_says_what_runs_and_how_long(search: Path) -> None:
-    text = page_of(search, Standing(RUNNING, (60.0, 120.0), [RunningTrial(10, 3, 20, 0.5)]))
+    text = page_of(search, Standing(RUNNING, (60.0, 120.0), [TrialProgress(10, 3, 20, 0.5)]))
     assert "Time left: 1 min 0 s to 2 min 0 s." in text
     assert "Trial 10 runs: epoch 3 of 20, best so far 50.00%." in text
     assert "data-written=" in text

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, told
 from writer_search.common.place import open_standard_streams
-from writer_search.common.text import one_line
 from writer_search.flag_values import Parser, add_version, device_name, underscored
 
 TRAIN_ON = ("train", "train+val")
@@ -128,7 +127,7 @@ def tell_before_torch(argv: Sequence[str]) -> None:
     try:
         parse_train_args(argv)
     except UserError as error:
-        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         sys.exit(2)
     if sys.stderr.isatty():
         print("importing torch ...", file=sys.stderr, flush=True)

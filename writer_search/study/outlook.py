@@ -15,7 +15,7 @@ from writer_search.results.estimate import (
     seconds_left,
     unbroken,
 )
-from writer_search.results.page.snapshot import RUNNING, RunningTrial, Standing
+from writer_search.results.page.snapshot import RUNNING, Standing, TrialProgress
 from writer_search.results.progress import EpochFacts
 from writer_search.results.rows import Row, best_row
 from writer_search.study.recorder import Recorder
@@ -83,7 +83,8 @@ class Outlook:
     def standing(self) -> Standing:
         """Say how the search stands, for its page."""
         running = [
-            RunningTrial(r.number, r.epoch, r.job.config.epochs, r.best) for r, _ in self._running()
+            TrialProgress(r.number, r.epoch, r.job.config.epochs, r.best)
+            for r, _ in self._running()
         ]
         return Standing(RUNNING, self._time_left(), running)
 

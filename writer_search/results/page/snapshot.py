@@ -23,7 +23,7 @@ CURVES = ("curves.svg", "curves.png")  # an earlier version drew the latter
 
 
 @dataclass(frozen=True)
-class RunningTrial:
+class TrialProgress:
     """A trial that runs, and how far it is: epochs done, best value so far as a fraction."""
 
     number: int
@@ -38,7 +38,7 @@ class Standing:
 
     state: str
     left: Range | None = None
-    running: Sequence[RunningTrial] = ()
+    running: Sequence[TrialProgress] = ()
 
     @property
     def is_live(self) -> bool:
