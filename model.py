@@ -227,7 +227,9 @@ class WriterModel(nn.Module):
 
     Images (batch, 1, height, width), float; returns logits (batch, writers), float32; with the
     cosface loss they are `scale` times a cosine. The backbone "cohog" is a descriptor of whole
-    lines, of which nothing is trained; `descriptor` is the one to take, if not the default.
+    lines, of which nothing is trained; `descriptor` is the one to take, if not the default. Beside
+    a network (`beside`) a descriptor has a classifier of its own: of a whole line, the two are
+    asked and their log-probabilities added, see `line_logits`; `forward` asks the network alone.
     Raises KeyError for an unknown backbone or pooling.
     """
 
@@ -245,6 +247,7 @@ class WriterModel(nn.Module):
     ) -> None:
         super().__init__()
         self.sees_whole_lines = backbone == COHOG
+        self.beside: WriterModel | None = None
         self.backbone: nn.Module
         self.pool: nn.Module
         if backbone == COHOG:
@@ -270,14 +273,8 @@ class WriterModel(nn.Module):
     def of(cls, config: TrialConfig, num_writers: int) -> WriterModel:
         """Build a configuration's model."""
         if config.backbone == COHOG:
-            descriptor = CoHOG(
-                config.cohog_directions,
-                config.cohog_reach,
-                config.cohog_smoothing,
-                config.cohog_edge,
-            )
-            return cls(COHOG, num_writers, descriptor=descriptor)
-        return cls(
+            return cls._described(config, num_writers)
+        model = cls(
             config.backbone,
             num_writers,
             pooling=config.pooling,
@@ -286,6 +283,19 @@ class WriterModel(nn.Module):
             scale=config.scale,
             pretrained=config.pretrained,
         )
+        if config.with_cohog:  # built last: the network's first weights are the same without it
+            model.beside = cls._described(config, num_writers).requires_grad_(False)
+        return model
+
+    @classmethod
+    def _described(cls, config: TrialConfig, num_writers: int) -> WriterModel:
+        descriptor = CoHOG(
+            config.cohog_directions,
+            config.cohog_reach,
+            config.cohog_smoothing,
+            config.cohog_edge,
+        )
+        return cls(COHOG, num_writers, descriptor=descriptor)
 
     def embed(self, images: Tensor) -> Tensor:
         """Describe images by (batch, channels)."""

@@ -136,6 +136,8 @@ def train(
                 if config.is_fitted:
                     fit_at_once(state, config, training, len(data.writers), check)
                 else:
+                    if config.with_cohog and state.step == 0:
+                        fit_descriptor(state, config, training, len(data.writers), check)
                     train_epoch(state, config, training, steps, check, micro_batch)
                 metrics = validate(state, config, validation, data.writers, check, micro_batch)
                 end_epoch(state, config, checkpoints, metrics, steps, len(training))
@@ -210,19 +212,27 @@ def train_epoch(
 def fit_at_once(
     state: TrainingState, config: TrialConfig, lines: Lines, writers: int, check: Check
 ) -> None:
-    """Describe all lines and fit the classifier to them: all the training that a descriptor has.
-
-    Ranks all do the same.
-    """
-    descriptions, line = describe(state.model, lines, config.cohog_variation, lambda: check(0.0))
-    labels, pages = lines.labels.cpu()[line], lines.pages.cpu()[line]
-    fitted = fit(config, descriptions, labels, pages, writers, lambda: check(0.5))
-    for model in (state.model, state.average):
-        fitted.give_to(model)
-    loss = F.cross_entropy(fitted.logits(descriptions), labels)
+    """Train a descriptor without a network: one fit is all the training that it has."""
+    loss = fit_descriptor(state, config, lines, writers, check)
     state.loss_sum += loss.to(state.loss_sum) / state.ranks.size
     state.step += 1
     require_finite(state.loss_sum, "the training loss", state)
+
+
+def fit_descriptor(
+    state: TrainingState, config: TrialConfig, lines: Lines, writers: int, check: Check
+) -> Tensor:
+    """Describe all lines and fit the descriptor's classifier to them. Returns its mean loss, ().
+
+    Ranks all do the same.
+    """
+    model, average = (own.beside or own for own in (state.model, state.average))
+    descriptions, line = describe(model, lines, config.cohog_variation, lambda: check(0.0))
+    labels, pages = lines.labels.cpu()[line], lines.pages.cpu()[line]
+    fitted = fit(config, descriptions, labels, pages, writers, lambda: check(0.0))
+    fitted.give_to(model)
+    fitted.give_to(average)
+    return F.cross_entropy(fitted.logits(descriptions), labels)
 
 
 def training_step(

@@ -64,6 +64,7 @@ OTHER: dict[str, Value] = {
     "margin": 0.15,
     "scale": 20.0,
     "mixup_alpha": 0.31,
+    "with_cohog": True,
 }
 OTHER_OF_COHOG: dict[str, Value] = {
     "cohog_directions": 12,
@@ -135,7 +136,7 @@ def test_values_at_the_limits_are_taken_and_beyond_refused(name: str) -> None:
     rule = LIMITS[name]
     for value in inside(rule):
         assert getattr(TrialConfig(**REQUIRED, **{name: value}), name) == value
-    beyond: list[Any] = ["nonsense", None, True, [1]]
+    beyond: list[Any] = ["nonsense", None, [1], *([] if True in rule else [True])]
     if isinstance(rule, Range):
         beyond += [rule.low - 1, rule.high * 1.001 + 1, math.nan, math.inf, -math.inf, "1"]
         beyond += [rule.low + 0.5] if rule.integer else []
@@ -171,9 +172,13 @@ def test_descriptor_s_values_are_part_of_its_own_configurations_alone() -> None:
     assert network.hash() == "db204deb620c4265"
     assert not set(network.to_dict()) & set(OF_COHOG)
     descriptor = replace(network, backbone=COHOG)
+    assert descriptor.hash() == "bd2a422c025bacf8"
+    assert replace(descriptor, with_cohog=True).hash() == descriptor.hash()
+    both = replace(network, with_cohog=True)
     assert set(OTHER_OF_COHOG) == set(OF_COHOG)
     others = [replace(descriptor, **{n: v}) for n, v in OTHER_OF_COHOG.items()]
-    assert len({config.hash() for config in [descriptor, *others]}) == len(others) + 1
+    others += [replace(both, **{n: v}) for n, v in OTHER_OF_COHOG.items()]
+    assert len({config.hash() for config in [descriptor, both, *others]}) == len(others) + 2
     for config in others:
         assert TrialConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -254,7 +259,34 @@ def test_a_descriptor_is_asked_for_its_own_hyperparameters_alone(
     own = set(OF_COHOG) - ({"cohog_penalty"} if head == "lda" else set())
     assert set(values) == own | {"backbone", "line_height"}
     assert asked == set(values) & set(space.searched)
-    assert not draw(space)[1] & set(OF_COHOG), "a network is not asked for them"
+    network = draw(space, with_cohog=False)[1]
+    assert not network & set(OF_COHOG), "a network is not asked for them"
+    values, asked = draw(space, with_cohog=True, cohog_head=head)
+    assert own | {"with_cohog", "learning_rate"} <= set(values)
+    assert own & set(space.searched) <= asked
+
+
+@pytest.mark.parametrize(
+    ("fix", "ranges", "names"),
+    [
+        ({}, {}, {"with_cohog", "cohog_reach"}),
+        ({"with_cohog": False}, {}, {"cohog_reach"}),
+        ({"backbone": COHOG}, {}, {"cohog_reach"}),
+        ({"backbone": "resnet18"}, {}, set()),
+        ({}, {"backbone": {"choices": ["resnet_thin", "resnet18"]}}, set()),
+        ({"backbone": "resnet18", "with_cohog": True}, {}, {"with_cohog", "cohog_reach"}),
+        (
+            {"backbone": "resnet18"},
+            {"with_cohog": {"choices": [False, True]}},
+            {"with_cohog", "cohog_reach"},
+        ),
+    ],
+)
+def test_whoever_chooses_networks_alone_gets_no_descriptor_beside_them(
+    fix: dict[str, Value], ranges: dict[str, Any], names: set[str]
+) -> None:
+    space = narrow(default_space("cpu", False), fix, ranges)
+    assert {name for name in ("with_cohog", "cohog_reach") if name in space} == names
 
 
 # ------------------------------------------------------------------------ default space, baseline

@@ -20,8 +20,8 @@ from torch import Tensor
 from data import SPLITS, LineSet, find_lines, load_lines
 from hyperparameter_search import main
 from model import WriterModel
+from train import load_model, train
 from train import main as train_main
-from train import train
 from writer_search.common.text import percent
 from writer_search.config import COHOG, OF_COHOG, TrialConfig
 from writer_search.descriptor import CoHOG
@@ -29,6 +29,7 @@ from writer_search.results.rows import read_database
 from writer_search.study.store import open_study
 from writer_search.training import fitting
 from writer_search.training.batches import Lines
+from writer_search.training.evaluation import line_logits
 from writer_search.training.fitting import (
     VARIANTS,
     best_factor,
@@ -315,6 +316,62 @@ def test_a_search_begun_without_the_descriptor_goes_on(
     rows = read_database(tmp_path / "c" / "optuna_study.db").rows
     assert [row.state for row in rows] == ["COMPLETE", "COMPLETE"]
     assert all(row.params["backbone"] != COHOG for row in rows)
+
+
+# --------------------------------------------------------------------------------- beside a network
+
+
+def saved_model(trial_dir: Path, name: str = "final_model.pth") -> dict[str, Tensor]:
+    model: dict[str, Tensor] = torch.load(trial_dir / name, weights_only=True)["model"]
+    return model
+
+
+def test_beside_a_network_log_probabilities_are_added(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    """The network learns as it does without; so does the descriptor."""
+    both = replace(config, with_cohog=True, cohog_reach=2)
+    alone = replace(DESCRIPTOR, cohog_reach=2)
+    metrics = train(both, data, tmp_path / "both")
+    train(config, data, tmp_path / "network")
+    train(alone, data, tmp_path / "cohog")
+    saved = saved_model(tmp_path / "both")
+    parts = saved_model(tmp_path / "network")
+    parts |= {f"beside.{n}": t for n, t in saved_model(tmp_path / "cohog").items()}
+    assert saved.keys() == parts.keys()
+    assert all(torch.equal(saved[name], parts[name]) for name in parts)
+
+    lines = Lines.of(data, "val", torch.from_numpy(data.strip))
+    logits = []
+    for name in ("both", "network", "cohog"):
+        model, own, writers = load_model(tmp_path / name / "final_model.pth")
+        logits.append(line_logits(model, own, lines, len(writers)))
+    assert torch.equal(logits[0], logits[1].log_softmax(1) + logits[2].log_softmax(1))
+    assert metrics is not None
+    last = json.loads((tmp_path / "both" / "metrics.json").read_text())["final"]
+    expected = torch.nn.functional.cross_entropy(logits[0].double(), lines.labels)
+    assert last["loss"] == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("calls", [3, 8, 13])
+def test_both_go_on_after_a_stop_to_the_same_model(
+    data: LineSet, config: TrialConfig, tmp_path: Path, calls: int
+) -> None:
+    """Stopped while lines are described, while the classifier is fitted, while it trains."""
+    both = replace(config, with_cohog=True)
+    whole = train(both, data, tmp_path / "whole")
+    done: list[float] = []
+
+    def stop(progress: float) -> None:
+        done.append(progress)
+        if len(done) == calls:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(both, data, tmp_path / "cut", check=stop)
+    assert train(both, data, tmp_path / "b", continue_from=tmp_path / "cut") == whole
+    models = [saved_model(tmp_path / name) for name in ("whole", "b")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 # ---------------------------------------------------------------------------------------- accuracy

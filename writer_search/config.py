@@ -85,6 +85,7 @@ LIMITS: dict[str, Rule] = {
     "scale": Range(1.0, 256.0),
     "mixup_alpha": Range(0.0, 8.0),
     "precision": Choice(PRECISIONS),
+    "with_cohog": Choice((False, True)),
     "cohog_directions": Range(2, 64, integer=True),
     "cohog_reach": Range(1, 64, integer=True),
     "cohog_smoothing": Range(0.3, 8.0),
@@ -148,6 +149,7 @@ class TrialConfig:
     margin: float = 0.2  # cosface alone reads margin and scale
     scale: float = 32.0
     mixup_alpha: float = 0.0  # 0: no mixup; cross_entropy alone mixes
+    with_cohog: bool = False  # the descriptor beside a network
     # The descriptor's own, see `CoHOG`. Of the others it reads the seed and the line height alone.
     cohog_directions: int = 16
     cohog_reach: int = 3
@@ -171,9 +173,12 @@ class TrialConfig:
         return self.backbone == COHOG
 
     def to_dict(self) -> dict[str, Value]:
-        """Give all that this backbone reads: a network's hash is what it was before CoHOG."""
+        """Give all that this backbone reads: hashes stay what they were before there was more."""
         values: dict[str, Value] = asdict(self)
-        if self.backbone != COHOG:
+        is_both = self.with_cohog and not self.is_fitted
+        if not is_both:
+            del values["with_cohog"]
+        if not is_both and not self.is_fitted:
             for name in OF_COHOG:
                 del values[name]
         return values

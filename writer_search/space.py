@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -38,6 +38,9 @@ class Space:
     searched: dict[str, Rule]
     fixed: dict[str, Value] = field(default_factory=dict)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.searched or name in self.fixed
+
     def draw(self, trial: Suggester, name: str) -> Any:
         """Draw one hyperparameter, or give its fixed value."""
         rule = self.searched.get(name)
@@ -70,7 +73,12 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
 
     values["backbone"] = space.draw(trial, "backbone")
     values["line_height"] = space.fixed["line_height"]  # the cache has one height
-    if values["backbone"] == COHOG:
+    is_alone = values["backbone"] == COHOG
+    if not is_alone and "with_cohog" in space:
+        values["with_cohog"] = space.draw(trial, "with_cohog")
+
+    # descriptor, alone or beside the network
+    if is_alone or values.get("with_cohog"):
         values["cohog_reach"] = space.draw(trial, "cohog_reach")
         values["cohog_smoothing"] = space.draw(trial, "cohog_smoothing")
         values["cohog_edge"] = space.draw(trial, "cohog_edge")
@@ -79,6 +87,7 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
         values["cohog_head"] = space.draw(trial, "cohog_head")
         if values["cohog_head"] == "softmax":
             values["cohog_penalty"] = space.draw(trial, "cohog_penalty")
+    if is_alone:
         return values
 
     # model
@@ -178,6 +187,7 @@ def default_space(tier: str, pretrained: bool) -> Space:
         "augment_photometry": Range(0.5, 1.5),
         "mixup": Choice((False, True)),
         "mixup_alpha": Range(0.05, 0.4, log=True),
+        "with_cohog": Choice((False, True)),
         "cohog_reach": Range(2, 6, integer=True),
         "cohog_smoothing": Range(0.6, 1.6),
         "cohog_edge": Range(0.3, 1.2),
@@ -269,10 +279,7 @@ def narrow(space: Space, fix: Mapping[str, Value], ranges: Mapping[str, Any]) ->
         searched.pop(name, None)
     _settle_mixup(searched, fixed)
     narrowed = Space(searched, fixed)
-    if COHOG not in backbones_of(narrowed):
-        for name in set(OF_COHOG) - set(fix) - set(ranges):
-            searched.pop(name, None)
-            fixed.pop(name, None)
+    _settle_cohog(narrowed, set(fix) | set(ranges))
     return narrowed
 
 
@@ -304,6 +311,23 @@ def _settle_mixup(searched: dict[str, Rule], fixed: dict[str, Value]) -> None:
     if "mixup_alpha" in fixed:
         searched.pop("mixup", None)
         fixed.pop("mixup", None)
+
+
+def _settle_cohog(space: Space, named: Set[str]) -> None:
+    """Leave out the descriptor's names where no trial has it.
+
+    Whoever chooses networks alone wants no descriptor beside them, unless it is named. A space
+    without `with_cohog` is one without: as it was before there was that choice.
+    """
+    is_alone = COHOG in backbones_of(space)
+    is_beside = networks_of(space) and (is_alone or "with_cohog" in named)
+    if not is_beside or space.fixed.get("with_cohog") is False:
+        space.searched.pop("with_cohog", None)
+        space.fixed.pop("with_cohog", None)
+    if not is_alone and "with_cohog" not in space:
+        for name in set(OF_COHOG) - named:
+            space.searched.pop(name, None)
+            space.fixed.pop(name, None)
 
 
 def _open_conditions(name: str, searched: dict[str, Rule], fixed: dict[str, Value]) -> None:

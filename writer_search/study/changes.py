@@ -80,8 +80,8 @@ def _follows(
         if [settings["space"].get(rest) for settings in (recorded, wanted)] == usual:
             return True
     is_absent = any(rest not in settings["space"] for settings in (recorded, wanted))
-    if rest in OF_COHOG and is_absent:
-        return "space.backbone" in causes
+    if rest in ("with_cohog", *OF_COHOG) and is_absent:
+        return bool(causes & {"space.backbone", "space.with_cohog"})
     if rest == "mixup" and is_absent:
         return "space.mixup_alpha" in causes
     if rest in ("margin", "scale") and "space.loss" in causes:

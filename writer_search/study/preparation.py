@@ -179,6 +179,8 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
         # It was begun before there was a descriptor, or without it: its default backbones are so.
         networks = BACKBONES_BY_TIER[recorded["tier"], recorded["weights"] == "imagenet"]
         ranges = {"backbone": {"choices": list(networks)}, **ranges}
+    if recorded is not None and "with_cohog" not in recorded["space"]:
+        fix = {"with_cohog": False, **fix}
     machine = (
         recorded_machine(recorded)
         if recorded is not None and not trains

@@ -25,7 +25,6 @@ EVALUATION_BATCH = 64  # windows at once, where no smaller micro-batch bounds th
 EVALUATION_BATCH_ON_GPU = 256  # one that is half idle takes as long for fewer
 
 
-@torch.inference_mode()
 def evaluate(
     model: WriterModel,
     config: TrialConfig,
@@ -54,6 +53,7 @@ def evaluate(
     return compute_metrics(logits.numpy(), labels, pages, writers, lines.has_pages)
 
 
+@torch.inference_mode()
 def line_logits(
     model: WriterModel,
     config: TrialConfig,
@@ -65,9 +65,11 @@ def line_logits(
 ) -> Tensor:
     """Average each line's logits over its windows: (lines, writers), float32, on the host.
 
-    A model that sees whole lines has one view of each. Ranks take turns at batches of views, the
-    same ones as a single process; none is done twice.
+    A model that sees whole lines has one view of each. A network with a descriptor beside it gives
+    the sum of both's log-probabilities instead. Ranks take turns at batches of views, the same ones
+    as a single process; none is done twice.
     """
+    beside = model.beside
     device = lines.device
     if model.sees_whole_lines:
         line, place, parts = views(lines, None)
@@ -88,7 +90,11 @@ def line_logits(
     # On the host, where sums are taken in the same order each time.
     by_view, line = by_view.cpu(), line.cpu()
     total = torch.zeros(len(lines), num_writers).index_add_(0, line, by_view)
-    return total / torch.bincount(line, minlength=len(lines))[:, None]
+    logits = total / torch.bincount(line, minlength=len(lines))[:, None]
+    if beside is not None:
+        described = line_logits(beside, config, lines, num_writers, check, ranks)
+        logits = logits.log_softmax(1) + described.log_softmax(1)
+    return logits
 
 
 def windows_at_once(device: torch.device, micro_batch: int | None = None) -> int:

@@ -34,6 +34,8 @@ def build_optimizer(config: TrialConfig, model: WriterModel) -> torch.optim.Opti
     head = {id(p) for p in model.head_parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
+        if not parameter.requires_grad:  # of a descriptor beside the network
+            continue
         key = (id(parameter) in head, parameter.ndim > 1)
         groups.setdefault(key, []).append(parameter)
     multiplier = config.backbone_lr_mult if config.pretrained else 1.0
