@@ -6,6 +6,8 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from writer_search.common.errors import UserError
@@ -15,6 +17,7 @@ from writer_search.common.locks import refuse_if_in_use
 # directory, a journal beside them included.
 LONGEST_PATH = 512
 LONGEST_NAME = "/confirm/.recovery/optuna_study.db-journal"
+SPARE_FILES = 8
 
 
 def open_standard_streams() -> None:
@@ -37,6 +40,28 @@ def open_standard_streams() -> None:
         sys.stdout = open(1, "w")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w")  # noqa: SIM115
+
+
+@contextmanager
+def spare_files() -> Iterator[Callable[[], OSError | None]]:
+    """Hold files open; gives what closes them, to record by where no more can be opened.
+
+    That gives the system's word where none could be opened before.
+    """
+    with ExitStack() as spare:
+        for _ in range(SPARE_FILES):
+            spare.enter_context(open(os.devnull))
+
+        def free() -> OSError | None:
+            shortage = None
+            try:
+                os.close(os.open(os.devnull, os.O_RDONLY))
+            except OSError as error:
+                shortage = OSError(error.errno, error.strerror)
+            spare.close()
+            return shortage
+
+        yield free
 
 
 def require_directories() -> None:
