@@ -441,9 +441,5 @@ def norms_over_groups() -> Callable[[], None]:
     return lambda: model.BUILDERS.update(tiny=real)
 
 
-def exit_on_order(connection: Connection, question: Any) -> None:
-    os._exit(connection.recv())
-
-
 def tell_environment(connection: Connection, question: Any) -> None:
     connection.send(("environment", dict(os.environ)))

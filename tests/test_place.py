@@ -220,14 +220,15 @@ def test_fork_server_whose_socket_is_removed_is_replaced(
     monkeypatch.setattr(fork_server.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setitem(fork_server.current_process()._config, "tempdir", str(tmp_path / "t"))  # type: ignore[attr-defined]
     (tmp_path / "t").mkdir()
-    first = parent.ChildProcess("faults:exit_on_order", None)
+    ends_when_told = "multiprocessing.connection:answer_challenge", b""  # by an error: 1
+    first = parent.ChildProcess(*ends_when_told)
     before, alive = server._forkserver_pid, server._forkserver_alive_fd
     shutil.rmtree(tmp_path / "t")
-    second = parent.ChildProcess("faults:exit_on_order", None)
+    second = parent.ChildProcess(*ends_when_told)
     assert server._forkserver_pid != before
-    for child, code in ((first, 3), (second, 4)):
-        child.connection.send(code)
-        assert child.end() == code
+    for child in (first, second):
+        child.connection.send("go")
+        assert child.end() == 1
     for descriptor in (alive, server._forkserver_alive_fd):
         os.close(descriptor)
 
@@ -240,7 +241,7 @@ def test_thread_that_cannot_be_started_is_a_trial_s_cause(
     message = child.receive()
     assert child.end() == 0
     assert message is not None
-    assert str(message[1]["cause"]) == "RuntimeError: can't start new thread"
+    assert str(message[1]["cause"]) == "BlockingIOError: [Errno 11] can't start new thread"
 
 
 def test_thread_that_cannot_be_started_is_told_in_a_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,6 +36,14 @@ OF_THE_PLACE = {
 }
 
 
+def require_working_directory() -> None:
+    """Raise UserError where there is none."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory is gone: change to one that exists") from None
+
+
 LIMITS = {
     errno.EAGAIN: "no more processes are allowed: see ulimit -u, or the container's limit",
     errno.EMFILE: "no more open files are allowed: see ulimit -n",
@@ -62,6 +71,7 @@ def place_errors_told() -> Iterator[None]:
     except OSError as error:
         if "AF_UNIX path too long" in str(error):  # it has no number, and names no path
             raise UserError("the path in TMPDIR is too long: set TMPDIR to a shorter one") from None
+        require_working_directory()
         if error.errno not in OF_THE_PLACE:
             raise
         raise UserError(f"{why(error)}; mend it, and the same command goes on") from None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, require_working_directory
 from writer_search.common.locks import refuse_if_in_use
 
 # Bytes of the longest path that SQLite opens, and what a search's databases have below its
@@ -66,10 +66,7 @@ def spare_files() -> Iterator[Callable[[], OSError | None]]:
 
 def require_directories() -> None:
     """Raise UserError where there is no working directory, or none for temporary files."""
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("the working directory is gone: change to one that exists") from None
+    require_working_directory()
     try:
         tempfile.gettempdir()
     except OSError:

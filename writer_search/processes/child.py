@@ -102,7 +102,7 @@ def run_trial(connection: Connection, job: Job) -> None:
     try:
         with _output_to(job.log):
             kind, content = _run(connection, job)
-    except (OSError, RuntimeError) as error:  # no log can be opened, no thread be started
+    except OSError as error:  # no log can be opened, no thread be started
         kind, content = _outcome(error, job)
     if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
         with contextlib.suppress(OSError):  # nobody listens: the search is gone
@@ -112,7 +112,7 @@ def run_trial(connection: Connection, job: Job) -> None:
 
 
 def _run(connection: Connection, job: Job) -> Message:
-    """Run one trial to its end; say how it ended. Raises RuntimeError where no thread starts."""
+    """Run one trial to its end; say how it ended. Raises OSError where no thread starts."""
     line = SearchLine(connection, job.log)
     # A batch system signals each process of a job, and kills what is left after a while.
     signal.signal(signal.SIGTERM, line.stop)
@@ -228,8 +228,8 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def measure_on_test(connection: Connection, question: TestQuestion) -> None:
     """Send ("measured", metrics with intervals) or ("failed", …) of a model on the test lines."""
-    obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     try:
+        obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
         torch.set_num_threads(question.threads)
         device = torch.device(open_device(question.gpus[0] if question.gpus else None))
         measured = measure_test_split(question.model_file, question.data, device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -39,6 +41,7 @@ def start_fork_server() -> None:
     """
     _require_interpreter()
     _leave_unreachable_server()
+    _keep_directory_for_socket()
     _context.set_forkserver_preload(["writer_search.processes.preload"])
     here = str(Path(__file__).parents[2])
     before = os.environ.get("PYTHONPATH")
@@ -59,7 +62,7 @@ def _require_interpreter() -> None:
     """Raise OSError where Python cannot be started: multiprocessing would not notice."""
     interpreter = os.fsdecode(get_executable())
     os.stat(interpreter)
-    if not os.access(interpreter, os.X_OK):
+    if not os.access(interpreter, os.X_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), interpreter)
 
 
@@ -72,11 +75,16 @@ def _leave_unreachable_server() -> None:
     if server._forkserver_pid is None or os.path.exists(server._forkserver_address):
         return
     server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
+
+
+def _keep_directory_for_socket() -> None:
+    """Make the directory that multiprocessing would make, and fail to remove where it is gone."""
     kept = current_process()._config  # type: ignore[attr-defined]
-    if not os.path.isdir(kept.get("tempdir", "/")):
-        del kept["tempdir"]
-    if not os.path.isdir(tempfile.gettempdir()):
-        tempfile.tempdir = None  # another one is sought
+    if not os.path.isdir(kept.get("tempdir", "")):
+        if not os.path.isdir(tempfile.gettempdir()):
+            tempfile.tempdir = None  # another one is sought
+        kept["tempdir"] = tempfile.mkdtemp(prefix="pymp-")
+        atexit.register(shutil.rmtree, kept["tempdir"], ignore_errors=True)
 
 
 def server_exit_code() -> int | None:
