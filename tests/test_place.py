@@ -186,9 +186,14 @@ def test_interpreter_that_may_not_be_executed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """multiprocessing would say: connection refused."""
+    parent.start_fork_server()
     interpreter = tmp_path / "python"
     interpreter.touch(mode=0o644)
     monkeypatch.setattr(fork_server, "get_executable", lambda: str(interpreter))
+    child = parent.ChildProcess("writer_search.processes.machine:say_ready", None)
+    assert child.receive() is not None, "the server that runs is as good as before"
+    child.end()
+    monkeypatch.setattr(fork_server.forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
     with pytest.raises(PermissionError, match=f"Permission denied: '{interpreter}'"):
         parent.ChildProcess("a:b", None)
 

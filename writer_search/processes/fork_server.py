@@ -39,8 +39,9 @@ def start_fork_server() -> None:
 
     Raises OSError.
     """
-    _require_interpreter()
     _leave_unreachable_server()
+    if forkserver._forkserver._forkserver_pid is None or server_exit_code() is not None:  # type: ignore[attr-defined]
+        _require_interpreter()
     _keep_directory_for_socket()
     _context.set_forkserver_preload(["writer_search.processes.preload"])
     here = str(Path(__file__).parents[2])

@@ -22,7 +22,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.errors import why
+from writer_search.common.errors import LIMITS, why
+from writer_search.common.place import spare_files
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind
 from writer_search.processes.fork_server import (
@@ -54,16 +55,16 @@ class ChildProcess:
                 self._start(work, argument)
                 return
             except (EOFError, OSError) as error:
-                last: EOFError | OSError = error
                 time.sleep(0.1)
-                code = server_exit_code()
-        cause = last
-        if isinstance(cause, EOFError) or code is not None:  # it died over the start
-            cause = _cause_of_server_end(code)
-        raise OSError(cause.errno, f"no process can be started: {why(cause)}") from last
+                cause = _cause_of_no_start(error, server_exit_code())
+                if cause.errno in LIMITS:  # another try would hide it
+                    break
+        raise OSError(cause.errno, f"no process can be started: {why(cause)}")
 
     def _start(self, work: str, argument: Any) -> None:
         """Let the fork server start it. Raises OSError, EOFError where the server is killed."""
+        with spare_files():  # as many as it takes: the server dies of a start that is broken off
+            pass
         self.connection, theirs = _context.Pipe()
         self._process = _context.Process(target=_work, args=(work, theirs, argument))
         try:
@@ -231,8 +232,10 @@ def _last_words(log: Path) -> str:
     return f" ({log.name} ends: {one_line(said[-1], 200)})" if said else ""
 
 
-def _cause_of_server_end(code: int | None) -> OSError:
-    """Say why the fork server died, of itself or by others."""
+def _cause_of_no_start(error: EOFError | OSError, code: int | None) -> OSError:
+    """Say why no process has started.   code: the fork server's exit code, where it has died."""
+    if isinstance(error, OSError) and code is None:
+        return error
     if code is not None and code > FORK_FAILED:
         return OSError(code - FORK_FAILED, os.strerror(code - FORK_FAILED))
     how = "died" if code is None else exit_text(code)
