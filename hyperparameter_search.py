@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told, told
+from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told, told, why
 from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock
 from writer_search.common.output import lasting_output, live
@@ -257,9 +257,10 @@ def told_when_unwritable(place: Path | str) -> Iterator[None]:
     except (StorageInternalError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in OF_THE_PLACE:
             raise
+        said = why(error) if isinstance(error, OSError) else one_line(error.__cause__ or error)
         raise UserError(
-            f"{place} cannot be written: {one_line(error.__cause__ or error)}; what was "
-            "recorded is safe; mend it, and the same command goes on"
+            f"{place} cannot be written: {said}; what was recorded is safe; mend it, and the same "
+            "command goes on"
         ) from None
 
 

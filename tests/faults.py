@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -76,7 +77,19 @@ def kept_waiting(connection: Connection, job: Any) -> None:
 
 
 def exit_silently(connection: Connection, job: Any) -> None:
+    """As a library does it that tells the log alone."""
+    job.log.write_text("libgomp: no\n\n")
     os._exit(7)
+
+
+def without_threads(connection: Connection, job: Any) -> None:
+    from writer_search.processes import child as worker
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threading.Thread.start = refuse  # type: ignore[method-assign]
+    worker.run_trial(connection, job)
 
 
 def die_when_done(connection: Connection, job: Any) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import sqlite3
+import resource
+import shutil
 import subprocess
 import sys
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import pytest
 import torch
 from test_search import Run, arguments, run, trials_of
 
+from data import LineSet
 from writer_search.common import files, place
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, place_errors_told
 from writer_search.config import TrialConfig
-from writer_search.processes import parent
+from writer_search.processes import fork_server, messages, parent
+from writer_search.processes import runner as runner_module
 from writer_search.processes.devices import refuse_other_kind
 from writer_search.study import preparation
 from writer_search.study.store import open_study
@@ -71,20 +74,26 @@ def test_closed_streams_cost_no_trial(
     assert trials_of(tmp_path / "c")[0][1] == "COMPLETE"
 
 
+SEARCH = ["hyperparameter_search.py", "--data_root", "/proc", "--checkpoint_dir", "c"]
+TRAIN = ["train.py", "--config", "c", "--data_root", "/proc", "--output_dir", "o"]
+GONE = "import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"
+NO_TEMPORARIES = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc/none']"
+
+
 @pytest.mark.parametrize(
-    ("wrapped", "words"),
+    ("command", "wrapped", "words"),
     [
-        ("import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')", "working directory"),
-        (
-            "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc/none']",
-            "set TMPDIR",
-        ),
-        ("import sys; sys.platform = 'darwin'", "runs on Linux only"),
+        (SEARCH, GONE, "working directory"),
+        (TRAIN, GONE, "working directory"),
+        (SEARCH, NO_TEMPORARIES, "set TMPDIR"),
+        (TRAIN, NO_TEMPORARIES, "set TMPDIR"),
+        (SEARCH, "import sys; sys.platform = 'darwin'", "runs on Linux only"),
     ],
 )
-def test_place_that_is_missing_is_told_in_a_line(wrapped: str, words: str, tmp_path: Path) -> None:
-    script = "hyperparameter_search.py"
-    options = ["--data_root", "/proc", "--checkpoint_dir", str(tmp_path)]
+def test_place_that_is_missing_is_told_in_a_line(
+    command: list[str], wrapped: str, words: str, tmp_path: Path
+) -> None:
+    script, *options = command
     code = (
         f"{wrapped}\nimport sys, runpy\nsys.path.insert(0, {str(HERE)!r})\n"
         f"sys.argv = [{script!r}, *{options!r}]\n"
@@ -133,39 +142,142 @@ def test_cause_of_a_process_that_does_not_start_is_the_real_one(
     assert raised.value.errno == number
 
 
-HOUR_THAT_COMES_TWICE = """
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
-from optuna.trial import TrialState, create_trial
-from writer_search.study.rebuilding import rebuild
-from writer_search.study.records import write_record
-from writer_search.study.store import open_study
-directory, moment = Path(sys.argv[1]), datetime(2026, 10, 25, 1, 30, tzinfo=UTC)
-study = open_study(directory)
-trial = create_trial(state=TrialState.COMPLETE, value=0.5, user_attrs={"draw": 0, "seed": 1})
-trial.datetime_start = trial.datetime_complete = datetime.fromtimestamp(moment.timestamp())
-study.add_trial(trial)
-write_record(directory, study.trials[0])
-print(rebuild(directory).trials[0].datetime_start == study.trials[0].datetime_start)
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        (fork_server.FORK_FAILED + errno.EAGAIN, "Resource temporarily .* ulimit -u"),
+        (1, "the server that starts them: ended with exit code 1"),
+    ],
+)
+def test_cause_that_the_fork_server_died_of_is_told(
+    code: int, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = subprocess.Popen(["sh", "-c", f"exit {code}"])
+
+    def lose(*_: object) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(parent, "start_fork_server", lambda: None)
+    monkeypatch.setattr(fork_server.forkserver._forkserver, "_forkserver_pid", server.pid)  # type: ignore[attr-defined]
+    monkeypatch.setattr(parent.ChildProcess, "_start", lose)
+    with pytest.raises(OSError, match=f"no process can be started: .*{cause}"):
+        parent.ChildProcess("a:b", None)
+    server.wait()
+
+
+FORK_THAT_FAILS = """
+import errno, os, sys, types
+def fail():
+    raise BlockingIOError(errno.EAGAIN, "no")
+os.fork = fail
+sys.modules["writer_search.processes.child"] = types.ModuleType("child")  # torch takes seconds
+os.environ["SEARCH_PID"] = str(os.getppid())
+import writer_search.processes.preload
+os.fork()
 """
 
 
-def test_hour_that_comes_twice_is_recorded_right(tmp_path: Path) -> None:
-    """02:30 in Berlin for the second time: 01:30 UTC, and not 00:30."""
-    done = subprocess.run(
-        [sys.executable, "-c", HOUR_THAT_COMES_TWICE, str(tmp_path)],
-        cwd=HERE,
-        env=os.environ | {"TZ": "Europe/Berlin"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "True\n", done.stderr
-    record = files.read_json(tmp_path / "trial_000" / "trial.json")
-    assert record["datetime_start"] == "2026-10-25T01:30:00+00:00"
-    with closing(sqlite3.connect(tmp_path / "optuna_study.db")) as connection:
-        (stored,) = connection.execute("SELECT datetime_start FROM trials").fetchone()
-    assert stored.startswith("2026-10-25 01:30:00")
+def test_fork_server_that_cannot_fork_ends_with_the_error() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK_THAT_FAILS], cwd=HERE, capture_output=True)
+    assert (done.returncode, done.stderr) == (fork_server.FORK_FAILED + errno.EAGAIN, b"")
+
+
+def test_interpreter_that_may_not_be_executed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """multiprocessing would say: connection refused."""
+    parent.start_fork_server()
+    interpreter = tmp_path / "python"
+    interpreter.touch(mode=0o644)
+    monkeypatch.setattr(fork_server, "get_executable", lambda: str(interpreter))
+    child = parent.ChildProcess("writer_search.processes.machine:say_ready", None)
+    assert child.receive() is not None, "the server that runs is as good as before"
+    child.end()
+    monkeypatch.setattr(fork_server.forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
+    with pytest.raises(PermissionError, match=f"Permission denied: '{interpreter}'"):
+        parent.ChildProcess("a:b", None)
+
+
+def test_working_directory_that_is_deleted_keeps_no_process_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent.start_fork_server()  # from somewhere else
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    child = parent.ChildProcess("writer_search.processes.machine:say_ready", None)
+    assert child.receive() is not None
+    assert child.end() == 0
+    with pytest.raises(FileNotFoundError):  # what is relative leads nowhere else meanwhile
+        os.getcwd()
+
+
+def test_fork_server_whose_socket_is_removed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by what tidies /tmp; what runs goes on, and its end is known."""
+    server = fork_server.forkserver._forkserver  # type: ignore[attr-defined]
+    for name in ("pid", "address", "alive_fd"):  # one of its own, without torch
+        monkeypatch.setattr(server, f"_forkserver_{name}", None)
+    monkeypatch.setattr(parent._context, "set_forkserver_preload", lambda _: None)
+    monkeypatch.setattr(server, "_preload_modules", [])
+    monkeypatch.setattr(fork_server.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(fork_server.current_process()._config, "tempdir", str(tmp_path / "t"))  # type: ignore[attr-defined]
+    (tmp_path / "t").mkdir()
+    ends_when_told = "multiprocessing.connection:answer_challenge", b""  # by an error: 1
+    first = parent.ChildProcess(*ends_when_told)
+    before, alive = server._forkserver_pid, server._forkserver_alive_fd
+    shutil.rmtree(tmp_path / "t")
+    second = parent.ChildProcess(*ends_when_told)
+    assert server._forkserver_pid != before
+    for child in (first, second):
+        child.connection.send("go")
+        assert child.end() == 1
+    for descriptor in (alive, server._forkserver_alive_fd):
+        os.close(descriptor)
+
+
+def test_thread_that_cannot_be_started_is_a_trial_s_cause(
+    config: TrialConfig, data: LineSet, tmp_path: Path
+) -> None:
+    job = messages.Job(config, data.for_trial(), tmp_path, 1)
+    child = parent.ChildProcess("faults:without_threads", job)
+    message = child.receive()
+    assert child.end() == 0
+    assert message is not None
+    assert str(message[1]["cause"]) == "BlockingIOError: [Errno 11] can't start new thread"
+
+
+def test_thread_that_cannot_be_started_is_told_in_a_line() -> None:
+    with pytest.raises(UserError, match="ulimit -u"), place_errors_told():
+        raise RuntimeError("can't start new thread")
+
+
+def test_search_without_open_files_records_what_runs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The limit is a real one, reached while trial 0 runs and trial 1 is about to start."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    real_write = runner_module.Runner.start
+
+    def start(runner: Any, trial: Any, *more: Any) -> None:
+        if trial.number == 1:
+            with open(os.devnull) as lowest_free:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free.fileno(), hard))
+        real_write(runner, trial, *more)
+
+    monkeypatch.setattr(runner_module.Runner, "start", start)
+    try:
+        assert run("--n_jobs", "2", "--epochs", "50", "--patience", "50") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "no more open files are allowed: see ulimit -n" in capfd.readouterr().err
+    states = [state for _, state, _ in trials_of(tmp_path / "c")]
+    assert states[0] == "FAIL"
+    log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
+    assert "interrupted: the search failed" in log
+    assert (tmp_path / "c" / "trial_000" / "latest_checkpoint.pth").exists()
 
 
 def test_path_that_no_database_opens_is_refused_before_anything_is_made(

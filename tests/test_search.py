@@ -252,7 +252,7 @@ def test_finite_space_is_drawn_once_and_then_ends(
         ("raise_error", "RuntimeError: the cat is on the keyboard"),
         ("segfault", "killed by SIGSEGV"),
         ("kill_itself", "killed by SIGKILL (by hand, or by the system's out-of-memory killer)"),
-        ("exit_silently", "ended with exit code 7 without a word"),
+        ("exit_silently", "ended with exit code 7 without a word (train.log ends: libgomp: no)"),
         ("diverge", "the training loss is not finite in epoch 3"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from writer_search.common.errors import UserError, told
-from writer_search.common.place import open_standard_streams
+from writer_search.common.place import open_standard_streams, require_directories
 from writer_search.flag_values import Parser, add_version, device_name, underscored
 
 TRAIN_ON = ("train", "train+val")
@@ -125,6 +125,7 @@ def tell_before_torch(argv: Sequence[str]) -> None:
     """Answer --help and what is wrong with the command; say on a terminal what takes seconds."""
     open_standard_streams()
     try:
+        require_directories()
         parse_train_args(argv)
     except UserError as error:
         print(told(error), file=sys.stderr)

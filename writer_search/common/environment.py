@@ -5,7 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
+
+_replaced: dict[str, str | None] = {}  # what the user had given of what this program has set
+
+
+def count_in_utc() -> None:
+    """Let local time be UTC in this process, and in what it starts from now on.
+
+    Optuna's trials carry naive local times: where an hour comes twice, in autumn, or the time zone
+    changes, they are wrong by an hour. All times in files are UTC.
+    """
+    if os.environ.get("TZ") != "UTC":
+        _replaced["TZ"] = os.environ.get("TZ")
+        os.environ["TZ"] = "UTC"
+        time.tzset()
+
+
+def users_environment() -> dict[str, str]:
+    """Give the environment for the user's own commands: the one that this program was given."""
+    given = {**os.environ, **_replaced}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def training_environment(given: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,14 +36,42 @@ OF_THE_PLACE = {
 }
 
 
+def require_working_directory() -> None:
+    """Raise UserError where there is none."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory is gone: change to one that exists") from None
+
+
+LIMITS = {
+    errno.EAGAIN: "no more processes are allowed: see ulimit -u, or the container's limit",
+    errno.EMFILE: "no more open files are allowed: see ulimit -n",
+    errno.ENFILE: "no more open files are allowed on this system: see fs.file-max",
+}
+
+
+def why(error: OSError) -> str:
+    """Say what the system refused, and the limit that was reached."""
+    where = "" if error.filename is None else f": {error.filename!r}"
+    limit = f" ({LIMITS[error.errno]})" if error.errno in LIMITS else ""
+    return one_line(f"{error.strerror or error}{where}{limit}")
+
+
 @contextmanager
 def place_errors_told() -> Iterator[None]:
-    """Turn errors of a path, a disk or its permissions into the user's mistake."""
+    """Turn errors of a path, a disk, its permissions or a limit into the user's mistake."""
     try:
         yield
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):  # Python's word, without a number
+            raise
+        limit = why(BlockingIOError(errno.EAGAIN, str(error)))
+        raise UserError(f"{limit}; mend it, and the same command goes on") from None
     except OSError as error:
         if "AF_UNIX path too long" in str(error):  # it has no number, and names no path
             raise UserError("the path in TMPDIR is too long: set TMPDIR to a shorter one") from None
+        require_working_directory()
         if error.errno not in OF_THE_PLACE:
             raise
-        raise UserError(f"{one_line(error)}; mend it, and the same command goes on") from None
+        raise UserError(f"{why(error)}; mend it, and the same command goes on") from None

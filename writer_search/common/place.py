@@ -6,15 +6,18 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, require_working_directory
 from writer_search.common.locks import refuse_if_in_use
 
 # Bytes of the longest path that SQLite opens, and what a search's databases have below its
 # directory, a journal beside them included.
 LONGEST_PATH = 512
 LONGEST_NAME = "/confirm/.recovery/optuna_study.db-journal"
+SPARE_FILES = 8
 
 
 def open_standard_streams() -> None:
@@ -39,12 +42,31 @@ def open_standard_streams() -> None:
         sys.stderr = open(2, "w")  # noqa: SIM115
 
 
+@contextmanager
+def spare_files() -> Iterator[Callable[[], OSError | None]]:
+    """Hold files open; gives what closes them, to record by where no more can be opened.
+
+    That gives the system's word where none could be opened before.
+    """
+    with ExitStack() as spare:
+        for _ in range(SPARE_FILES):
+            spare.enter_context(open(os.devnull))
+
+        def free() -> OSError | None:
+            shortage = None
+            try:
+                os.close(os.open(os.devnull, os.O_RDONLY))
+            except OSError as error:
+                shortage = OSError(error.errno, error.strerror)
+            spare.close()
+            return shortage
+
+        yield free
+
+
 def require_directories() -> None:
     """Raise UserError where there is no working directory, or none for temporary files."""
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("the working directory is gone: change to one that exists") from None
+    require_working_directory()
     try:
         tempfile.gettempdir()
     except OSError:

@@ -99,21 +99,30 @@ def run_trial(connection: Connection, job: Job) -> None:
 
     A rank above 0 that ended as rank 0 did says nothing and exits with 0.
     """
+    try:
+        with _output_to(job.log):
+            kind, content = _run(connection, job)
+    except OSError as error:  # no log can be opened, no thread be started
+        kind, content = _outcome(error, job)
+    if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
+        with contextlib.suppress(OSError):  # nobody listens: the search is gone
+            connection.send((kind, content))
+    if job.ranks > 1:
+        os._exit(0)  # a group's end may wait for ranks that are gone: measured 30 s and more
+
+
+def _run(connection: Connection, job: Job) -> Message:
+    """Run one trial to its end; say how it ended. Raises OSError where no thread starts."""
     line = SearchLine(connection, job.log)
     # A batch system signals each process of a job, and kills what is left after a while.
     signal.signal(signal.SIGTERM, line.stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    with _output_to(job.log):
-        try:
-            metrics = _train(job, line)
-            assert metrics is not None, "a search has validation lines"
-            kind, content = "done", {"metrics": metrics.row()}
-        except BaseException as error:
-            kind, content = _outcome(error, job)
-        if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
-            line.send(kind, **content)
-    if job.ranks > 1:
-        os._exit(0)  # a group's end may wait for ranks that are gone: measured 30 s and more
+    try:
+        metrics = _train(job, line)
+        assert metrics is not None, "a search has validation lines"
+        return "done", {"metrics": metrics.row()}
+    except BaseException as error:
+        return _outcome(error, job)
 
 
 def _train(job: Job, line: SearchLine) -> Metrics | None:
@@ -219,8 +228,8 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def measure_on_test(connection: Connection, question: TestQuestion) -> None:
     """Send ("measured", metrics with intervals) or ("failed", …) of a model on the test lines."""
-    obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
     try:
+        obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
         torch.set_num_threads(question.threads)
         device = torch.device(open_device(question.gpus[0] if question.gpus else None))
         measured = measure_test_split(question.model_file, question.data, device)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import errno
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib import import_module
-from multiprocessing import forkserver, get_context, resource_tracker
+from multiprocessing import current_process, forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.spawn import get_executable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +28,21 @@ FOR_THE_SEARCH = (
 
 
 SESSION_TRIES = 10  # to weigh a session
+FORK_FAILED = 100  # the server's exit code where it could not fork, and the number of the error
 
 
 _context = get_context("forkserver")
 
 
 def start_fork_server() -> None:
-    """Start the fork server where none runs; it imports torch meanwhile, this returns at once."""
+    """Start the fork server where none runs; it imports torch meanwhile, this returns at once.
+
+    Raises OSError.
+    """
+    _leave_unreachable_server()
+    if forkserver._forkserver._forkserver_pid is None or server_exit_code() is not None:  # type: ignore[attr-defined]
+        _require_interpreter()
+    _keep_directory_for_socket()
     _context.set_forkserver_preload(["writer_search.processes.preload"])
     here = str(Path(__file__).parents[2])
     before = os.environ.get("PYTHONPATH")
@@ -42,8 +55,70 @@ def start_fork_server() -> None:
     ):
         with _shielded():
             resource_tracker.ensure_running()
-        with _shielded():  # again: starting the tracker lifts it from some signals
+        with _shielded(), in_some_directory():  # again: the tracker's start lifts it from some
             forkserver.ensure_running()
+
+
+def _require_interpreter() -> None:
+    """Raise OSError where Python cannot be started: multiprocessing would not notice."""
+    interpreter = os.fsdecode(get_executable())
+    os.stat(interpreter)
+    if not os.access(interpreter, os.X_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), interpreter)
+
+
+def _leave_unreachable_server() -> None:
+    """Forget the server whose socket somebody has removed, as those do who tidy /tmp.
+
+    It stays, and tells how its children end: the file that keeps it alive is not closed.
+    """
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is None or os.path.exists(server._forkserver_address):
+        return
+    server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
+
+
+def _keep_directory_for_socket() -> None:
+    """Make the directory that multiprocessing would make, and fail to remove where it is gone."""
+    kept = current_process()._config  # type: ignore[attr-defined]
+    if not os.path.isdir(kept.get("tempdir", "")):
+        if not os.path.isdir(tempfile.gettempdir()):
+            tempfile.tempdir = None  # another one is sought
+        kept["tempdir"] = tempfile.mkdtemp(prefix="pymp-")
+        atexit.register(shutil.rmtree, kept["tempdir"], ignore_errors=True)
+
+
+def server_exit_code() -> int | None:
+    """Give the exit code (-signal) of a fork server that has died; None where it runs."""
+    server: Any = forkserver._forkserver
+    try:
+        ended = os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (ChildProcessError, TypeError):  # it has none
+        return None
+    if ended is None:
+        return None
+    return int(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
+
+
+@contextlib.contextmanager
+def in_some_directory() -> Iterator[None]:
+    """Be in a directory that exists while a process is started, which begins there.
+
+    For a working directory that was deleted. This process goes back to it: otherwise relative
+    paths, which lead nowhere now, would lead elsewhere.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        gone = os.open(".", os.O_PATH)
+        os.chdir("/")
+        try:
+            yield
+        finally:
+            os.fchdir(gone)
+            os.close(gone)
+    else:
+        yield
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, why
 from writer_search.common.files import read_dict, write_json
 from writer_search.common.provenance import processor
 from writer_search.common.text import counted, one_line
@@ -34,15 +34,17 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
 
     Before that, ("step", …) for each step that may take long.
     """
-    obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
-    torch.set_num_threads(question.threads)
     try:
+        obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
+        torch.set_num_threads(question.threads)
         answer: Message = (
             "machine",
             _describe_machine(question, lambda step: _begin(connection, step)),
         )
     except UserError as error:
         answer = ("mistake", {"cause": str(error)})
+    except BlockingIOError as error:
+        answer = ("mistake", {"cause": why(error)})
     with contextlib.suppress(OSError):  # nobody waits for it any more
         connection.send(answer)
 
@@ -54,7 +56,7 @@ def _describe_machine(
     tier = "gpu" if gpus else "cpu"
     if question.weights != "none":
         begin("looking for ImageNet weights")
-    weights, why = _decide_weights(question, tier)
+    weights, weights_why = _decide_weights(question, tier)
     backbones = question.backbones
     if backbones is None:
         backbones = BACKBONES_BY_TIER[tier, weights == "imagenet"]
@@ -64,7 +66,7 @@ def _describe_machine(
         "device_names": [gpu.name for gpu in gpus],
         "tier": tier,
         "weights": weights,
-        "weights_why": why,
+        "weights_why": weights_why,
         "precision": _precision_on_gpus(measured, gpus)
         if gpus
         else _precision_here(measured, question, begin),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -94,7 +95,10 @@ class TestQuestion:
 
 
 def obey_in_thread(connection: Connection, act: Callable[[str], object]) -> None:
-    """Act on each order in a thread; end this whole process when the search process is gone."""
+    """Act on each order in a thread; end this whole process when the search process is gone.
+
+    Raises BlockingIOError where no thread can be started.
+    """
 
     def listen() -> None:
         while True:
@@ -106,4 +110,7 @@ def obey_in_thread(connection: Connection, act: Callable[[str], object]) -> None
                 return
             act(order)
 
-    threading.Thread(target=listen, daemon=True).start()
+    try:
+        threading.Thread(target=listen, daemon=True).start()
+    except RuntimeError as error:
+        raise BlockingIOError(errno.EAGAIN, str(error)) from None

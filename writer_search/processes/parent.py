@@ -10,6 +10,7 @@ and THREADS. This file imports no torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing.process
 import os
 import signal
@@ -18,11 +19,21 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+from writer_search.common.errors import LIMITS, why
+from writer_search.common.place import spare_files
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind
-from writer_search.processes.fork_server import _context, _work, start_fork_server
+from writer_search.processes.fork_server import (
+    FORK_FAILED,
+    _context,
+    _work,
+    in_some_directory,
+    server_exit_code,
+    start_fork_server,
+)
 from writer_search.processes.messages import UNDER_WAY, Job, Message
 
 UNKILLABLE_SECONDS = 10.0  # after SIGKILL, before a process is left to the kernel
@@ -39,22 +50,31 @@ class ChildProcess:
 
     def __init__(self, work: str, argument: Any) -> None:
         for _ in range(STARTS):
-            start_fork_server()  # again, where somebody has killed it
-            self.connection, theirs = _context.Pipe()
-            self._process = _context.Process(target=_work, args=(work, theirs, argument))
             try:
-                self._process.start()
+                start_fork_server()  # again, where somebody has killed it
+                self._start(work, argument)
                 return
             except (EOFError, OSError) as error:
-                # Killed meanwhile; what it may have forked ends by its pipe.
-                last: EOFError | OSError = error
-                self.connection.close()
                 time.sleep(0.1)
-            finally:
-                theirs.close()  # otherwise the end of the child would not be the end of the pipe
-        if isinstance(last, OSError):  # the last real error, whatever ended the server before
-            raise OSError(last.errno, f"no process can be started: {one_line(last)}") from last
-        raise ChildProcessError(f"the server that starts processes died {STARTS} times in a row")
+                cause = _cause_of_no_start(error, server_exit_code())
+                if cause.errno in LIMITS:  # another try would hide it
+                    break
+        raise OSError(cause.errno, f"no process can be started: {why(cause)}")
+
+    def _start(self, work: str, argument: Any) -> None:
+        """Let the fork server start it. Raises OSError, EOFError where the server is killed."""
+        with spare_files():  # as many as it takes: the server dies of a start that is broken off
+            pass
+        self.connection, theirs = _context.Pipe()
+        self._process = _context.Process(target=_work, args=(work, theirs, argument))
+        try:
+            with in_some_directory():
+                self._process.start()
+        except BaseException:
+            self.connection.close()  # what may have been forked ends by it
+            raise
+        finally:
+            theirs.close()  # otherwise the end of the child would not be the end of the pipe
 
     @property
     def pid(self) -> int:
@@ -167,7 +187,8 @@ class TrialProcesses:
             if job.gpu is not None and rank not in self._started:
                 return "device_failed", {"gpu": job.gpu, "cause": exit_text(code)}
             kind = Kind.KILLED if code == -signal.SIGKILL else Kind.OTHER
-            cause = Cause(kind, self._named(rank, exit_text(code)))
+            how = f"{exit_text(code)}{_last_words(job.log)}" if (code or 0) > 0 else exit_text(code)
+            cause = Cause(kind, self._named(rank, how))
             # NCCL ends a rank that has waited for another one for too long.
             was_waiting = code == -signal.SIGABRT and len(self._jobs) > 1
             return "lost" if was_waiting else "died", {"cause": cause, "log": job.log}
@@ -199,6 +220,26 @@ class TrialProcesses:
 
     def _named(self, rank: int, text: str) -> str:
         return text if len(self._jobs) == 1 else f"rank {rank}: {text}"
+
+
+def _last_words(log: Path) -> str:
+    """Quote the last line of a log, as a library leaves it that ends the process."""
+    try:
+        lines = log.read_text(errors="backslashreplace").split("\n")
+    except OSError:
+        return ""
+    said = [line for line in lines if line.strip()]
+    return f" ({log.name} ends: {one_line(said[-1], 200)})" if said else ""
+
+
+def _cause_of_no_start(error: EOFError | OSError, code: int | None) -> OSError:
+    """Say why no process has started.   code: the fork server's exit code, where it has died."""
+    if isinstance(error, OSError) and code is None:
+        return error
+    if code is not None and code > FORK_FAILED:
+        return OSError(code - FORK_FAILED, os.strerror(code - FORK_FAILED))
+    how = "died" if code is None else exit_text(code)
+    return ChildProcessError(errno.ECHILD, f"the server that starts them: {how}")
 
 
 def exit_text(code: int | None) -> str:

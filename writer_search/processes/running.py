@@ -78,6 +78,7 @@ class RunningTrial:
     stop_cause: Cause | None = None
     kill_at: float = math.inf
     killed: bool = False
+    made: float = field(default_factory=time.monotonic)  # its first start, on whatever GPU
     heard: float = math.inf  # when it last said anything, since it has trained
     slowest: float = 0.0  # the longest time between two messages: a batch, or a validation
 
@@ -87,6 +88,11 @@ class RunningTrial:
     @property
     def number(self) -> int:
         return int(self.trial.number)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self.made
 
     @property
     def has_advanced(self) -> bool:

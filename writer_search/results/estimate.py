@@ -103,9 +103,11 @@ def unbroken(done: float, before: float, seconds: float) -> Timed:
     """Give (epochs, seconds) as of a trial without a break.
 
     done: its epochs, of which `before` were trained before the break; the seconds are those since.
-    (0, 0) where it has trained nothing since: it tells nothing then.
+    (0, 0) where it has trained nothing since, or nobody knows how long: it tells nothing then.
     """
-    return (float(done), seconds * done / (done - before)) if done > before else (0.0, 0.0)
+    if done <= before or seconds <= 0:
+        return 0.0, 0.0
+    return float(done), seconds * done / (done - before)
 
 
 def range_text(left: Range | None) -> str:

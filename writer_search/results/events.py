@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from writer_search.common.environment import users_environment
 from writer_search.common.text import one_line
 from writer_search.results.rows import Row, best_row, count_states
 
@@ -76,6 +77,7 @@ class Events:
                 stdin=line,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
+                env=users_environment(),
                 start_new_session=True,  # a Ctrl-C is not for it
             )
 

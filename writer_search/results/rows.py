@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 DATABASE = "optuna_study.db"
 UNFINISHED = ("RUNNING", "WAITING")
+SECONDS = "seconds"  # attribute: how long the trial took, by time.monotonic()
+STARTED_BY_CLOCK = "started_by_clock"  # in config.json: see common/clock.py
+NONSENSE_SECONDS = 366 * 86400.0  # a clock that began in 1970, and was set
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,18 @@ class Row:
 
     @property
     def seconds(self) -> float | None:
+        """How long it took, or has taken so far.
+
+        As a clock has measured it that nobody sets; otherwise between two times of the day, unless
+        a clock that was set has made nonsense of them.
+        """
+        measured: object = self.attributes.get(SECONDS)
+        if isinstance(measured, float):
+            return measured
         if self.started is None:
             return None
-        ended = self.ended or datetime.now(UTC)
-        return max(0.0, (ended - self.started).total_seconds())
+        seconds = ((self.ended or datetime.now(UTC)) - self.started).total_seconds()
+        return seconds if 0 <= seconds < NONSENSE_SECONDS else None
 
     @property
     def is_fitted(self) -> bool:
@@ -215,6 +226,15 @@ def read_history(directory: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError):
         return []
     return rows if all(_is_epoch(row, number) for number, row in enumerate(rows, 1)) else []
+
+
+def trained_seconds(history: Iterable[Mapping[str, Any]], before: int = 0) -> float:
+    """Add up what a trial's epochs took, as it has measured them itself.
+
+    before: epochs that were trained before a break.
+    """
+    took = [row.get("seconds") for row in history if row["epoch"] > before]
+    return float(sum(seconds for seconds in took if isinstance(seconds, float) and seconds > 0))
 
 
 def _is_epoch(row: Any, number: int) -> bool:

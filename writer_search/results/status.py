@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from writer_search.common.clock import seconds_since
+from writer_search.common.files import read_dict
 from writer_search.common.locks import is_locked
 from writer_search.common.text import duration, one_line, percent
 from writer_search.results.estimate import Range, finished_epochs, range_text, seconds_left
 from writer_search.results.rows import (
+    STARTED_BY_CLOCK,
     Row,
     best_row,
     count_states,
@@ -44,7 +47,7 @@ class RunningStatus:
     value: float | None
     best: float | None
     best_epoch: int | None
-    seconds: float  # since its start; of the epochs done, where no search runs any more
+    seconds: float | None  # since its start; of the epochs done, where no search runs any more
     epoch_seconds: float  # what the epochs done took
     silent_seconds: float | None  # since its last sign of life
     stalled: bool
@@ -132,12 +135,18 @@ def _running(checkpoint_dir: Path, row: Row, active: bool) -> RunningStatus:
         value=values[-1] if values else None,
         best=best,
         best_epoch=None if best is None else values.index(best) + 1,
-        seconds=(row.seconds or 0.0) if active else took,
+        seconds=_seconds_since_start(directory, row) if active else took,
         epoch_seconds=took,
         silent_seconds=silent,
         stalled=stalled,
         note=note,
     )
+
+
+def _seconds_since_start(directory: Path, row: Row) -> float | None:
+    """Ask the clock that the search itself has asked, if this is its machine."""
+    measured = seconds_since(read_dict(directory / "config.json").get(STARTED_BY_CLOCK))
+    return row.seconds if measured is None else measured
 
 
 def silence(seconds: float | None) -> str:
@@ -252,7 +261,8 @@ def _value(value: float | None) -> str:
 
 def _running_time(trial: RunningStatus) -> str:
     where = f" on {one_line(trial.host, 40)}" if trial.host else ""
-    return duration(trial.seconds) + where + (f" | {trial.note}" if trial.note else "")
+    took = "" if trial.seconds is None else duration(trial.seconds)
+    return took + where + (f" | {trial.note}" if trial.note else "")
 
 
 def show(read: Callable[[], Status], as_json: bool, again: bool, stream: TextIO) -> None:

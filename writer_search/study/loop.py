@@ -15,6 +15,7 @@ from multiprocessing import connection
 from optuna.trial import Trial
 
 from writer_search.common.errors import UserError
+from writer_search.common.place import spare_files
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind, by_signal, of_error
@@ -77,15 +78,19 @@ class Search:
 
     def run(self) -> None:
         """Run the search. Whatever it raises, no process of it stays behind."""
-        try:
-            self.loop()
-            self.give_up_displaced()
-        except Exception as error:
-            self.rescue(error)
-            raise
-        finally:
-            self.runner.kill_all()
-            self.progress.close()
+        with spare_files() as free_files:
+            try:
+                self.loop()
+                self.give_up_displaced()
+            except Exception as error:
+                shortage = free_files()  # Optuna and SQLite would call it something else
+                self.rescue(shortage or error)
+                if shortage is not None:
+                    raise shortage from None
+                raise
+            finally:
+                self.runner.kill_all()
+                self.progress.close()
 
     def loop(self) -> None:
         while True:
@@ -123,7 +128,7 @@ class Search:
                 self.runner.restart(displaced)
             except OSError as error:
                 cause = of_error(error, one_line(error))
-                self.end_failed(displaced.trial, cause, displaced.epoch, 0.0)
+                self.end_failed(displaced.trial, cause, displaced.epoch, displaced.seconds)
             return
         try:
             trial = self.supply.next()
@@ -233,11 +238,10 @@ class Search:
             self.recorder.end_complete(running, value, self.numbers())
             return
         assert isinstance(end, Failed)
-        seconds = time.monotonic() - running.started
         if end.cause.is_interruption and "continues" in running.trial.user_attrs:
             advanced = running.has_advanced and has_saved(running.job.trial_dir)
             running.trial.set_user_attr("advanced", advanced)
-        self.end_failed(running.trial, end.cause, running.epoch, seconds)
+        self.end_failed(running.trial, end.cause, running.epoch, running.seconds)
 
     def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:
         if self.stop.name is not None and not cause.is_interruption:
@@ -254,7 +258,7 @@ class Search:
         for running in self.runner.displaced:
             cause = by_signal(self.stop.name) if self.stop.name else self.runner.devices.why_none()
             assert cause is not None, "a displaced trial is started again where a device is left"
-            self.end_failed(running.trial, cause, running.epoch, 0.0)
+            self.end_failed(running.trial, cause, running.epoch, running.seconds)
         self.runner.displaced.clear()
 
     def rescue(self, error: Exception) -> None:

@@ -89,5 +89,4 @@ class Outlook:
         return Standing(RUNNING, self._time_left(), running)
 
     def _running(self) -> list[tuple[Any, float]]:
-        now = time.monotonic()
-        return [(r, now - r.started) for r in self._runner.running.values()]
+        return [(r, r.seconds) for r in self._runner.running.values()]

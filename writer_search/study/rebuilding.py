@@ -13,11 +13,18 @@ import optuna
 from optuna.distributions import json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
+from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_signed
-from writer_search.results.rows import has_saved, read_history, trial_dir
+from writer_search.results.rows import (
+    SECONDS,
+    has_saved,
+    read_history,
+    trained_seconds,
+    trial_dir,
+)
 from writer_search.study.damage import recorded_settings_of, settings_in, trial_directories
-from writer_search.study.records import count_in_utc, finished_value
+from writer_search.study.records import finished_value
 
 MOST_LOST = 1000  # directories, besides half of them: beyond that, a name is none of ours
 
@@ -127,7 +134,8 @@ def _from_config(directory: Path, number: int) -> FrozenTrial:
     config = read_signed(directory / "config.json")
     value = finished_value(directory)
     history = read_history(directory)
-    attributes = {**config["user_attrs"], "epochs": len(history)}
+    measured = {"epochs": len(history), SECONDS: trained_seconds(history)}
+    attributes = {**config["user_attrs"], **measured}
     if value is None:
         epoch = min(len(history) + 1, config["config"]["epochs"])
         attributes |= {
@@ -164,6 +172,9 @@ def _validate(trial: FrozenTrial) -> None:
     numbers = [attributes[name] for name in names if name in attributes]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError("an attribute is not a whole number")
+    seconds = attributes.get(SECONDS, 0.0)
+    if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+        raise ValueError("it took no number of seconds")
     if attributes.get("continues", -1) >= trial.number:
         raise ValueError("it continues a later trial")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TypeVar
@@ -20,7 +19,7 @@ from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress
 from writer_search.results.report import ReportPage
-from writer_search.results.rows import Row, count_complete, trial_dir
+from writer_search.results.rows import SECONDS, Row, count_complete, trial_dir
 from writer_search.results.tables import SummaryFiles
 from writer_search.study.records import write_error_log, write_record
 from writer_search.study.supplies import RecordedElsewhereError, Supply
@@ -72,7 +71,8 @@ class Recorder:
         """Record a complete trial. others: the trials that still run."""
         self._failures.clear()
         self._note_break(running)
-        self._tell(running.trial, TrialState.COMPLETE, running.epoch, others, value)
+        ended = running.trial, TrialState.COMPLETE, running.epoch, running.seconds
+        self._tell(*ended, others, value)
         self._say(running, f"complete | val macro top-1 {percent(value)}", others)
 
     def tell_pruned(self, running: RunningTrial, others: Collection[int]) -> None:
@@ -81,7 +81,7 @@ class Recorder:
         At once: a search killed from here on leaves a pruned trial, not a lost one.
         """
         self._note_break(running)
-        self._tell(running.trial, TrialState.PRUNED, running.epoch, others)
+        self._tell(running.trial, TrialState.PRUNED, running.epoch, running.seconds, others)
 
     def end_pruned(self, running: RunningTrial, others: Collection[int]) -> None:
         """Note that a pruned trial's process has ended."""
@@ -113,7 +113,7 @@ class Recorder:
                 advice=cause.advice,
             )
         )
-        self._tell(trial, TrialState.FAIL, epochs, others)
+        self._tell(trial, TrialState.FAIL, epochs, seconds, others)
         self._remove_weights(others)
         if not cause.is_interruption:
             self._count(cause)
@@ -140,14 +140,15 @@ class Recorder:
 
     def _say(self, running: RunningTrial, facts: str, others: Collection[int]) -> None:
         self._remove_weights(others)
-        seconds = time.monotonic() - running.started
-        self._progress.end(running.number, f"{facts} | {duration(seconds)}", self.complete)
+        took = duration(running.seconds)
+        self._progress.end(running.number, f"{facts} | {took}", self.complete)
 
     def _tell(
         self,
         trial: Trial,
         state: TrialState,
         epochs: int,
+        seconds: float,
         others: Collection[int],
         value: float | None = None,
     ) -> None:
@@ -155,6 +156,7 @@ class Recorder:
         directory = self._plan.checkpoint_dir
         try:
             trial.set_user_attr("epochs", epochs)
+            trial.set_user_attr(SECONDS, round(seconds, 3))
             told = self._study.tell(trial.number, value, state=state)
         except (UpdateFinishedTrialError, ValueError):
             if not self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,21 +10,11 @@ import optuna
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from writer_search.common.clock import now
 from writer_search.common.files import read_json, write_signed, write_text
 from writer_search.processes.messages import Job
 from writer_search.processes.plan import Plan
-from writer_search.results.rows import trial_dir
-
-
-def count_in_utc() -> None:
-    """Let local time be UTC in this process, and in what it starts from now on.
-
-    Optuna's trials carry naive local times: where an hour comes twice, in autumn, or the time zone
-    changes, they are wrong by an hour. All times in files are UTC.
-    """
-    if os.environ.get("TZ") != "UTC":
-        os.environ["TZ"] = "UTC"
-        time.tzset()
+from writer_search.results.rows import STARTED_BY_CLOCK, trial_dir
 
 
 def tell(
@@ -53,6 +41,7 @@ def write_config(plan: Plan, trial: Trial, job: Job) -> None:
             "data_fingerprint": plan.data.fingerprint,
             "user_attrs": trial.user_attrs,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            STARTED_BY_CLOCK: now(),
             "device": ",".join(job.gpus) or "cpu",
             "ranks": job.ranks,
             "threads": job.threads,

@@ -13,13 +13,13 @@ import optuna
 from optuna.study import StudyDirection
 from sqlalchemy.engine import URL
 
+from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
 from writer_search.results.rows import DATABASE, OtherVersionError
 from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import is_unwritable
-from writer_search.study.records import count_in_utc
 from writer_search.study.value_column import add_value_column
 
 

@@ -10,7 +10,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from writer_search.common.files import remove_temporaries
 from writer_search.common.text import counted
-from writer_search.results.rows import has_saved, home_of, read_history, trial_dir
+from writer_search.results.estimate import BEFORE
+from writer_search.results.rows import (
+    SECONDS,
+    has_saved,
+    home_of,
+    read_history,
+    trained_seconds,
+    trial_dir,
+)
 from writer_search.study.records import finished_value, tell, write_error_log, write_record
 
 # In a row without one batch more: what ends a trial so often is the trial itself.
@@ -52,10 +60,17 @@ def settle(
     most = study.user_attrs.get("settings", {}).get("epochs", epochs + 1)
     handle = Trial(study, trial._trial_id)  # Optuna has no public way to a trial that runs
     reported = set(trial.intermediate_values)
-    for row in read_history(directory):  # epochs that were saved, but not told any more
+    history = read_history(directory)
+    for row in history:  # epochs that were saved, but not told any more
         if row["epoch"] not in reported:
             handle.report(row["macro_top1"], row["epoch"])
             epochs = max(epochs, row["epoch"])
+    is_here = (directory / "config.json").exists()  # and not on another machine, out of reach
+    if is_here:  # its end is not now: it has been dead for a while
+        before = epochs_before(study.get_trials(deepcopy=False), trial)
+        handle.set_user_attr(SECONDS, trained_seconds(history, before))
+        if before:
+            handle.set_user_attr(BEFORE, before)
     value = finished_value(directory)
     if value is not None:
         handle.set_user_attr("epochs", epochs)
@@ -71,11 +86,17 @@ def settle(
     handle.set_user_attr("epochs", epochs)
     handle.set_user_attr("failure", cause)
     handle.set_user_attr("interrupted", True)
-    if (directory / "config.json").exists():  # it may be on another machine, out of reach
+    if is_here:
         handle.set_user_attr("advanced", has_saved(directory))
     tell(study, checkpoint_dir, trial.number, TrialState.FAIL)
     epoch = min(epochs + 1, most)
     return f"trial {trial.number} was cut off at epoch {epoch}: recorded as interrupted"
+
+
+def epochs_before(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
+    """Give the epochs that a trial has only reported again, of the one that it continues."""
+    earlier = trial.user_attrs.get("continues")
+    return 0 if earlier is None else int(trials[earlier].user_attrs.get("epochs", 0))
 
 
 def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:

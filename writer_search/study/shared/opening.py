@@ -10,6 +10,7 @@ from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
+from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
 from writer_search.common.text import counted
@@ -17,7 +18,7 @@ from writer_search.results.rows import trial_dir
 from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import trial_directories
 from writer_search.study.rebuilding import rebuild
-from writer_search.study.records import count_in_utc, write_record
+from writer_search.study.records import write_record
 from writer_search.study.shared.storage import (
     find_study,
     shown_url,

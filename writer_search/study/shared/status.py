@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from writer_search.common.text import counted
 from writer_search.results.estimate import finished_epochs, seconds_left, unbroken
 from writer_search.results.rows import count_complete, is_surplus, rows_of
 from writer_search.results.status import RunningStatus, Status, silence
+from writer_search.study.unfinished import epochs_before
 
 
 def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) -> Status:
@@ -24,7 +24,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     settings = recorded.get("settings", {})
     epochs, patience = int(settings.get("epochs", 0)), int(settings.get("patience", 0))
     rows = rows_of(trials)
-    times = {row.number: row.seconds or 0.0 for row in rows}
+    times = {row.number: row.seconds for row in rows}
     running = [
         _running(trial, times[trial.number])
         for trial in trials
@@ -33,7 +33,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     left = None
     if running:
         progress = [
-            unbroken(one.epoch, _epochs_before(trials, one.number), one.epoch_seconds)
+            unbroken(one.epoch, epochs_before(trials, trials[one.number]), one.epoch_seconds)
             for one in running
         ]
         to_start = max(0, n_trials - len(running) - count_complete(rows))
@@ -54,13 +54,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     )
 
 
-def _epochs_before(trials: Sequence[FrozenTrial], number: int) -> int:
-    """Give the epochs that a trial has only reported again, of the one that it continues."""
-    earlier = trials[number].user_attrs.get("continues")
-    return 0 if earlier is None else int(trials[earlier].user_attrs.get("epochs", 0))
-
-
-def _running(trial: FrozenTrial, seconds: float) -> RunningStatus:
+def _running(trial: FrozenTrial, seconds: float | None) -> RunningStatus:
     values = trial.intermediate_values
     best = max(values.values(), default=None)
     owner = trial.user_attrs.get("owner")
@@ -72,7 +66,7 @@ def _running(trial: FrozenTrial, seconds: float) -> RunningStatus:
         best=best,
         best_epoch=min((e for e, value in values.items() if value == best), default=None),
         seconds=seconds,
-        epoch_seconds=seconds,
+        epoch_seconds=seconds or 0.0,
         silent_seconds=silent,
         stalled=bool(silence(silent)),
         host=None if owner is None else str(owner["host"]),
