@@ -56,7 +56,7 @@ from writer_search.training.checkpoints import (
     load_model as load_model,  # for those who use a model from Python
 )
 from writer_search.training.device_errors import is_out_of_memory
-from writer_search.training.evaluation import evaluate
+from writer_search.training.evaluation import evaluate, line_logits
 from writer_search.training.fitting import describe, fit
 from writer_search.training.metrics import OF_THE_BEST, Metrics, row_of
 from writer_search.training.optimisation import (
@@ -407,8 +407,12 @@ def validate(
     if not len(lines):
         return None
     progress = state.epoch + 1
-    each = (lambda: check(progress), state.ranks, micro_batch)
-    return evaluate(state.average, config, lines, writers, *each)
+    how = (lambda: check(progress), state.ranks)
+    if state.described is None and state.average.beside is not None:
+        state.described = line_logits(state.average.beside, config, lines, len(writers), *how)
+    return evaluate(
+        state.average, config, lines, writers, *how, micro_batch, described=state.described
+    )
 
 
 def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:

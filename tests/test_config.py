@@ -72,6 +72,7 @@ OTHER_OF_COHOG: dict[str, Value] = {
     "cohog_smoothing": 1.3,
     "cohog_edge": 0.4,
     "cohog_variation": 0.5,
+    "cohog_sizes": 3,
     "cohog_head": "softmax",
     "cohog_penalty": 0.02,
 }
@@ -175,9 +176,9 @@ def test_descriptor_s_values_are_part_of_its_own_configurations_alone() -> None:
     assert descriptor.hash() == "bd2a422c025bacf8"
     assert replace(descriptor, with_cohog=True).hash() == descriptor.hash()
     both = replace(network, with_cohog=True)
-    assert set(OTHER_OF_COHOG) == set(OF_COHOG)
+    assert set(OTHER_OF_COHOG) == set(OF_COHOG) - {"cohog_weight"}
     others = [replace(descriptor, **{n: v}) for n, v in OTHER_OF_COHOG.items()]
-    others += [replace(both, **{n: v}) for n, v in OTHER_OF_COHOG.items()]
+    others += [replace(both, **{n: v}) for n, v in (OTHER_OF_COHOG | {"cohog_weight": 3.5}).items()]
     assert len({config.hash() for config in [descriptor, both, *others]}) == len(others) + 2
     for config in others:
         assert TrialConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -199,7 +200,8 @@ def test_each_drawn_value_arrives(tier: str, pretrained: bool) -> None:
         for value in inside(rule):
             chosen: dict[str, Value] = {"mixup": True}
             if name in OF_COHOG:
-                chosen = {"backbone": COHOG, "cohog_head": "softmax"}
+                is_alone = name != "cohog_weight"
+                chosen = {"cohog_head": "softmax"} | ({"backbone": COHOG} if is_alone else {})
             values, asked = draw(space, **(chosen | {name: value}))
             if name == "mixup":
                 assert ("mixup_alpha" in values) == value
@@ -256,13 +258,13 @@ def test_a_descriptor_is_asked_for_its_own_hyperparameters_alone(
 ) -> None:
     space = default_space(tier, pretrained)
     values, asked = draw(space, backbone=COHOG, cohog_head=head)
-    own = set(OF_COHOG) - ({"cohog_penalty"} if head == "lda" else set())
+    own = set(OF_COHOG) - {"cohog_weight", "cohog_penalty" if head == "lda" else ""}
     assert set(values) == own | {"backbone", "line_height"}
     assert asked == set(values) & set(space.searched)
     network = draw(space, with_cohog=False)[1]
     assert not network & set(OF_COHOG), "a network is not asked for them"
     values, asked = draw(space, with_cohog=True, cohog_head=head)
-    assert own | {"with_cohog", "learning_rate"} <= set(values)
+    assert own | {"with_cohog", "cohog_weight", "learning_rate"} <= set(values)
     assert own & set(space.searched) <= asked
 
 
@@ -346,7 +348,7 @@ def test_descriptor_comes_first_and_the_network_next(tier: str, pretrained: bool
     descriptor, network = first_trials(space)
     assert network == baseline(space)
     values = suggest(FixedTrial(descriptor), space)
-    default = TrialConfig(**{**REQUIRED, "backbone": COHOG})
+    default = TrialConfig(**{**REQUIRED, "backbone": COHOG, "cohog_sizes": 5})
     assert values["backbone"] == COHOG
     assert all(values[n] == getattr(default, n) for n in set(OF_COHOG) & set(values))
     assert suggest(FixedTrial(network), space)["backbone"] != COHOG

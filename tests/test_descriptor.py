@@ -107,6 +107,19 @@ def test_background_and_other_lines_change_nothing(margins: tuple[int, ...]) -> 
     assert not torch.allclose(alone[0], alone[1], atol=0.01)
 
 
+def test_a_writer_gets_the_most_that_one_of_a_line_s_sizes_gives_him(data: LineSet) -> None:
+    model = WriterModel(COHOG, 4)
+    lines = Lines.of(data, "val", torch.from_numpy(data.strip))
+    config = replace(DESCRIPTOR, cohog_sizes=3, cohog_variation=2.0)
+    logits = line_logits(model, config, lines, 4)
+    for number, (start, width) in enumerate(zip(lines.starts, lines.widths, strict=True)):
+        ink = torch.from_numpy(data.strip[start : start + width].T.astype(np.float32)) / 40
+        images = [varied_lines(ink[None, None], size) for size in (0, 0.29, -0.29)]
+        expected = torch.cat([model(image) for image in images]).log_softmax(1).amax(0)
+        # Lines of a batch are as wide as its widest, which moves their columns by parts of a pixel.
+        assert torch.allclose(logits[number], expected, atol=0.05)
+
+
 def test_an_empty_line_is_all_zeros() -> None:
     assert CoHOG()(torch.zeros(1, 1, 8, 3)).count_nonzero() == 0
 
@@ -330,8 +343,8 @@ def test_beside_a_network_log_probabilities_are_added(
     data: LineSet, config: TrialConfig, tmp_path: Path
 ) -> None:
     """The network learns as it does without; so does the descriptor."""
-    both = replace(config, with_cohog=True, cohog_reach=2)
-    alone = replace(DESCRIPTOR, cohog_reach=2)
+    both = replace(config, with_cohog=True, cohog_reach=2, cohog_sizes=3, cohog_weight=2.0)
+    alone = replace(DESCRIPTOR, cohog_reach=2, cohog_sizes=3)
     metrics = train(both, data, tmp_path / "both")
     train(config, data, tmp_path / "network")
     train(alone, data, tmp_path / "cohog")
@@ -346,7 +359,7 @@ def test_beside_a_network_log_probabilities_are_added(
     for name in ("both", "network", "cohog"):
         model, own, writers = load_model(tmp_path / name / "final_model.pth")
         logits.append(line_logits(model, own, lines, len(writers)))
-    assert torch.equal(logits[0], logits[1].log_softmax(1) + logits[2].log_softmax(1))
+    assert torch.equal(logits[0], logits[1].log_softmax(1) + 2 * logits[2].log_softmax(1))
     assert metrics is not None
     last = json.loads((tmp_path / "both" / "metrics.json").read_text())["final"]
     expected = torch.nn.functional.cross_entropy(logits[0].double(), lines.labels)
@@ -399,7 +412,7 @@ def test_real_hands_are_told_within_seconds(
     """99.0 % and 99.4 % when this was written; all lines without variants, which take longer."""
     data = load_lines(real_lines, find_lines(real_lines), 64, cache_dir)
     variation = 1.0 if number == 8 else 0.0
-    config = replace(DESCRIPTOR, line_height=64, cohog_variation=variation)
+    config = replace(DESCRIPTOR, line_height=64, cohog_variation=variation, cohog_sizes=5)
     metrics = train(config, first_lines(data, number), tmp_path / "t")
     assert metrics is not None
     assert metrics.macro_top1 >= at_least
@@ -412,7 +425,7 @@ def test_hands_are_told_in_books_that_no_training_has_seen(
     """As well as in the others, but for a point: paper, ink, pen and size are no labels."""
     write_books(tmp_path / "lines", writers=12, line_height=64, scale=0.12, seed=seed)
     data = load_lines(tmp_path / "lines", find_lines(tmp_path / "lines"), 64, cache_dir)
-    metrics = train(replace(DESCRIPTOR, line_height=64), data, tmp_path / "t")
+    metrics = train(replace(DESCRIPTOR, line_height=64, cohog_sizes=5), data, tmp_path / "t")
     assert metrics is not None
     measured = measure_test_split(tmp_path / "t" / "best_model.pth", data, torch.device("cpu"))
     assert metrics.macro_top1 >= 0.98

@@ -86,15 +86,20 @@ LIMITS: dict[str, Rule] = {
     "mixup_alpha": Range(0.0, 8.0),
     "precision": Choice(PRECISIONS),
     "with_cohog": Choice((False, True)),
+    "cohog_weight": Range(0.0, 100.0),
     "cohog_directions": Range(2, 64, integer=True),
     "cohog_reach": Range(1, 64, integer=True),
     "cohog_smoothing": Range(0.3, 8.0),
     "cohog_edge": Range(0.0, 8.0),
     "cohog_variation": Range(0.0, 4.0),
+    "cohog_sizes": Choice((1, 3, 5)),
     "cohog_head": Choice(HEADS),
     "cohog_penalty": Range(1e-8, 1e4),
 }
 OF_COHOG = tuple(name for name in LIMITS if name.startswith(f"{COHOG}_"))
+# The values that stand for what trials were before there was a choice. They are not written into
+# configurations and spaces, whose hashes and comparisons stay what they were.
+BEFORE: dict[str, Value] = {"with_cohog": False, "cohog_sizes": 1}
 
 
 # Every backbone by name, and whether ImageNet weights exist for it.
@@ -150,12 +155,14 @@ class TrialConfig:
     scale: float = 32.0
     mixup_alpha: float = 0.0  # 0: no mixup; cross_entropy alone mixes
     with_cohog: bool = False  # the descriptor beside a network
+    cohog_weight: float = 2.5  # of its log-probabilities there; the network's have the weight 1
     # The descriptor's own, see `CoHOG`. Of the others it reads the seed and the line height alone.
     cohog_directions: int = 16
     cohog_reach: int = 3
     cohog_smoothing: float = 1.0
     cohog_edge: float = 0.6
-    cohog_variation: float = 1.0  # of size and slant, in training
+    cohog_variation: float = 1.0  # of size and slant in training, and of size when it is asked
+    cohog_sizes: int = 1  # in which a line is seen when it is asked
     cohog_head: str = "lda"
     cohog_penalty: float = 1e-3  # of softmax alone
 
@@ -173,14 +180,15 @@ class TrialConfig:
         return self.backbone == COHOG
 
     def to_dict(self) -> dict[str, Value]:
-        """Give all that this backbone reads: hashes stay what they were before there was more."""
+        """Give all that this backbone reads."""
         values: dict[str, Value] = asdict(self)
-        is_both = self.with_cohog and not self.is_fitted
-        if not is_both:
-            del values["with_cohog"]
-        if not is_both and not self.is_fitted:
-            for name in OF_COHOG:
-                del values[name]
+        unread: set[str] = {name for name, value in BEFORE.items() if values[name] == value}
+        if self.is_fitted:
+            unread |= {"with_cohog", "cohog_weight"}
+        elif not self.with_cohog:
+            unread |= set(OF_COHOG)
+        for name in unread:
+            del values[name]
         return values
 
     @classmethod

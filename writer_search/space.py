@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from writer_search.common.errors import UserError
 from writer_search.config import (
+    BEFORE,
     COHOG,
     HEADS,
     LIMITS,
@@ -76,6 +77,8 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
     is_alone = values["backbone"] == COHOG
     if not is_alone and "with_cohog" in space:
         values["with_cohog"] = space.draw(trial, "with_cohog")
+        if values["with_cohog"]:
+            values["cohog_weight"] = space.draw(trial, "cohog_weight")
 
     # descriptor, alone or beside the network
     if is_alone or values.get("with_cohog"):
@@ -84,6 +87,8 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
         values["cohog_edge"] = space.draw(trial, "cohog_edge")
         values["cohog_directions"] = space.draw(trial, "cohog_directions")
         values["cohog_variation"] = space.draw(trial, "cohog_variation")
+        if "cohog_sizes" in space:
+            values["cohog_sizes"] = space.draw(trial, "cohog_sizes")
         values["cohog_head"] = space.draw(trial, "cohog_head")
         if values["cohog_head"] == "softmax":
             values["cohog_penalty"] = space.draw(trial, "cohog_penalty")
@@ -188,6 +193,7 @@ def default_space(tier: str, pretrained: bool) -> Space:
         "mixup": Choice((False, True)),
         "mixup_alpha": Range(0.05, 0.4, log=True),
         "with_cohog": Choice((False, True)),
+        "cohog_weight": Range(1.0, 8.0, log=True),
         "cohog_reach": Range(2, 6, integer=True),
         "cohog_smoothing": Range(0.6, 1.6),
         "cohog_edge": Range(0.3, 1.2),
@@ -207,6 +213,7 @@ def _fixed_defaults(tier: str, searched: Mapping[str, Rule]) -> dict[str, Value]
         if f.name in LIMITS and f.name not in searched and isinstance(f.default, Value)
     }
     del fixed["precision"]  # measured once per study, not a hyperparameter
+    fixed["cohog_sizes"] = 5
     if tier == "gpu":
         fixed.update(line_height=96, crop_width=512, batch_size=64)
     return fixed
@@ -316,18 +323,17 @@ def _settle_mixup(searched: dict[str, Rule], fixed: dict[str, Value]) -> None:
 def _settle_cohog(space: Space, named: Set[str]) -> None:
     """Leave out the descriptor's names where no trial has it.
 
-    Whoever chooses networks alone wants no descriptor beside them, unless it is named. A space
-    without `with_cohog` is one without: as it was before there was that choice.
+    Whoever chooses networks alone wants no descriptor beside them, unless it is named.
     """
+    unused = {name for name, value in BEFORE.items() if space.fixed.get(name, None) == value}
     is_alone = COHOG in backbones_of(space)
-    is_beside = networks_of(space) and (is_alone or "with_cohog" in named)
-    if not is_beside or space.fixed.get("with_cohog") is False:
-        space.searched.pop("with_cohog", None)
-        space.fixed.pop("with_cohog", None)
-    if not is_alone and "with_cohog" not in space:
-        for name in set(OF_COHOG) - named:
-            space.searched.pop(name, None)
-            space.fixed.pop(name, None)
+    if not networks_of(space) or not (is_alone or "with_cohog" in named):
+        unused.add("with_cohog")
+    if "with_cohog" in unused:
+        unused |= ({"cohog_weight"} if is_alone else set(OF_COHOG)) - named
+    for name in unused:
+        space.searched.pop(name, None)
+        space.fixed.pop(name, None)
 
 
 def _open_conditions(name: str, searched: dict[str, Rule], fixed: dict[str, Value]) -> None:

@@ -21,7 +21,7 @@ from writer_search.common.files import read_json
 from writer_search.common.output import live
 from writer_search.common.provenance import provenance
 from writer_search.common.text import counted, one_line
-from writer_search.config import Choice, Value
+from writer_search.config import BEFORE, Choice, Value
 from writer_search.lines.report import describe_report
 from writer_search.lines.walk import LeftOut
 from writer_search.processes.deadlines import stop_time
@@ -179,8 +179,8 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
         # It was begun before there was a descriptor, or without it: its default backbones are so.
         networks = BACKBONES_BY_TIER[recorded["tier"], recorded["weights"] == "imagenet"]
         ranges = {"backbone": {"choices": list(networks)}, **ranges}
-    if recorded is not None and "with_cohog" not in recorded["space"]:
-        fix = {"with_cohog": False, **fix}
+    if recorded is not None:
+        fix = {n: value for n, value in BEFORE.items() if n not in recorded["space"]} | fix
     machine = (
         recorded_machine(recorded)
         if recorded is not None and not trains

@@ -20,6 +20,8 @@ from writer_search.lines.decoding import INK_DEVIATION
 
 NOISE_SHEET = 4  # images: noise is drawn for so many in an epoch, and each takes a part of it
 NOISE_STEP = 10_007  # pixels that a batch's parts are shifted against those of the batch before
+# In which a descriptor sees a line, its own first: logarithms of a factor, at a variation of 1.
+SIZES = (0.0, 0.145, -0.145, 0.29, -0.29)
 STRIP_SHARE = 0.4  # of a device's free memory; what is larger stays on the host
 
 
@@ -198,6 +200,25 @@ def as_images(crops: Tensor) -> Tensor:
     """Make images for a model of crops, uint8: float32, unit deviation, nothing else changed."""
     # Not by `/`, which turns numbers of one byte into others more slowly.
     return crops.to(torch.float32).div_(INK_DEVIATION)
+
+
+def varied_lines(images: Tensor, size: float, slant: float = 0.0) -> Tensor:
+    """Resize (batch, 1, height, width) by a factor whose logarithm is `size`, and shear it.
+
+    Both dimensions grow alike; slant: pixels to the left for each one downwards.
+    """
+    if size != 0:
+        images = F.interpolate(
+            images, scale_factor=math.exp(size), mode="bilinear", antialias=size < 0
+        )
+    if slant != 0:
+        height = images.shape[2]
+        room = math.ceil(abs(slant) * height / 2)
+        images = F.pad(images, (room, room))
+        theta = torch.eye(2, 3, device=images.device)
+        theta[0, 1] = slant * height / images.shape[3]
+        images = distort(images, theta.expand(len(images), 2, 3))
+    return images
 
 
 # ------------------------------------------------------------------------------- an epoch's images

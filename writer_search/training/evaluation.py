@@ -9,15 +9,9 @@ from torch import Tensor, nn
 
 from model import WriterModel, for_inference
 from writer_search.config import TrialConfig
-from writer_search.training.batches import (
-    Lines,
-    gather,
-    views,
-)
+from writer_search.training.batches import SIZES, Lines, gather, varied_lines, views
 from writer_search.training.metrics import Metrics, compute_metrics
-from writer_search.training.optimisation import (
-    autocast,
-)
+from writer_search.training.optimisation import autocast
 from writer_search.training.outcomes import IN_VALIDATION, DivergedError
 from writer_search.training.ranks import ALONE, Ranks
 
@@ -33,14 +27,17 @@ def evaluate(
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
+    described: Tensor | None = None,
 ) -> Metrics:
     """Measure a model on all lines of a split, each covered whole by windows.
 
-    micro_batch: the most windows on a device at once. Raises DivergedError when the output is not
+    micro_batch: the most windows on a device at once.   described: see `line_logits`.
+    Raises DivergedError when the output is not
     finite; a note on any error says where it was raised.
     """
     try:
-        logits = line_logits(model, config, lines, len(writers), check, ranks, micro_batch)
+        how = (check, ranks, micro_batch, described)
+        logits = line_logits(model, config, lines, len(writers), *how)
         logits = logits.double().cpu()
     except Exception as error:
         error.add_note(IN_VALIDATION)
@@ -62,12 +59,14 @@ def line_logits(
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
+    described: Tensor | None = None,
 ) -> Tensor:
     """Average each line's logits over its windows: (lines, writers), float32, on the host.
 
-    A model that sees whole lines has one view of each. A network with a descriptor beside it gives
-    the sum of both's log-probabilities instead. Ranks take turns at batches of views, the same ones
-    as a single process; none is done twice.
+    A descriptor sees whole lines, each in several sizes, and a writer gets the most that one of
+    them gives him. A network with a descriptor beside it gives the weighted sum of both's
+    log-probabilities; `described` are the descriptor's logits, where they are known. Ranks take
+    turns at batches of views, the same ones as a single process; none is done twice.
     """
     beside = model.beside
     device = lines.device
@@ -84,17 +83,32 @@ def line_logits(
         for part, width in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
             images = gather(lines, place[part], width)
             with autocast(config, device):
-                logits = model(images)
-            by_view[part] = logits.float()
+                by_view[part] = logits_in_sizes(model, config, images)
     ranks.add_up(by_view)
     # On the host, where sums are taken in the same order each time.
     by_view, line = by_view.cpu(), line.cpu()
     total = torch.zeros(len(lines), num_writers).index_add_(0, line, by_view)
     logits = total / torch.bincount(line, minlength=len(lines))[:, None]
     if beside is not None:
-        described = line_logits(beside, config, lines, num_writers, check, ranks)
-        logits = logits.log_softmax(1) + described.log_softmax(1)
+        if described is None:
+            described = line_logits(beside, config, lines, num_writers, check, ranks)
+        logits = logits.log_softmax(1) + config.cohog_weight * described.log_softmax(1)
     return logits
+
+
+def logits_in_sizes(model: WriterModel, config: TrialConfig, images: Tensor) -> Tensor:
+    """Ask a model for the logits of images: (batch, writers), float32.
+
+    A descriptor is asked in each of the configuration's sizes. A book may be larger or smaller than
+    those that its writer was trained on, and the size in which it is most like his is the one to
+    judge by.
+    """
+    if not model.sees_whole_lines or config.cohog_sizes == 1:
+        own: Tensor = model(images)
+        return own.float()
+    sizes = [size * config.cohog_variation for size in SIZES[: config.cohog_sizes]]
+    logits = torch.stack([model(varied_lines(images, size)).float() for size in sizes])
+    return logits.log_softmax(2).amax(0)
 
 
 def windows_at_once(device: torch.device, micro_batch: int | None = None) -> int:

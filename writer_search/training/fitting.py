@@ -5,7 +5,6 @@ All of it is done on the CPU in float64, so that the device makes no difference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from model import WriterModel
 from writer_search.config import TrialConfig
-from writer_search.training.batches import Lines, distort, gather, views
+from writer_search.training.batches import SIZES, Lines, gather, varied_lines, views
 
 FOLDS = 3  # of the training lines, to find out how sure the classifier may be
 SHARPEST, FLATTEST = 100.0, 1e-3  # of the factors that its logits may get
@@ -52,7 +51,7 @@ class Classifier:
 # Sizes and slants that a line is described in besides its own, at a variation of 1: a book may be
 # written larger or smaller than those to train on, and more or less upright.
 VARIANTS = (
-    *((size, 0.0) for size in (-0.29, 0.29, -0.145, 0.145)),  # logarithms of a factor
+    *((size, 0.0) for size in reversed(SIZES[1:])),
     *((0.0, slant) for slant in (-0.1, 0.1)),  # pixels to the left for each one downwards
 )
 MOST_ROWS = 8000  # of descriptions: beyond, a line has fewer variants, one at least
@@ -85,25 +84,6 @@ def describe(
             described.append(model.backbone(version).cpu())
             of_line.append(line[part].cpu())
     return torch.cat(described).double(), torch.cat(of_line)
-
-
-def varied_lines(images: Tensor, size: float, slant: float) -> Tensor:
-    """Resize (batch, 1, height, width) by a factor whose logarithm is `size`, and shear it.
-
-    Both dimensions grow alike; slant: pixels to the left for each one downwards.
-    """
-    if size != 0:
-        images = F.interpolate(
-            images, scale_factor=math.exp(size), mode="bilinear", antialias=size < 0
-        )
-    if slant != 0:
-        height = images.shape[2]
-        room = math.ceil(abs(slant) * height / 2)
-        images = F.pad(images, (room, room))
-        theta = torch.eye(2, 3, device=images.device)
-        theta[0, 1] = slant * height / images.shape[3]
-        images = distort(images, theta.expand(len(images), 2, 3))
-    return images
 
 
 def fit(

@@ -1,4 +1,4 @@
-"""The state of a trial under way. What is not in here does not survive a break.
+"""The state of a trial under way. What `contents` does not give does not survive a break.
 
 There is no state of random numbers: they are derived from the seed, the epoch and the step.
 """
@@ -34,6 +34,7 @@ class TrainingState:
     seconds: float = 0.0  # that this epoch had taken before a break
     best: dict[str, Any] | None = None  # the best epoch's row of the history, and its confusion
     history: list[dict[str, Any]] = field(default_factory=list)
+    described: Tensor | None = None  # a descriptor's logits of the validation lines, once known
     ranks: Ranks = ALONE
     started: float = field(default_factory=time.perf_counter)  # this epoch, or its rest
 
