@@ -34,11 +34,15 @@ class TrialProgress:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a search stands. left: seconds, while it runs and they can be known."""
+    """Where a search stands.
+
+    left: seconds, while it runs and they can be known.   runs_left: of a confirmation.
+    """
 
     state: str
     left: Range | None = None
     running: Sequence[TrialProgress] = ()
+    runs_left: int = 0
 
     @property
     def is_live(self) -> bool:
