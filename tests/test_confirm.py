@@ -180,7 +180,9 @@ def test_confirmation_that_was_killed_goes_on(
     states = [state for _, state, _ in trials_of(directory / "confirm")]
     assert states == ["COMPLETE", "RUNNING"]
     page = (directory / "summary" / "report.html").read_text()
-    assert "3 trials: 3 complete" in page, "the report is of the search that is confirmed"
+    assert "3 trials: 3 complete of 3 wanted" in page, (
+        "the report is of the search that is confirmed"
+    )
     assert re.search("trained again with new seeds. [34] runs to go", page)
     assert confirm() == 0
     trials = open_study(directory / "confirm").get_trials()

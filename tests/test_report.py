@@ -212,7 +212,7 @@ def test_interrupted_is_a_state_of_its_own(tmp_path: Path) -> None:
     trial.set_user_attr("interrupted", True)
     study.tell(trial, state=TrialState.FAIL)
     text = page_of(tmp_path, Standing(STOPPED))
-    assert "4 trials: 3 complete, 1 interrupted; 3 complete wanted." in text
+    assert "4 trials: 3 complete of 3 wanted, 1 interrupted." in text
     assert "<td>interrupted</td>" in text
     assert "failed" not in text[: text.index("<h1>")]
 

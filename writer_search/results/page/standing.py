@@ -28,7 +28,6 @@ from writer_search.results.page.snapshot import (
 from writer_search.results.rows import STATES, Row, count_states, home_of
 from writer_search.results.tables import floor_lines
 from writer_search.results.tested import describe
-from writer_search.space import fixed_of
 
 EVERY_SECONDS = 10  # the page looks for a newer one
 SAID = {
@@ -70,13 +69,14 @@ def head(shown: Snapshot) -> str:
 
 def _counts(shown: Snapshot) -> str:
     states = count_states(shown.rows)
-    told = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
-    wanted = shown.recorded.get("run", {}).get("n_trials")
+    told = {state: f"{states[state]} {state}" for state in STATES if states[state]}
+    if wanted := shown.recorded.get("run", {}).get("n_trials"):
+        told = {"complete": ""} | told  # the first, also when there is none
+        told["complete"] = f"{states['complete']} complete of {wanted} wanted"
     spent = sum(row.seconds or 0.0 for row in shown.rows if row.ended)
     return (
-        f"{count(len(shown.rows), 'trial')}{': ' if told else ''}{told}"
-        + (f"; {wanted} complete wanted" if wanted else "")
-        + f". {duration(spent)} of training."
+        f"{count(len(shown.rows), 'trial')}{': ' if told else ''}{', '.join(told.values())}"
+        f". {duration(spent)} of training."
     )
 
 
@@ -107,7 +107,7 @@ def best_trial(shown: Snapshot) -> str:
 
 
 def _hyperparameters(shown: Snapshot, best: Row) -> str:
-    fixed = fixed_of(shown.space, best.params)
+    fixed = shown.fixed([best])
     lines = [
         f'<tr><th scope="row">{text(name)}</th><td>{text(shown_value(value))}{mark}</td></tr>\n'
         for values, mark in ((best.params, ""), (fixed, ' <span class="fixed">fixed</span>'))
