@@ -171,6 +171,6 @@ def seen_lines(pictures: LinePictures) -> str:
                 f'<ul class="lines">\n{more}</ul>' if more else "",
                 "seen",
             ),
-            soft(f"{count(left, 'writer')} more are not shown.") if left > 0 else "",
+            soft(f"{count(left, 'more writer')} not shown.") if left > 0 else "",
         ]
     )

@@ -36,7 +36,8 @@ th, td { padding: .25em .7em; text-align: left; vertical-align: top;
 .wide { border: 1px solid var(--line); }
 .wide table { overflow-wrap: normal; white-space: nowrap; }
 .wide td.text { white-space: normal; min-width: 18em; }
-.wide bdi { display: inline-block; max-width: 20em; white-space: normal; overflow-wrap: anywhere; }
+.wide td bdi { display: inline-block; vertical-align: top; width: max-content; max-width: 20em;
+  white-space: normal; overflow-wrap: break-word; }
 thead th { background: var(--shade); }
 td.number, th.number { text-align: right; }
 tr.best td { background: var(--shade); font-weight: 600; }
@@ -83,7 +84,7 @@ figcaption { font-size: .9rem; color: var(--soft); max-width: 75ch; }
   .facts th { min-width: 7em; }
   th, td { padding: .25em .45em; }
   .bar { display: none; }
-  .wide bdi { max-width: 9em; }
+  .wide td bdi { max-width: 10em; }
   pre { font-size: .7rem; }
   .chart { border: 1px solid var(--line); }
 }
