@@ -32,7 +32,7 @@ from writer_search.common.text import one_line
 from writer_search.flags import parse_args
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
-from writer_search.results.page.snapshot import CONFIRMING, FINISHED, STOPPED, Standing
+from writer_search.results.page.snapshot import FINISHED, STOPPED, Standing
 from writer_search.results.rows import DATABASE
 from writer_search.results.status import read_status, show
 from writer_search.results.tables import closing_lines, keep_failing, write_summary
@@ -143,7 +143,6 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
         return search, False, []
     if not search.has_all:
         return search, False, ["Not confirmed yet: that begins when all trials are complete."]
-    update_page(search, CONFIRMING)
     confirmation = confirm(search, args.confirm_top, args.confirm_seeds)
     last, left = confirmation.search, confirmation.runs_left
     if left:
@@ -211,7 +210,6 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
 
 def update_page(search: Search, state: str) -> None:
     """Write the report. state: where the search stands."""
-    assert search.page is not None, "only a confirmation has none"
     study = search.supply.study
     search.page.write(search.rows, lambda: study.user_attrs, lambda: Standing(state))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -178,6 +179,11 @@ def test_confirmation_that_was_killed_goes_on(
     directory = tmp_path / "c"
     states = [state for _, state, _ in trials_of(directory / "confirm")]
     assert states == ["COMPLETE", "RUNNING"]
+    page = (directory / "summary" / "report.html").read_text()
+    assert "3 trials: 3 complete of 3 wanted" in page, (
+        "the report is of the search that is confirmed"
+    )
+    assert re.search("trained again with new seeds. [34] runs to go", page)
     assert confirm() == 0
     trials = open_study(directory / "confirm").get_trials()
     complete = [t.user_attrs["seed"] for t in trials if t.state == TrialState.COMPLETE]

@@ -28,6 +28,7 @@ from writer_search.lines.predictions import write_predictions
 from writer_search.results.confusion import confusion_of
 from writer_search.results.page.lines import LinePictures, seen_lines
 from writer_search.results.page.snapshot import (
+    CONFIRMING,
     FINISHED,
     RUNNING,
     STOPPED,
@@ -211,7 +212,7 @@ def test_interrupted_is_a_state_of_its_own(tmp_path: Path) -> None:
     trial.set_user_attr("interrupted", True)
     study.tell(trial, state=TrialState.FAIL)
     text = page_of(tmp_path, Standing(STOPPED))
-    assert "4 trials: 3 complete, 1 interrupted; 3 complete wanted." in text
+    assert "4 trials: 3 complete of 3 wanted, 1 interrupted." in text
     assert "<td>interrupted</td>" in text
     assert "failed" not in text[: text.index("<h1>")]
 
@@ -220,6 +221,11 @@ def test_a_running_search_says_what_runs_and_how_long(search: Path) -> None:
     text = page_of(search, Standing(RUNNING, (60.0, 120.0), [TrialProgress(10, 3, 20, 0.5)]))
     assert "Time left: 1 min 0 s to 2 min 0 s." in text
     assert "Trial 10 runs: epoch 3 of 20, best so far 50.00%." in text
+    assert "data-written=" in text
+    confirming = Standing(CONFIRMING, None, [TrialProgress(2, 1, 20, None)], runs_left=4)
+    text = page_of(search, confirming)
+    assert "trained again with new seeds. 4 runs to go. Time left: not known yet." in text
+    assert "Run 2 of the confirmation: epoch 1 of 20." in text
     assert "data-written=" in text
     assert "data-written=" not in page_of(search, Standing(STOPPED)), "it is not loaded again"
 

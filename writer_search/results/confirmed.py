@@ -124,6 +124,8 @@ def spread(mean: float | None, deviation: float | None) -> str:
 def _optimism(optimism: float | None) -> str:
     if optimism is None:
         return ""
+    if abs(optimism) < 5e-5:
+        return " The search's best value was neither too high nor too low."
     how = "too high" if optimism > 0 else "too low"
     return f" The search's best value was {100 * abs(optimism):.2f} points {how}."
 

@@ -171,8 +171,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     for line in settled:
         print(line, flush=True)
     supply = RepetitionSupply(study, own, repeater)
-    # Without a report: it is of the search that is confirmed.
-    search = Search(own, finished.stop, supply, None, finished.events)
+    search = Search(own, finished.stop, supply, finished.page, finished.events, finished)
     search.run()
     runs_left = len(repeater.seeds - seeds_of(search.rows, "COMPLETE", "FAIL"))
     return Confirmation(search, candidates, runs_left)

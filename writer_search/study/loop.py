@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import connection
 
@@ -24,6 +24,7 @@ from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Runner
 from writer_search.processes.running import Complete, Failed, News, Pruned, Report, RunningTrial
 from writer_search.results.events import Events
+from writer_search.results.page.snapshot import CONFIRMING, Standing
 from writer_search.results.progress import Progress
 from writer_search.results.report import ReportPage
 from writer_search.results.rows import Row, count_complete, has_saved, trial_dir
@@ -41,14 +42,16 @@ LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
 class Search:
     """Runs a supply's trials until there are no more, a signal comes, or too many fail.
 
-    page: the report, which is kept up to date; None: there is none.
+    page: the report, which is kept up to date.   confirms: the finished search whose best trials
+    are trained again here; the report is of that one.
     """
 
     plan: Plan
     stop: StopSignals
     supply: Supply
-    page: ReportPage | None
+    page: ReportPage
     events: Events
+    confirms: Search | None = None
     exhausted: bool = False  # every configuration of a finite space has been drawn
     deadline: float = field(init=False)  # after which no trial starts
 
@@ -152,8 +155,9 @@ class Search:
 
     def wait_for_news(self) -> None:
         """Wait for a message, a signal or a deadline, and act on it."""
-        if self.page is not None:  # now, when all that can has been started
-            self.page.write_if_due(self.rows, self.supply.study, self.outlook.standing)
+        shown = self.confirms or self
+        # Now, when all that can has been started.
+        self.page.write_if_due(shown.rows, shown.supply.study, self.standing)
         trials = self.runner.connections()
         ready = connection.wait(
             [*trials, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
@@ -169,8 +173,15 @@ class Search:
     def seconds_to_next_deadline(self) -> float:
         soonest = min(self.runner.next_deadline(), self.supply.next_deadline(self.runner.has_room))
         left = max(0.0, soonest - time.monotonic())
-        page = self.page.seconds_to_next() if self.page is not None else LONGEST_WAIT
-        return min(LONGEST_WAIT, left, page, self.events.seconds_to_next_deadline())
+        others = self.page.seconds_to_next(), self.events.seconds_to_next_deadline()
+        return min(LONGEST_WAIT, left, *others)
+
+    def standing(self) -> Standing:
+        """Say how the search stands, for the report."""
+        running = self.outlook.standing()
+        if self.confirms is None:
+            return running
+        return replace(running, state=CONFIRMING, runs_left=self.plan.n_trials - self.complete)
 
     def watch_the_clock(self) -> None:
         self.events.look()

@@ -29,10 +29,7 @@ Result = TypeVar("Result")
 
 
 class Recorder:
-    """Tells the study of each end, brings the files up to date, and counts failures in a row.
-
-    page: the report; None: there is none.
-    """
+    """Tells the study of each end, brings the files up to date, and counts failures in a row."""
 
     def __init__(
         self,
@@ -41,7 +38,7 @@ class Recorder:
         rows: list[Row],
         progress: Progress,
         events: Events,
-        page: ReportPage | None,
+        page: ReportPage,
     ) -> None:
         self.rows = rows  # as of the last change
         self.gave_up = ""  # why; for good, whatever the trials do that still run
@@ -166,8 +163,7 @@ class Recorder:
         # The database has it. What a full disk keeps from being written now is written later.
         self.attempt(lambda: write_record(directory, told))
         self.attempt(lambda: self._summary.write(self.rows))
-        if self._page is not None:
-            self._page.trial_has_ended()
+        self._page.trial_has_ended()
         self._events.send(trial_event(directory, trial.number, self.rows, self._plan.n_trials))
 
     def _remove_weights(self, running: Collection[int]) -> None:

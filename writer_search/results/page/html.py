@@ -22,6 +22,11 @@ def name(value: object) -> str:
     return f'<bdi dir="auto">{text(value)}</bdi>'
 
 
+def path_name(value: object) -> str:
+    """Make a path: it runs from left to right, whatever the letters of its names."""
+    return f'<bdi dir="ltr">{text(value)}</bdi>'
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 

@@ -13,7 +13,15 @@ from PIL import Image
 from data import LineSet
 from writer_search.common.text import one_line
 from writer_search.lines.predictions import FILE, Prediction
-from writer_search.results.page.html import count, folded, name, picture, soft, text
+from writer_search.results.page.html import (
+    count,
+    folded,
+    name,
+    path_name,
+    picture,
+    soft,
+    text,
+)
 from writer_search.results.page.snapshot import Snapshot
 from writer_search.results.pictures.lines import some_lines
 
@@ -113,10 +121,9 @@ def _list(lines: Sequence[Prediction], pictures: LinePictures) -> str:
 
 def _line(line: Prediction, pictures: LinePictures) -> str:
     writers = json.dumps(sorted({one_line(line.writer), one_line(line.guess)}))
-    said = f"{pick(line.writer)}, taken for {pick(line.guess)} with "
+    said = f"{pick(line.writer)} taken for {pick(line.guess)} with "
     if line.is_right:
         said = f"{pick(line.writer)} with "
-    where = f"page {name(line.page)}, " if line.page else ""
     own = (
         ""
         if line.is_right
@@ -126,7 +133,7 @@ def _line(line: Prediction, pictures: LinePictures) -> str:
         f'<li data-writers="{text(writers, 10**4)}">'
         f"{pictures.of_path(line.path, f'Line {line.path} by {line.writer}')}"
         f"<p>{said}<strong>{100 * line.probability:.1f}&nbsp;%</strong>{own}</p>"
-        f'<p class="soft">{where}{name(line.path)}</p></li>\n'
+        f'<p class="soft">{path_name(line.path)}</p></li>\n'
     )
 
 
@@ -164,6 +171,6 @@ def seen_lines(pictures: LinePictures) -> str:
                 f'<ul class="lines">\n{more}</ul>' if more else "",
                 "seen",
             ),
-            soft(f"{count(left, 'writer')} more are not shown.") if left > 0 else "",
+            soft(f"{count(left, 'more writer')} not shown.") if left > 0 else "",
         ]
     )

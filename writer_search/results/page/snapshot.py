@@ -17,6 +17,7 @@ from writer_search.results.estimate import Range
 from writer_search.results.page.style import CHART_STYLE
 from writer_search.results.pictures.charts import alone, trial_curves
 from writer_search.results.rows import Row, best_row, home_of, read_history, trial_dir
+from writer_search.space import fixed_of
 
 RUNNING, CONFIRMING, FINISHED, STOPPED = "running", "confirming", "finished", "stopped"
 CURVES = ("curves.svg", "curves.png")  # an earlier version drew the latter
@@ -34,11 +35,15 @@ class TrialProgress:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a search stands. left: seconds, while it runs and they can be known."""
+    """Where a search stands.
+
+    left: seconds, while it runs and they can be known.   runs_left: of a confirmation.
+    """
 
     state: str
     left: Range | None = None
     running: Sequence[TrialProgress] = ()
+    runs_left: int = 0
 
     @property
     def is_live(self) -> bool:
@@ -149,10 +154,15 @@ class Snapshot:
         found = self.settings.get("space")
         return found if isinstance(found, dict) else {}
 
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """The hyperparameters that are the same in all trials."""
-        return {name: rule for name, rule in self.space.items() if not isinstance(rule, dict)}
+    def fixed(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Give the hyperparameters that trials had and that were not drawn.
+
+        All that are not drawn where that cannot be told: the space is another version's.
+        """
+        had: dict[str, Any] = {}
+        for row in rows:
+            had |= fixed_of(self.space, row.params)
+        return had or {n: rule for n, rule in self.space.items() if not isinstance(rule, dict)}
 
 
 def draw_curves(

@@ -32,10 +32,11 @@ from writer_search.results.tested import describe
 EVERY_SECONDS = 10  # the page looks for a newer one
 SAID = {
     RUNNING: "The search runs.",
-    CONFIRMING: "All trials are complete; the best ones are being trained again.",
+    CONFIRMING: "All trials are complete; the best ones are being trained again with new seeds.",
     FINISHED: "Finished.",
     STOPPED: "Not running: the same command goes on where the search stopped.",
 }
+RUNS = {RUNNING: "Trial {} runs", CONFIRMING: "Run {} of the confirmation"}
 
 
 def head(shown: Snapshot) -> str:
@@ -43,7 +44,9 @@ def head(shown: Snapshot) -> str:
     standing, now = shown.standing, datetime.now().astimezone()
     live = f' data-written="{now.timestamp():.0f}" data-every="{EVERY_SECONDS}"'
     said = SAID[standing.state]
-    if standing.state == RUNNING:
+    if standing.state == CONFIRMING:
+        said += f" {count(standing.runs_left, 'run')} to go."
+    if standing.is_live:
         said += f" Time left: {range_text(standing.left)}."
     parts = [
         soft(f"Search {text(shown.checkpoint_dir.absolute())}, as of {now:%Y-%m-%d %H:%M:%S %Z}"),
@@ -51,32 +54,29 @@ def head(shown: Snapshot) -> str:
         f"<p>{_counts(shown)}</p>",
     ]
     parts += [
-        f"<p>Trial {trial.number} runs: epoch {trial.epoch} of {trial.epochs}, "
-        f"best so far {percent(trial.best)}.</p>"
+        f"<p>{RUNS[standing.state].format(trial.number)}: epoch {trial.epoch} of {trial.epochs}"
+        + ("" if trial.best is None else f", best so far {percent(trial.best)}")
+        + ".</p>"
         for trial in standing.running
     ]
     if standing.is_live:
-        why = (
-            "Unless it was sent to you, the search may have been killed; the same command goes on."
-            if standing.state == RUNNING
-            else "It is not written anew while the best trials are trained again; "
-            "<code>--status</code> tells how far that is."
-        )
         parts.append(
-            f'<p id="late" hidden>This page was written <span></span> minutes ago. {why}</p>'
+            '<p id="late" hidden>This page was written <span></span> minutes ago. Unless it was '
+            "sent to you, the search may have been killed; the same command goes on.</p>"
         )
     return "\n".join(parts)
 
 
 def _counts(shown: Snapshot) -> str:
     states = count_states(shown.rows)
-    told = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
-    wanted = shown.recorded.get("run", {}).get("n_trials")
+    told = {state: f"{states[state]} {state}" for state in STATES if states[state]}
+    if wanted := shown.recorded.get("run", {}).get("n_trials"):
+        told = {"complete": ""} | told  # the first, also when there is none
+        told["complete"] = f"{states['complete']} complete of {wanted} wanted"
     spent = sum(row.seconds or 0.0 for row in shown.rows if row.ended)
     return (
-        f"{count(len(shown.rows), 'trial')}{': ' if told else ''}{told}"
-        + (f"; {wanted} complete wanted" if wanted else "")
-        + f". {duration(spent)} of training."
+        f"{count(len(shown.rows), 'trial')}{': ' if told else ''}{', '.join(told.values())}"
+        f". {duration(spent)} of training."
     )
 
 
@@ -107,7 +107,7 @@ def best_trial(shown: Snapshot) -> str:
 
 
 def _hyperparameters(shown: Snapshot, best: Row) -> str:
-    fixed = {name: value for name, value in shown.fixed.items() if name not in best.params}
+    fixed = shown.fixed([best])
     lines = [
         f'<tr><th scope="row">{text(name)}</th><td>{text(shown_value(value))}{mark}</td></tr>\n'
         for values, mark in ((best.params, ""), (fixed, ' <span class="fixed">fixed</span>'))

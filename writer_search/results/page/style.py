@@ -4,10 +4,12 @@ from __future__ import annotations
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1f1f1f; --soft: #5c5c5c; --line: #d8d8d8;
-  --shade: #f4f4f4; --accent: #a83f00; --dot: #6b7785; --wrong: 168, 63, 0; }
+  --shade: #f4f4f4; --accent: #a83f00; --dot: #6b7785; --wrong: 168, 63, 0;
+  --more: rgba(0, 0, 0, .3); }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16181a; --ink: #e6e6e6; --soft: #a9adb2; --line: #3a3d41; --shade: #212427;
-    --accent: #ff9b57; --dot: #8d99a6; --wrong: 255, 155, 87; }
+    --accent: #ff9b57; --dot: #8d99a6; --wrong: 255, 155, 87;
+    --more: rgba(255, 255, 255, .3); }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1160px; padding: 1rem; color: var(--ink);
@@ -21,7 +23,12 @@ a { color: var(--accent); }
 .value { color: var(--accent); white-space: nowrap; }
 .soft { color: var(--soft); font-size: .9rem; }
 .state { font-weight: 600; }
-.wide { overflow-x: auto; max-width: 100%; width: fit-content; }
+.wide, .chart { overflow-x: auto; max-width: 100%; background:
+  linear-gradient(to right, var(--paper) 30%, transparent) 0 / 3em 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 30%, transparent) 100% / 3em 100% no-repeat local,
+  linear-gradient(to right, var(--more), transparent) 0 / .9em 100% no-repeat scroll,
+  linear-gradient(to left, var(--more), transparent) 100% / .9em 100% no-repeat scroll; }
+.wide { width: fit-content; }
 .wide:focus-visible, button:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .7em; text-align: left; vertical-align: top;
@@ -29,6 +36,8 @@ th, td { padding: .25em .7em; text-align: left; vertical-align: top;
 .wide { border: 1px solid var(--line); }
 .wide table { overflow-wrap: normal; white-space: nowrap; }
 .wide td.text { white-space: normal; min-width: 18em; }
+.wide td bdi { display: inline-block; vertical-align: top; width: max-content; max-width: 20em;
+  white-space: normal; overflow-wrap: break-word; }
 thead th { background: var(--shade); }
 td.number, th.number { text-align: right; }
 tr.best td { background: var(--shade); font-weight: 600; }
@@ -38,8 +47,7 @@ button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
 thead button { font-weight: 600; }
 thead th[aria-sort=ascending] button::after { content: " ▲"; }
 thead th[aria-sort=descending] button::after { content: " ▼"; }
-button.pick { text-decoration: underline; text-decoration-color: var(--accent);
-  text-underline-offset: .2em; }
+.pick bdi { text-decoration: underline var(--accent); text-underline-offset: .2em; }
 .facts th { font-weight: 600; min-width: 10.5em; }
 .fixed { color: var(--soft); font-size: .85em; font-weight: 400; }
 @media (min-width: 700px) { .facts th { white-space: nowrap; } }
@@ -60,7 +68,7 @@ summary { cursor: pointer; font-weight: 600; }
 .lines p { margin: .2em 0; font-size: .92rem; }
 .strip { display: block; max-width: 100%; height: auto; background: #fff; margin: .2em 0; }
 @media (prefers-color-scheme: dark) { .strip { filter: brightness(.88); } }
-.chart { overflow-x: auto; margin: .8em 0; max-width: 100%; }
+.chart { margin: .8em 0; }
 .chart svg { display: block; width: 100%; min-width: 520px; max-width: 760px; height: auto; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: .8rem; }
 .panels .chart { margin: 0; }
@@ -76,6 +84,8 @@ figcaption { font-size: .9rem; color: var(--soft); max-width: 75ch; }
   .facts th { min-width: 7em; }
   th, td { padding: .25em .45em; }
   .bar { display: none; }
+  .wide td bdi { max-width: 10em; }
+  pre { font-size: .7rem; }
   .chart { border: 1px solid var(--line); }
 }
 """

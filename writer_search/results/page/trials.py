@@ -36,7 +36,8 @@ def trials_table(shown: Snapshot) -> str:
     columns += [Column(name, name in numeric) for name in names]
     rows = [_trial(shown, row, names, numeric) for row in shown.rows]
     fixed = ", ".join(
-        f"{text(name)} {text(shown_value(value))}" for name, value in shown.fixed.items()
+        f"{text(name)} {text(shown_value(value))}"
+        for name, value in shown.fixed(shown.rows).items()
     )
     return table("trials", "Trials", columns, rows) + (
         soft(f"Fixed, the same in all trials: {fixed}.") if fixed else ""

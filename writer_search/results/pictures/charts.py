@@ -47,9 +47,12 @@ def lowest_shown(values: Sequence[float]) -> float:
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Give the ends of an axis of percentages: none lies beyond 0 or 100."""
+    """Give the ends of an axis of percentages: none lies beyond 0 or 100.
+
+    They are half a point from the values, or more: a smaller difference is no difference.
+    """
     floor, top = lowest_shown(values), max(values)
-    margin = 0.08 * max(top - floor, 1.0)
+    margin = max(0.08 * (top - floor), 0.5)
     return max(0.0, floor - margin), min(100.0, top + margin)
 
 
@@ -129,7 +132,8 @@ def learning_curves(trials: Sequence[Outcome], chance: float | None) -> Chart | 
     caption = f"{len(curves)} trials" + (
         f"; in colour: trial {best}, the best" * (best is not None)
     )
-    caption += ". Crosses end what was pruned or failed."
+    caption += "."
+    caption += " Crosses end what was pruned or failed." * any(t.value is None for t in curves)
     caption += " The second chart shows the same near the top." * (len(bounds) > 1)
     panels = []
     for number, (low, high) in enumerate(bounds):
