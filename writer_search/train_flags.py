@@ -32,8 +32,8 @@ def build_train_parser() -> Parser:
     """Describe the command line, in groups."""
     parser = Parser(
         prog="train.py",
-        description="Name the writers of line images with a model that a search has found, or train "
-        "a search's trial again. Stop a training any time: the same command continues.",
+        description="Name the writers of line images with a model that a search has found, or "
+        "train a search's trial again. Stop a training any time: the same command continues.",
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
