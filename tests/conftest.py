@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import alembic.util
 import pytest
+import sqlalchemy
 import torch
 
 from data import LineSet, find_lines, load_lines
 from writer_search.config import TrialConfig
 from writer_search.demo import make_lines
+from writer_search.study import store
 from writer_search.training.checkpoints import Checkpoints, SaveTimes
 
 LINE_HEIGHT = 16
@@ -23,6 +28,25 @@ def _one_thread() -> None:
     """Also of searches' trials: results are compared, and others may keep cores busy."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _storages_are_imported_once() -> None:
+    """Optuna loads twenty files of migrations for each storage: half of a small search's time."""
+    alembic.util.load_python_file = cache(alembic.util.load_python_file)
+    store.import_storages = cache(store.import_storages)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_disk_is_waited_for() -> None:
+    """What this process writes need not outlive the machine; a seventh of a small search's time."""
+    os.fsync = lambda _: None
+
+    def connected(connection: Any, _: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", connected)
 
 
 @pytest.fixture(autouse=True)

@@ -107,6 +107,7 @@ def test_record_trials_may_train_on_fewer_pages(lines_root: Path, tmp_path: Path
     assert kept == halved
 
 
+@pytest.mark.slow
 def test_study_scale(result: Any) -> None:
     found = result(
         study_scale, "--sizes", "2", "3", "--rounds", "1", "--reports", "3", "--memory_trials", "0"

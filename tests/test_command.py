@@ -19,7 +19,6 @@ import pytest
 from writer_search.common.locks import is_locked
 
 PROGRAM = Path(__file__).parents[1] / "hyperparameter_search.py"
-pytestmark = pytest.mark.slow
 
 
 class Command:
@@ -164,6 +163,7 @@ def fork_servers(command: Command) -> set[int]:
     }
 
 
+@pytest.mark.slow
 def test_fork_server_that_imports_torch_ends_with_the_search(
     start: Callable[..., Command],
 ) -> None:
@@ -179,6 +179,7 @@ def test_fork_server_that_imports_torch_ends_with_the_search(
     assert gone_within({server}, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "to_group", "code"),
     [
@@ -212,6 +213,7 @@ def test_signal_saves_and_ends(
     assert gone_within(below, 5)
 
 
+@pytest.mark.slow
 def test_second_interrupt_ends_at_once(start: Callable[..., Command]) -> None:
     command = start()
     command.wait_for("trial   0 | epoch  2/9999")
@@ -229,6 +231,7 @@ def test_second_interrupt_ends_at_once(start: Callable[..., Command]) -> None:
     assert gone_within(below, 5)
 
 
+@pytest.mark.slow
 def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_path: Path) -> None:
     command = start()
     command.wait_for("trial   0 | epoch  2/9999")
@@ -259,6 +262,7 @@ def test_status_while_it_runs_needs_no_torch(start: Callable[..., Command], tmp_
     assert command.finish()[0] == 143
 
 
+@pytest.mark.slow
 def test_second_start_is_refused_while_the_first_runs(start: Callable[..., Command]) -> None:
     command = start()
     command.wait_for("trial   0 | epoch  1/9999")
@@ -267,6 +271,7 @@ def test_second_start_is_refused_while_the_first_runs(start: Callable[..., Comma
     assert f"is in use by another search (pid {command.process.pid} on " in problems
 
 
+@pytest.mark.slow
 def test_killed_fork_server_costs_no_trial(start: Callable[..., Command], tmp_path: Path) -> None:
     command = start("--epochs", "15")
     command.wait_for("trial   0 | epoch  1/15")
@@ -278,6 +283,7 @@ def test_killed_fork_server_costs_no_trial(start: Callable[..., Command], tmp_pa
     assert states_of(tmp_path / "c") == ["COMPLETE", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_full_disk_fails_the_trial_and_spares_the_rest(
     start: Callable[..., Command], tmp_path: Path
 ) -> None:
@@ -302,6 +308,7 @@ def test_full_disk_fails_the_trial_and_spares_the_rest(
     assert states_of(tmp_path / "full") == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_study_that_cannot_be_written_ends_the_search_in_one_line(
     start: Callable[..., Command], tmp_path: Path
 ) -> None:
@@ -321,6 +328,7 @@ def test_study_that_cannot_be_written_ends_the_search_in_one_line(
     assert states_of(tmp_path / "c") == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_two_starts_at_the_same_moment_make_one_search(
     start: Callable[..., Command], tmp_path: Path
 ) -> None:
@@ -332,6 +340,7 @@ def test_two_starts_at_the_same_moment_make_one_search(
     assert states_of(tmp_path / "c") == ["COMPLETE", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_reader_that_goes_away_does_not_end_the_search(
     start: Callable[..., Command], tmp_path: Path
 ) -> None:
@@ -346,6 +355,7 @@ def test_reader_that_goes_away_does_not_end_the_search(
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_rank_behind(start: Callable[..., Command], tmp_path: Path) -> None:
     search = start("--gpus_per_trial", "2")
     search.wait_for("trial   0 | epoch  2/")

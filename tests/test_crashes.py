@@ -232,17 +232,22 @@ def go(lines_root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Go
     monkeypatch.setattr(runner_module, "ChildProcess", InlineChild)
     monkeypatch.setattr(processes, "start_fork_server", lambda: None)
 
-    def command(directory: Path, *more: str, n_trials: str) -> int:
+    def command(directory: Path, *more: str, **replaced: str) -> int:
         more = ("--cache_dir", str(cache_dir), "--sampler", "random", *more)
-        return main(arguments(lines_root, directory, *more, n_trials=n_trials))
+        return main(arguments(lines_root, directory, *more, **replaced))
 
     return command
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("more", [(), ("--continue_interrupted",)], ids=["new", "continued"])
+@pytest.mark.parametrize(
+    ("more", "epochs_each"),
+    [((), "1"), (("--continue_interrupted",), "2")],
+    ids=["new", "continued"],
+)
 def test_crash_at_each_step(
     more: tuple[str, ...],
+    epochs_each: str,
     go: Go,
     data: LineSet,
     tmp_path: Path,
@@ -263,7 +268,8 @@ def test_crash_at_each_step(
         with monkeypatch.context() as patch:
             made, last = crash_before(patch, len(made)), made
             try:
-                assert go(directory, *more, n_trials=str(1 + len(complete))) == 0
+                wanted = {"n_trials": str(1 + len(complete)), "epochs": epochs_each}
+                assert go(directory, *more, **wanted) == 0
                 ended = True
             except Crash:
                 pass
@@ -285,6 +291,6 @@ def test_crash_at_each_step(
         assert check_continuations(look(directory), at_end=True) == [], "none is dropped"
     else:
         assert len(fresh) == len(trials)
-    for number in complete:
-        check_trained(trial_dir(directory, number), data)
+    for done in complete:
+        check_trained(trial_dir(directory, done), data)
     assert "Traceback" not in capfd.readouterr().err

@@ -405,7 +405,9 @@ def first_lines(data: LineSet, number: int) -> LineSet:
     return replace(data, splits=splits, fingerprint=f"{data.fingerprint} first {number}")
 
 
-@pytest.mark.parametrize(("number", "at_least"), [(8, 0.98), (1000, 0.99)])
+@pytest.mark.parametrize(
+    ("number", "at_least"), [(8, 0.98), pytest.param(1000, 0.99, marks=pytest.mark.slow)]
+)
 def test_real_hands_are_told_within_seconds(
     real_lines: Path, cache_dir: Path, tmp_path: Path, number: int, at_least: float
 ) -> None:
@@ -418,7 +420,7 @@ def test_real_hands_are_told_within_seconds(
     assert metrics.macro_top1 >= at_least
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_hands_are_told_in_books_that_no_training_has_seen(
     cache_dir: Path, tmp_path: Path, seed: int
 ) -> None:

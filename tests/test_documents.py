@@ -190,7 +190,7 @@ def test_tree_of_the_program_is_the_program_s() -> None:
 def test_pages_are_short_and_linked() -> None:
     assert len(README.splitlines()) <= 230
     assert len(README.split()) <= 2000
-    assert len(PAGES["docs/benchmarks.md"].splitlines()) <= 200
+    assert len(PAGES["docs/benchmarks.md"].splitlines()) <= 120
     for page in PAGES:
         assert page == "README.md" or f"({page})" in README, page
 
@@ -223,17 +223,16 @@ def project(lines_root: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return place
 
 
-def run_python(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, directory: Path, *arguments: str) -> None:
     """Run code as a user in the program's directory does."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         cwd=directory,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, f"{code}\n{done.stderr}"
-    return done
 
 
 def test_commands_that_read_work(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,10 +260,12 @@ def test_query_works(project: Path) -> None:
     assert 0 <= value <= 1
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_works(code: str, project: Path) -> None:
-    run_python(code.replace("epochs=20", "epochs=1"), project)
-    assert "train(" not in code or (project / "my_trial" / "metrics.json").exists()
+def test_python_works(project: Path) -> None:
+    """Each block by itself, in one process: to import torch takes seconds."""
+    codes = [code.replace("epochs=20", "epochs=1") for code in blocks("python")]
+    run_python("import sys\nfor code in sys.argv[1:]: exec(code, {})", project, *codes)
+    assert len(codes) >= 3
+    assert (project / "my_trial" / "metrics.json").exists()
 
 
 def one_liners(of_a_server: bool) -> list[str]:

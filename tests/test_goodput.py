@@ -183,7 +183,7 @@ def test_what_was_synced_survives_a_power_cut(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(bytes(10_000))
         file.flush()
-        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())
         try:
             synced = synced_bytes(path)
         except OSError:

@@ -1,4 +1,4 @@
-"""The house itself: who imports whom, style, types."""
+"""The house itself: who imports whom, sizes, style, types."""
 
 from __future__ import annotations
 
@@ -78,6 +78,21 @@ def test_imports_point_one_way() -> None:
         later = {other for other in imported if place_of(other) > place_of(name)}
         assert not later, f"{name} imports what stands after it"
     list(TopologicalSorter(graph).static_order())  # raises for a circle, lazy imports included
+
+
+def test_every_piece_is_small_enough_to_read() -> None:
+    """Lines of functions, classes and files; the command's own file tells the whole story."""
+    too_long = []
+    for name, path in product().items():
+        text = path.read_text()
+        pieces = [(name, text.count("\n"), 450 if name == "hyperparameter_search" else 500)]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                most = 250 if isinstance(node, ast.ClassDef) else 60
+                pieces.append((f"{name}.{node.name}", length, most))
+        too_long += [piece for piece in pieces if piece[1] > piece[2]]
+    assert too_long == []
 
 
 def test_the_code_that_trains_knows_no_study_and_the_search_no_torch() -> None:

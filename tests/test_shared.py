@@ -82,20 +82,19 @@ def test_claims_at_once_keep_to_the_budget_and_never_draw_twice(
 ) -> None:
     """The tables are made, and the study created, by all at once too."""
     url = postgresql.make_database("claims")
-    faults = ["none", "none", "interrupt", "die"]
-    said = run_claimers(url, 24, tmp_path / "c", faults)
+    said = run_claimers(url, 16, tmp_path / "c", ["none", "interrupt", "die"])
     trials = trials_at(url)
     states = [trial.state for trial in trials]
-    assert states.count(TrialState.COMPLETE) == 24
+    assert states.count(TrialState.COMPLETE) == 16
     assert TrialState.RUNNING not in states
-    assert max(one["most"] for one in said) <= 24
+    assert max(one["most"] for one in said) <= 16
     failed = [trial for trial in trials if trial.state == TrialState.FAIL]
     assert len(failed) == 2
     assert all(trial.user_attrs["interrupted"] for trial in failed)
     followed = {trial.user_attrs.get("continues") for trial in trials} - {None}
     assert followed == {trial.number for trial in failed}
     fresh = [params_key(t.params) for t in trials if "continues" not in t.user_attrs]
-    assert len(set(fresh)) == len(fresh) == 24
+    assert len(set(fresh)) == len(fresh) == 16
     started = [number for one in said for number in one["started"]]
     assert len(set(started)) == len(started)
 

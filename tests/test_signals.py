@@ -22,6 +22,7 @@ from writer_search.common.signals import Interrupted, StopSignals
     ],
 )
 def test_further_signals_break_no_saving_off(numbers: tuple[signal.Signals, ...]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     with StopSignals() as stop, stop.deferred():
         for number in numbers:
             os.kill(os.getpid(), number)

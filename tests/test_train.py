@@ -519,9 +519,8 @@ def test_files_of_a_finished_trial(data: LineSet, config: TrialConfig, tmp_path:
 
 
 def test_real_hands_are_learned(real_lines: Path, cache_dir: Path, tmp_path: Path) -> None:
-    """Six hands in a few seconds: far beyond chance, which is 17 %."""
-    data = load_lines(real_lines, find_lines(real_lines, 6, 0), 32, cache_dir)
-    config = TrialConfig(
-        seed=0, epochs=8, patience=8, backbone="resnet_thin", line_height=32, crop_width=128
-    )
-    assert train(config, data, tmp_path).macro_top1 > 0.6
+    """Three hands in a few seconds: far beyond chance, which is 33 %."""
+    data = load_lines(real_lines, find_lines(real_lines, 3, 0), 32, cache_dir)
+    sizes = {"line_height": 32, "crop_width": 128, "batch_size": 16}
+    config = TrialConfig(seed=0, epochs=4, patience=4, backbone="resnet_thin", **sizes)
+    assert train(config, data, tmp_path).macro_top1 > 0.7

@@ -35,11 +35,11 @@ examples:
   python hyperparameter_search.py --demo
   python hyperparameter_search.py --data_root lines --checkpoint_dir runs/a
   python hyperparameter_search.py --checkpoint_dir runs/a --status
-The same command goes on after any stop; a higher --n_trials extends the search.
+The same command continues after any stop; a higher --n_trials extends the search.
 """
 EPILOG = """\
 examples:
-  search, and go on after any stop with the same command:
+  search, and continue with the same command after any stop:
     python hyperparameter_search.py --data_root lines --checkpoint_dir runs/a --use_all_writers
   eight more trials:
     the same command with --n_trials 20
@@ -54,7 +54,7 @@ ranges.json names hyperparameters and what to search for each; the others keep t
   {"learning_rate": {"low": 0.0005, "high": 0.005, "log": true},
    "crop_width": {"choices": [256, 512]}}
 
-exit codes: 0 done what could be done | 1 no trial is complete | 2 a mistake in the command or the
+exit codes: 0 finished | 1 no trial is complete | 2 a mistake in the command or the
 data | 3 too many trials failed in a row | 130, 143, ... stopped by a signal, everything saved
 """
 
@@ -77,7 +77,7 @@ def build_parser(everything: bool = False) -> Parser:
         prog="hyperparameter_search.py",
         usage=None if everything else "%(prog)s --data_root DIR --checkpoint_dir DIR [options]",
         description="Search for the best writer-identification model on handwritten text lines.\n"
-        "Maximises validation macro top-1 accuracy. Stop it any time: the same command goes on.",
+        "Maximises validation macro top-1 accuracy. Stop it any time: the same command continues.",
         epilog=EPILOG if everything else SHORT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -179,15 +179,15 @@ def _add_limit_flags(group: Any) -> None:
     group.add_argument(
         "--continue_interrupted",
         action="store_true",
-        help="let a new trial go on from the last checkpoint of each interrupted one, "
-        "instead of a new draw",
+        help="continue each interrupted trial from its last checkpoint, in a new trial, instead of "
+        "drawing anew",
     )
     group.add_argument(
         "--keep_checkpoints",
         type=kept_checkpoints,
         default="all",
         metavar="{all,best,K}",
-        help="whose weights stay on the disk: of all trials, the best, the best K "
+        help="keep the weights of all trials, of the best one, or of the best K "
         "(default: %(default)s)",
     )
     group.add_argument(
@@ -308,7 +308,7 @@ def _add_afterwards_flags(group: Any) -> None:
     group.add_argument(
         "--recover",
         action="store_true",
-        help="rebuild a damaged or lost database from the trial directories, then go on",
+        help="rebuild a damaged or lost database from the trial directories, then continue",
     )
 
 

@@ -15,7 +15,7 @@ from writer_search.flag_values import Parser, add_version, device_name, undersco
 TRAIN_ON = ("train", "train+val")
 TRAIN_EPILOG = """\
 examples:
-  whose hand is this:
+  name the writers of some lines:
     python train.py --predict page_1/ page_2/line_003.png --model runs/a/summary/best_model.pth
 
   repeat a trial outside of its search, or train the final model on all but the test lines:
@@ -23,7 +23,7 @@ examples:
     python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir final \\
         --train_on train+val
 
-exit codes: 0 done | 1 some images could not be read, they are named, or the training failed |
+exit codes: 0 done | 1 some images could not be read, or the training failed |
 2 a mistake in the command, or no image could be read | 130, 143, ... stopped by a signal
 """
 
@@ -32,8 +32,8 @@ def build_train_parser() -> Parser:
     """Describe the command line, in groups."""
     parser = Parser(
         prog="train.py",
-        description="Tell whose hand line images are in, with a model that a search has found; or "
-        "train a search's trial again. Stop a training any time: the same command goes on.",
+        description="Name the writers of line images with a model that a search has found, or "
+        "train a search's trial again. Stop a training any time: the same command continues.",
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
