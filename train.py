@@ -134,10 +134,8 @@ def train(
             state.started = time.perf_counter()
             try:
                 if config.is_fitted:
-                    fit_at_once(state, config, training, len(data.writers), check)
+                    fit_at_once(state, config, training, check)
                 else:
-                    if config.with_cohog and state.step == 0:
-                        fit_descriptor(state, config, training, len(data.writers), check)
                     train_epoch(state, config, training, steps, check, micro_batch)
                 metrics = validate(state, config, validation, data.writers, check, micro_batch)
                 end_epoch(state, config, checkpoints, metrics, steps, len(training))
@@ -176,6 +174,8 @@ def train_epoch(
     micro_batch: int | None = None,
 ) -> None:
     """Train the rest of an epoch: all of it, or what a stop in its middle left over."""
+    if config.with_cohog and state.step == 0:
+        fit_descriptor(state, config, lines, check)
     ranks, epoch = state.ranks, state.epoch
     rng = np.random.default_rng([config.seed, 1, epoch])
     order = epoch_order(lines.labels.cpu().numpy(), config.sampler_alpha, rng)
@@ -209,19 +209,15 @@ def train_epoch(
     require_finite(state.loss_sum, "the training loss", state)
 
 
-def fit_at_once(
-    state: TrainingState, config: TrialConfig, lines: Lines, writers: int, check: Check
-) -> None:
+def fit_at_once(state: TrainingState, config: TrialConfig, lines: Lines, check: Check) -> None:
     """Train a descriptor without a network: one fit is all the training that it has."""
-    loss = fit_descriptor(state, config, lines, writers, check)
+    loss = fit_descriptor(state, config, lines, check)
     state.loss_sum += loss.to(state.loss_sum) / state.ranks.size
     state.step += 1
     require_finite(state.loss_sum, "the training loss", state)
 
 
-def fit_descriptor(
-    state: TrainingState, config: TrialConfig, lines: Lines, writers: int, check: Check
-) -> Tensor:
+def fit_descriptor(state: TrainingState, config: TrialConfig, lines: Lines, check: Check) -> Tensor:
     """Describe all lines and fit the descriptor's classifier to them. Returns its mean loss, ().
 
     Ranks all do the same.
@@ -229,6 +225,7 @@ def fit_descriptor(
     model, average = (own.beside or own for own in (state.model, state.average))
     descriptions, line = describe(model, lines, config.cohog_variation, lambda: check(0.0))
     labels, pages = lines.labels.cpu()[line], lines.pages.cpu()[line]
+    writers = len(model.classifier.get_parameter("bias"))
     fitted = fit(config, descriptions, labels, pages, writers, lambda: check(0.0))
     fitted.give_to(model)
     fitted.give_to(average)
