@@ -180,8 +180,8 @@ def _ends_abruptly(grey: Grey, outside: Mask, extreme: int, contrast: float) -> 
     ring = grey[_grown(beside) & ~beside & ~others]
     if not ring.size:
         return True
-    nearer, middle = np.percentile(np.abs(ring.astype(np.float32) - extreme), [25, 50])
-    return bool(nearer >= 0.8 * min(contrast, 40.0) and middle <= 2.25 * contrast)
+    is_ink = np.median(np.abs(ring.astype(np.float32) - extreme)) > 2.25 * contrast
+    return bool(not is_ink and abs(_paper(ring) - extreme) >= 0.8 * min(contrast, 40.0))
 
 
 def _without_noise(reached: Mask, edge: Mask) -> Mask:
