@@ -1134,6 +1134,12 @@ LAYOUTS = {
         ["training_set/{w}/p/1.png", "validation_set/{w}/q/1.png"],
         "rename training_set to train, validation_set to val",
     ),
+    "names run together": (
+        ["trainset/{w}/p/1.png", "val1/{w}/q/1.png"],
+        "trainset to train, val1 to",
+    ),
+    "a split beside train": (["train/{w}/p/1.png", "val_set/{w}/q/1.png"], "rename val_set to val"),
+    "no val below writers": (["{w}/train/1.png", "{w}/test/1.png"], "put the split above"),
     "short names": (["tr/{w}/p/1.png", "va/{w}/q/1.png"], "rename tr to train, va to val"),
     "splits below writers": (["{w}/train/1.png", "{w}/val/1.png"], "anna/train; if anna is a data"),
     "two sets": (

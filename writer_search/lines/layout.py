@@ -32,7 +32,7 @@ def refuse_other_layouts(data_root: Path) -> None:
             f"it: give --data_root {data_root.parent}"
         )
     with_splits = [
-        name for name in names if {"train", "val"} <= _splits_among(_directories(data_root / name))
+        name for name in names if {"train"} < _splits_among(_directories(data_root / name))
     ]
     if not with_splits:
         return
@@ -99,19 +99,22 @@ def _refuse_misnamed_splits(data_root: Path, names: Sequence[str]) -> None:
         meant = SPLIT_WORDS.get(name.casefold()) if len(name) > 2 else None
         if meant and name != meant and meant not in names:
             raise UserError(f"--data_root {data_root}: rename {name} to {meant}")
-    if "train" in names:
-        return
-    meanings = {name: meant for name in names if (meant := _meaning(name))}
-    if len(set(meanings.values())) > 1 and "train" in meanings.values():
-        renamed = ", ".join(f"{one_line(name)} to {meant}" for name, meant in meanings.items())
+    found = {
+        name: meant
+        for name in names
+        if (meant := _meaning(name)) and (name == meant or meant not in names)
+    }
+    wrong = {name: meant for name, meant in found.items() if name != meant}
+    if {"train"} < set(found.values()) and {"train", "val"} & set(wrong.values()):
+        renamed = ", ".join(f"{one_line(name)} to {meant}" for name, meant in wrong.items())
         raise UserError(f"--data_root {data_root}: these look like splits: rename {renamed}")
 
 
 def _meaning(name: str) -> str | None:
-    """Say which split a name like training_set or lines-val means, if any."""
-    found = {
-        SPLIT_WORDS[word] for word in re.split(r"[\W_]+", name.casefold()) if word in SPLIT_WORDS
-    }
+    """Say which split a name like training_set, valset or lines-val1 means, if any."""
+    words = re.split(r"[\W_]+", name.casefold())
+    bare = (re.sub(r"(?<=...)(set|data|lines|images)?\d*$", "", word) for word in words)
+    found = {SPLIT_WORDS[word] for word in bare if word in SPLIT_WORDS}
     return found.pop() if len(found) == 1 else None
 
 

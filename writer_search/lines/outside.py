@@ -18,7 +18,7 @@ BLACK, WHITE = 0, 255
 NEAR = 8  # grey levels around an extreme that count as it: noise of JPEG in constant areas
 CONSTANT = 2  # half of a constant area is so near its extreme
 EDGE = 32  # the same beside the outside's edge, where JPEG makes more noise
-LEAST_BORDER = 0.1  # of the picture's border is of the outside; ink that a border cuts covers less
+LEAST_BORDER = 0.2  # of the picture's border is of the outside; ink that a border cuts covers less
 LEAST_OUTSIDE = 0.002  # of the picture
 LEAST_CONTRAST = 12  # grey levels between outside and paper; with less it is read as paper anyway
 EXACT = 0.999  # of an outside that no lossy format has touched
@@ -64,13 +64,14 @@ def find_outside(grey: Grey) -> Mask | None:
 
 
 def _find(grey: Grey) -> Mask | None:
+    nothing = np.zeros(grey.shape, bool)
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     for extreme in (BLACK, WHITE):
-        if np.count_nonzero(_near(border, extreme)) < LEAST_BORDER * border.size:
-            continue
-        outside = _outside_of(grey, extreme, np.zeros(grey.shape, bool))
+        outside = _outside_of(grey, extreme, nothing, border)
         if outside is not None:
-            within = _outside_of(grey, WHITE - extreme, outside)
+            beside = _grown(outside)
+            ring = grey[_grown(beside) & ~beside]
+            within = _outside_of(grey, WHITE - extreme, outside, ring)
             return outside if within is None else within
     return None
 
@@ -79,11 +80,14 @@ def _near(grey: Grey, extreme: int, levels: int = NEAR) -> Mask:
     return grey <= levels if extreme == BLACK else grey >= WHITE - levels
 
 
-def _outside_of(grey: Grey, extreme: int, known: Mask) -> Mask | None:
-    """Find an outside of one extreme, together with what is known to be outside already."""
-    near = _near(grey, extreme)
-    if np.count_nonzero(near & ~known) < LEAST_OUTSIDE * grey.size:
+def _outside_of(grey: Grey, extreme: int, known: Mask, border: Grey) -> Mask | None:
+    """Find an outside of one extreme, together with what is known to be outside already.
+
+    border (pixels,): what lies beside the picture's edge, or beside the known outside.
+    """
+    if np.count_nonzero(_near(border, extreme)) < LEAST_BORDER * border.size:
         return None
+    near = _near(grey, extreme)
     reached = _from_border(near | known)
     own = reached & ~known
     count = np.count_nonzero(own)
@@ -170,10 +174,14 @@ def _along_rows(allowed: Mask, reached: Mask) -> Mask:
 
 
 def _ends_abruptly(grey: Grey, outside: Mask, extreme: int, contrast: float) -> bool:
-    """Tell whether paper begins beside an outside: light that fades into white is on the paper."""
+    """Tell whether paper begins beside an outside: neither light that fades into white, nor ink."""
     beside = _grown(outside)
-    ring = grey[_grown(beside) & ~beside]
-    return not ring.size or abs(_paper(ring) - extreme) >= 0.8 * min(contrast, 40.0)
+    others = _near(grey, extreme) | _near(grey, WHITE - extreme, EDGE)  # a polygon within a frame
+    ring = grey[_grown(beside) & ~beside & ~others]
+    if not ring.size:
+        return True
+    is_ink = np.median(np.abs(ring.astype(np.float32) - extreme)) > 2.25 * contrast
+    return bool(not is_ink and abs(_paper(ring) - extreme) >= 0.8 * min(contrast, 40.0))
 
 
 def _without_noise(reached: Mask, edge: Mask) -> Mask:
