@@ -237,22 +237,15 @@ class Search:
         if isinstance(end, Pruned):
             self.recorder.end_pruned(running, self.numbers())
             return
-        value: float | None
-        if isinstance(end, Complete):
-            value = float(end.metrics["macro_top1"])
-            if not math.isfinite(value):
-                end = Failed(Cause(Kind.NOT_FINITE, f"the trial's value is {value}"))
-                value = None
-        else:
-            value = finished_value(running.job.trial_dir)  # it was done: only its word was lost
-        if value is not None:
-            self.recorder.end_complete(running, value, self.numbers())
+        assert isinstance(end, (Complete, Failed))
+        ended = value_of(end, running)
+        if isinstance(ended, float):
+            self.recorder.end_complete(running, ended, self.numbers())
             return
-        assert isinstance(end, Failed)
-        if end.cause.is_interruption and "continues" in running.trial.user_attrs:
+        if ended.cause.is_interruption and "continues" in running.trial.user_attrs:
             advanced = running.has_advanced and has_saved(running.job.trial_dir)
             running.trial.set_user_attr("advanced", advanced)
-        self.end_failed(running.trial, end.cause, running.epoch, running.seconds)
+        self.end_failed(running.trial, ended.cause, running.epoch, running.seconds)
 
     def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:
         if self.stop.name is not None and not cause.is_interruption:
@@ -295,3 +288,14 @@ class Search:
                     except Exception:  # most likely what ended the loop
                         can_record = False
             self.runner.watch_the_clock()
+
+
+def value_of(end: Complete | Failed, running: RunningTrial) -> float | Failed:
+    """Give the value of a trial that is done, even if only its word was lost; or how it failed."""
+    if isinstance(end, Failed):
+        value = finished_value(running.job.trial_dir)
+        return end if value is None else value
+    value = float(end.metrics["macro_top1"])
+    if not math.isfinite(value):
+        return Failed(Cause(Kind.NOT_FINITE, f"the trial's value is {value}"))
+    return value
