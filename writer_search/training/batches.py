@@ -144,7 +144,7 @@ def views(
     if crop_width is None:
         line = lines.widths.argsort(stable=True)
         offset = torch.zeros_like(line)
-        widths = lines.widths[line].tolist()
+        widths = lines.widths[line].cpu().tolist()
     else:
         line, offset = windows(lines.widths, crop_width)
         widths = [crop_width] * len(line)

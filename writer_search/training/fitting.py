@@ -6,7 +6,7 @@ All of it is done on the CPU in float64, so that the device makes no difference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -44,8 +44,10 @@ class Classifier:
 
     def give_to(self, model: WriterModel) -> None:
         """Make a model's own classifier this one."""
-        model.pool.load_state_dict({"mean": self.mean, "deviation": self.deviation})
-        model.classifier.load_state_dict({"weight": self.weight, "bias": self.bias})
+        device = next(model.pool.buffers()).device
+        own = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        model.pool.load_state_dict({name: own.pop(name) for name in ("mean", "deviation")})
+        model.classifier.load_state_dict(own)
 
 
 # Sizes and slants that a line is described in besides its own, at a variation of 1: a book may be
