@@ -209,9 +209,15 @@ def _check_writers(
         )
     strangers = sorted({line.writer for line in lines if line.split == "val"} - set(writers))
     if strangers:
+        alike = {writer.casefold(): writer for writer in writers}.get(strangers[0].casefold())
         raise UserError(
             f"{data_root}/val has {counted(len(strangers), 'writer')} without training lines, "
-            f"first {one_line(strangers[0])}; move some of their pages to train, or remove them"
+            f"first {one_line(strangers[0])}"
+            + (
+                f"; train has {one_line(alike)}: if they are one, give their directories one name"
+                if alike
+                else "; move some of their pages to train, or remove them"
+            )
         )
     for line in lines:
         if line.split == "test" and line.writer not in writers:

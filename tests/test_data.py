@@ -1146,7 +1146,9 @@ LAYOUTS = {
         [f"{hand}/{split}/{{w}}/p/1.png" for hand in ("arabic", "latin") for split in SPLITS],
         "give --data_root",
     ),
-    "too high": (["dataset/train/{w}/p/1.png", "dataset/val/{w}/q/1.png"], "one level too high"),
+    "too high": (["dataset/train/{w}/p/1.png", "dataset/val/{w}/q/1.png"], "give --data_root"),
+    "much too high": (["a/b/train/{w}/p/1.png", "a/b/val/{w}/q/1.png"], "/a/b"),
+    "eval": (["train/{w}/p/1.png", "eval/{w}/q/1.png"], "rename eval to val"),
     "writers too deep": (["all/{w}/p/1.png", "all/{w}/q/1.png"], "are the writers, give"),
     "writers too deep, split": (["train/all/{w}/p/1.png", "val/all/{w}/q/1.png"], "up a level"),
 }
@@ -1198,6 +1200,18 @@ def test_one_name_in_two_unicode_forms_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path, [f"val/{decomposed}/q/1.png"])
     message = refused(lambda: find_lines(tmp_path))
     assert "two Unicode forms: from byte 4 on 65 cc 81 and c3 a9" in message
+
+
+def test_one_page_in_two_unicode_forms_is_one_page(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    forms = {"train": "Psaume\u00e9", "val": "Psaumee\u0301"}
+    write_lines(root, [f"{s}/{w}/{page}/1.png" for s, page in forms.items() for w in "ab"])
+    assert load(root, tmp_path / "cache").report["pages_in_two_splits"] == 2
+
+
+def test_writers_that_differ_in_case_alone_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path, [f"train/{w}/p/1.png" for w in ("Anna", "bruno")] + ["val/anna/q/1.png"])
+    assert "first anna; train has Anna: if they are one" in refused(lambda: find_lines(tmp_path))
 
 
 def test_odd_lines_are_counted_and_told(tmp_path: Path) -> None:

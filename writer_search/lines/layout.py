@@ -14,7 +14,7 @@ from writer_search.lines.walk import LeftOut, directories_of_lines
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trn", "tr"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "va", "vl"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "eval", "dev", "va", "vl"), "val"),
     **dict.fromkeys(("test", "testing", "tst", "te", "ts"), "test"),
 }
 TABLES = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".txt", ".xml")
@@ -34,13 +34,10 @@ def refuse_other_layouts(data_root: Path) -> None:
     with_splits = [
         name for name in names if {"train"} < _splits_among(_directories(data_root / name))
     ]
+    if (below := _splits_below(data_root, names)) is not None:
+        raise UserError(f"--data_root {data_root} is too high: give --data_root {one_line(below)}")
     if not with_splits:
         return
-    if len(names) == 1:
-        raise UserError(
-            f"--data_root {data_root} is one level too high: give --data_root "
-            f"{one_line(data_root / names[0])}"
-        )
     if 2 * len(with_splits) >= len(names):
         first = one_line(with_splits[0])
         raise UserError(
@@ -48,6 +45,16 @@ def refuse_other_layouts(data_root: Path) -> None:
             f"first {first}/train; if {first} is a data set, give --data_root {data_root}/{first}; "
             f"if it is a writer, put the split above: train/{first}"
         )
+
+
+def _splits_below(directory: Path, names: Sequence[str]) -> Path | None:
+    """Give the directory with the splits where only lone directories lead to it."""
+    while len(names) == 1:
+        directory /= names[0]
+        names = _directories(directory)
+        if {"train"} < _splits_among(names):
+            return directory
+    return None
 
 
 def refuse_no_images(data_root: Path, instead: str) -> None:

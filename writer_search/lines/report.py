@@ -57,11 +57,16 @@ def hash_lines(head: str, kept: list[LineFile], digests: NDArray[np.uint8]) -> s
     return whole.hexdigest()[:16]
 
 
+def _nfc(name: str) -> str:
+    """Give a name's composed form: macOS and others write é differently."""
+    return unicodedata.normalize("NFC", name)
+
+
 def refuse_two_forms(writers: Iterable[str]) -> None:
-    """Raise UserError for one name in two Unicode forms: macOS and others write é differently."""
+    """Raise UserError for one name in two Unicode forms."""
     forms: dict[str, str] = {}
     for writer in sorted(set(writers)):
-        other = forms.setdefault(unicodedata.normalize("NFC", writer), writer)
+        other = forms.setdefault(_nfc(writer), writer)
         if other != writer:
             one, two = os.fsencode(other), os.fsencode(writer)
             place = next(i for i in range(len(two)) if one[i : i + 1] != two[i : i + 1])
@@ -92,13 +97,14 @@ def data_report(
         "writers_without_validation": [w for w, own in counts.items() if not own["val"]],
         "broken": broken,
         "pages_in_two_splits": _in_two_splits(
-            kept, lambda i: (kept[i].writer, kept[i].page) if kept[i].page != NO_PAGE else None
+            kept,
+            lambda i: (kept[i].writer, _nfc(kept[i].page)) if kept[i].page != NO_PAGE else None,
         ),
         "writers_without_pages": sorted(
             {line.writer for line in kept} - {line.writer for line in kept if line.page != NO_PAGE}
         ),
         "books_in_two_splits": _in_two_splits(
-            kept, lambda i: (kept[i].writer, kept[i].book) if kept[i].book else None
+            kept, lambda i: (kept[i].writer, _nfc(book)) if (book := kept[i].book) else None
         ),
         "images_in_two_splits": _in_two_splits(kept, lambda i: contents[i]),
         "identical_images": len(kept) - len(set(contents)),

@@ -17,7 +17,8 @@ OF_A_SEARCH, WRITTEN = {"optuna_study.db", "search.lock"}, r"summary|confirm|tri
 SYSTEM_FOLDERS = {
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
     *("lost+found", "$recycle.bin", "recycler", "system volume information", "__macosx"),
-    *("network trash folder", "temporary items", "thumbnails", "__pycache__"),
+    *("network trash folder", "temporary items", "thumbnails", "thumbs", "_thumbs"),
+    "__pycache__",
 }
 # Texts and tables lie beside lines in all exports: they are counted, but nobody is warned of them.
 BESIDE_LINES = {".txt", ".xml", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml"}
