@@ -281,7 +281,7 @@ DAMAGE: dict[str, Callable[[Path, Random], object]] = {
 WEIGHTS = {
     "kill -9 of the search": 8,
     "a signal": 8,
-    "kill -9 of a trial": 4,
+    "kill -9 of a trial": 16,
     "a signal to the group": 3,
     "two signals": 3,
     "database: bytes flipped": 3,
