@@ -312,23 +312,30 @@ def test_a_search_begins_with_the_descriptor(
     assert train_main([*again, str(tmp_path / "both"), "--train_on", "train+val"]) == 0
 
 
-def test_a_search_begun_without_the_descriptor_goes_on(
-    lines_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("earlier", ["networks alone", "no descriptor beside them"])
+def test_a_search_begun_before_there_was_more_goes_on(
+    lines_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], earlier: str
 ) -> None:
-    """Its default space had networks alone; the same command has today's default."""
+    """Its default space had networks alone, or less choice; the same command has today's."""
     space = tmp_path / "space.json"
     space.write_text(json.dumps({"backbone": {"choices": ["resnet_thin", "resnet18"]}}))
+    before = {
+        "networks alone": ("--space", str(space)),
+        "no descriptor beside them": ("--fix", "with_cohog=false", "--fix", "cohog_sizes=1"),
+    }
     command = [
         *("--data_root", str(lines_root), "--checkpoint_dir", str(tmp_path / "c")),
         *("--epochs", "1", "--use_all_writers", "--weights", "none", "--device", "cpu"),
         *("--fix", "line_height=16", "--fix", "crop_width=32", "--fix", "precision=float32"),
     ]
-    assert main([*command, "--n_trials", "1", "--space", str(space)]) == 0
+    assert main([*command, "--n_trials", "1", *before[earlier]]) == 0
     assert main([*command, "--n_trials", "2"]) == 0
     assert "RESUMING EXISTING STUDY" in capsys.readouterr().out
     rows = read_database(tmp_path / "c" / "optuna_study.db").rows
     assert [row.state for row in rows] == ["COMPLETE", "COMPLETE"]
-    assert all(row.params["backbone"] != COHOG for row in rows)
+    assert all("with_cohog" not in row.params for row in rows)
+    has_descriptor = any(row.params["backbone"] == COHOG for row in rows)
+    assert has_descriptor == (earlier != "networks alone")
 
 
 # --------------------------------------------------------------------------------- beside a network
