@@ -291,6 +291,15 @@ def test_whoever_chooses_networks_alone_gets_no_descriptor_beside_them(
     assert {name for name in ("with_cohog", "cohog_reach") if name in space} == names
 
 
+def test_a_choice_has_its_own_type() -> None:
+    """3.0 is 3: as a number of sizes it would fail each trial."""
+    usual = default_space("cpu", False)
+    fixed = narrow(usual, {"cohog_sizes": 3.0}, {}).fixed["cohog_sizes"]
+    choices = narrow(usual, {}, {"cohog_sizes": {"choices": [1.0, 5.0]}}).searched["cohog_sizes"]
+    assert isinstance(fixed, int)
+    assert str(choices) == "one of 1, 5"
+
+
 # ------------------------------------------------------------------------ default space, baseline
 
 

@@ -336,6 +336,9 @@ def test_a_search_begun_before_there_was_more_goes_on(
     assert all("with_cohog" not in row.params for row in rows)
     has_descriptor = any(row.params["backbone"] == COHOG for row in rows)
     assert has_descriptor == (earlier != "networks alone")
+    space.write_text(json.dumps({"with_cohog": {"choices": [False, True]}}))
+    assert main([*command, "--n_trials", "3", "--space", str(space)]) == 2, "asked for: not ignored"
+    assert "with_cohog" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- beside a network

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
@@ -431,6 +433,32 @@ def test_weights_to_go_on_from_are_kept(tmp_path: Path) -> None:
     assert kept(set()) == [0, 1, 2, 3, 4]
     rows.append(Row(6, "PRUNED", None, {}, None, None, {"continues": 3}))
     assert kept(set()) == [0, 4]
+
+
+class FullDisk(io.StringIO):
+    """A file that nothing can be written to."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_how_a_trial_ended_is_said_when_its_log_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: LineSet, config: TrialConfig
+) -> None:
+    @contextlib.contextmanager
+    def output_to_full_disk(path: Path) -> Iterator[None]:
+        yield
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job = messages.Job(config, data, tmp_path, 1)
+    ours, theirs = connection.Pipe()
+    monkeypatch.setattr(child_module, "_output_to", output_to_full_disk)
+    monkeypatch.setattr(child_module, "_run", lambda connection, job: ("stopped", {}))
+    child_module.run_trial(theirs, job)
+    assert ours.recv() == ("stopped", {}), "its state is saved: it is no failure"
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    kind, content = child_module._outcome(ValueError("the true cause"), job)
+    assert (kind, content["cause"].text) == ("failed", "ValueError: the true cause")
 
 
 def test_records_that_a_full_disk_kept_back_are_written_later(

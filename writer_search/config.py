@@ -27,6 +27,10 @@ class Choice:
             value == c and isinstance(value, bool) == isinstance(c, bool) for c in self.choices
         )
 
+    def own(self, value: Value) -> Value:
+        """Give the choice that a value equals, in its own type: 3 for 3.0."""
+        return self.choices[self.choices.index(value)]
+
     def __str__(self) -> str:
         return "one of " + ", ".join(str(c) for c in self.choices)
 

@@ -365,9 +365,9 @@ def _checked(where: str, name: str, value: Any) -> Value:
     limit = _limit(name)
     if not isinstance(value, Value) or value not in limit:
         raise UserError(f"{where}: {value!r} is out of range; {name} is {limit}")
-    if isinstance(limit, Range):
-        return int(value) if limit.integer else float(value)
-    return value
+    if isinstance(limit, Choice):
+        return limit.own(value)
+    return int(value) if limit.integer else float(value)
 
 
 def _parse_rule(name: str, description: Any) -> Rule:

@@ -99,11 +99,13 @@ def run_trial(connection: Connection, job: Job) -> None:
 
     A rank above 0 that ended as rank 0 did says nothing and exits with 0.
     """
+    ended: Message | None = None
     try:
         with _output_to(job.log):
-            kind, content = _run(connection, job)
-    except OSError as error:  # no log can be opened, no thread be started
-        kind, content = _outcome(error, job)
+            ended = _run(connection, job)
+    except OSError as error:  # no log can be opened or written, no thread be started
+        ended = ended or _outcome(error, job)
+    kind, content = ended
     if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
         with contextlib.suppress(OSError):  # nobody listens: the search is gone
             connection.send((kind, content))
@@ -191,7 +193,8 @@ def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
     if isinstance(error, Stopped):
         return "stopped", {}
     text = "".join(traceback.format_exception(error))
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk; the cause is sent all the same
+        print(text, file=sys.stderr, flush=True)
     if isinstance(error, DeviceError):
         return "device_failed", {"gpu": error.gpu, "cause": error.cause, "traceback": text}
     if is_device_fault(error) and job.gpu is not None:

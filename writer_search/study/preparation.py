@@ -180,7 +180,8 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
         networks = BACKBONES_BY_TIER[recorded["tier"], recorded["weights"] == "imagenet"]
         ranges = {"backbone": {"choices": list(networks)}, **ranges}
     if recorded is not None:
-        fix = {n: value for n, value in BEFORE.items() if n not in recorded["space"]} | fix
+        named = set(recorded["space"]) | set(ranges)
+        fix = {n: value for n, value in BEFORE.items() if n not in named} | fix
     machine = (
         recorded_machine(recorded)
         if recorded is not None and not trains
