@@ -213,6 +213,16 @@ def test_working_directory_that_is_deleted_keeps_no_process_from_starting(
         os.getcwd()
 
 
+def test_fork_server_whose_socket_is_no_file_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.11.0 has it: a new server for each process would import torch each time."""
+    server = fork_server.forkserver._forkserver  # type: ignore[attr-defined]
+    monkeypatch.setattr(server, "_forkserver_pid", 1)
+    monkeypatch.setattr(server, "_forkserver_alive_fd", 2)
+    monkeypatch.setattr(server, "_forkserver_address", "\0listener-1-0")
+    fork_server._leave_unreachable_server()
+    assert server._forkserver_pid == 1
+
+
 def test_fork_server_whose_socket_is_removed_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from importlib import import_module
 from multiprocessing import current_process, forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.spawn import get_executable
+from multiprocessing.util import is_abstract_socket_namespace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def _leave_unreachable_server() -> None:
     It stays, and tells how its children end: the file that keeps it alive is not closed.
     """
     server: Any = forkserver._forkserver
-    if server._forkserver_pid is None or os.path.exists(server._forkserver_address):
+    address = server._forkserver_address
+    is_no_file = is_abstract_socket_namespace(address)  # Python 3.11.0
+    if server._forkserver_pid is None or is_no_file or os.path.exists(address):
         return
     server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
 
