@@ -32,8 +32,7 @@ def evaluate(
     """Measure a model on all lines of a split, each covered whole by windows.
 
     micro_batch: the most windows on a device at once.   described: see `line_logits`.
-    Raises DivergedError when the output is not
-    finite; a note on any error says where it was raised.
+    Raises DivergedError when the output is not finite; a note on any error says that it was here.
     """
     try:
         how = (check, ranks, micro_batch, described)
