@@ -125,6 +125,30 @@ def test_same_draw_is_drawn_again_by_the_larger_number(
     assert other.user_attrs["seed"] != baseline.user_attrs["seed"]
 
 
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+def test_same_draw_of_a_search_that_is_interrupted_meanwhile_is_drawn_again(
+    member: Member, monkeypatch: pytest.MonkeyPatch, continues: bool, ended: bool
+) -> None:
+    """The other search has noted the interruption, and has ended the trial or is about to."""
+    a, b = (member(3, continue_interrupted=continues) for _ in range(2))
+
+    def other() -> None:
+        trial = b.claim()
+        assert trial is not None
+        trial.set_user_attr("interrupted", True)
+        if ended:
+            b.study.tell(trial.number, state=TrialState.FAIL)
+
+    first_lets(other, a, monkeypatch)
+    trial = a.claim()
+    assert trial is not None
+    baseline, withdrawn, other_draw = a.trials()
+    assert (baseline.params, trial.number) == (withdrawn.params, 2)
+    assert withdrawn.user_attrs["surplus"]
+    assert params_key(other_draw.params) != params_key(baseline.params)
+
+
 def test_place_of_a_trial_interrupted_meanwhile_is_its_continuation_s(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,8 @@ class Draws:
             return
         key = params_key(trial.params)
         self.taken.add(key)
-        if not attributes.get("interrupted"):
+        # An end takes two steps: one that is noted as interrupted may still be running.
+        if not (attributes.get("interrupted") and trial.state.is_finished()):
             self.tried.add(key)
 
     def copy(self) -> Draws:

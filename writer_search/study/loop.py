@@ -181,7 +181,8 @@ class Search:
         running = self.outlook.standing()
         if self.confirms is None:
             return running
-        return replace(running, state=CONFIRMING, runs_left=self.plan.n_trials - self.complete)
+        left = self.supply.room + len(self.runner.running) + len(self.runner.displaced)
+        return replace(running, state=CONFIRMING, runs_left=left)
 
     def watch_the_clock(self) -> None:
         self.events.look()

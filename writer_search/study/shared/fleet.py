@@ -86,13 +86,15 @@ class Fleet:
             trials = self.trials()
             if not self.room(trials):
                 return None
+            known = len(trials)
             mine, trials = self._store(self._next(trials))
             smaller = [trial for trial in trials if trial.number < mine.number]
             # An interruption meanwhile has made room: for what it broke off, not for a new draw
             # that was on its way, after which there is none.
             is_new = "continues" not in mine.user_attrs
             passes_over = is_new and self._to_continue(smaller) is not None
-            if self.room(smaller) and not _is_taken(mine, smaller) and not passes_over:
+            is_taken = _is_taken(mine, smaller, known)
+            if self.room(smaller) and not is_taken and not passes_over:
                 return Trial(self.study, mine._trial_id)  # no public way to a trial that runs
             self._withdraw(mine)
 
@@ -203,16 +205,20 @@ def _is_live(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.RUNNING) and not is_surplus(trial)
 
 
-def _is_taken(mine: FrozenTrial, smaller: Sequence[FrozenTrial]) -> bool:
-    """Tell whether another search has started the same before."""
+def _is_taken(mine: FrozenTrial, smaller: Sequence[FrozenTrial], known: int) -> bool:
+    """Tell whether another search has started the same before.
+
+    known: the first trials, that the choice of this one took into account.
+    """
     continued = mine.user_attrs.get("continues")
     others = [t for t in smaller if not is_surplus(t) and t.state != TrialState.WAITING]
     if continued is not None:
         return any(trial.user_attrs.get("continues") == continued for trial in others)
-    # An interrupted trial's parameters are drawn again only where a finite space has no others.
+    # Of the known ones an interrupted one may have the same, where a finite space has no others.
     key = params_key(mine.params)
     return any(
-        params_key(trial.params) == key and not trial.user_attrs.get("interrupted")
+        params_key(trial.params) == key
+        and not (trial.number < known and trial.user_attrs.get("interrupted"))
         for trial in others
     )
 
