@@ -185,23 +185,6 @@ def out_of_memory(connection: Connection, job: Any) -> None:
     worker.run_trial(connection, job)
 
 
-def out_of_memory_in_validation(connection: Connection, job: Any) -> None:
-    """Out of memory with more than eight windows at once."""
-    import torch
-
-    from writer_search.processes import child as worker
-
-    real_gather = evaluation.gather
-
-    def gather(lines: Any, place: Any, crop_width: int) -> Any:
-        if len(place) > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return real_gather(lines, place, crop_width)
-
-    evaluation.gather = gather
-    worker.run_trial(connection, job)
-
-
 def always_out_of_memory(connection: Connection, job: Any) -> None:
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from writer_search.config import COHOG, OF_COHOG, TrialConfig
 from writer_search.descriptor import CoHOG
 from writer_search.results.rows import read_database
 from writer_search.study.store import open_study
-from writer_search.training import fitting
+from writer_search.training import batches, evaluation, fitting
 from writer_search.training.batches import Lines
 from writer_search.training.evaluation import line_logits
 from writer_search.training.fitting import (
@@ -148,6 +149,51 @@ def test_lines_are_also_described_larger_smaller_and_more_slanted(data: LineSet)
         assert (distances[1:] > 0.05).all()
         others = (itself[own_line != number] - versions[0]).norm(dim=1)
         assert distances.median() < others.median(), "still the same hand"
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Have memory for so many lines or windows at once; lists how many were tried in vain."""
+
+    def for_views(most: int) -> list[int]:
+        failed: list[int] = []
+
+        def gather(lines: Lines, place: Tensor, width: int) -> Tensor:
+            if len(place) <= most:
+                return batches.gather(lines, place, width)
+            failed.append(len(place))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        for module in (evaluation, fitting):
+            monkeypatch.setattr(module, "gather", gather)
+        return failed
+
+    return for_views
+
+
+def test_what_is_out_of_memory_is_done_in_halves(
+    data: LineSet, config: TrialConfig, small_memory: Callable[[int], list[int]]
+) -> None:
+    lines = Lines.of(data, "train", torch.from_numpy(data.strip))
+    network, descriptor = WriterModel(config.backbone, 4), WriterModel(COHOG, 4)
+
+    def found() -> list[Tensor]:
+        return [
+            line_logits(network, config, lines, 4, micro_batch=8),
+            line_logits(descriptor, DESCRIPTOR, lines, 4),
+            *describe(descriptor, lines, variation=1),
+        ]
+
+    expected = found()
+    failed = small_memory(2)
+    for own, whole in zip(found(), expected, strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-4, atol=1e-4)
+    assert failed == 3 * [8, 4], "what there is memory for is remembered"
+    small_memory(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        line_logits(network, config, lines, 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        describe(descriptor, lines, variation=1)
 
 
 def test_many_lines_take_turns_at_the_variants(

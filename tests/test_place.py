@@ -147,6 +147,7 @@ def test_cause_of_a_process_that_does_not_start_is_the_real_one(
     [
         (fork_server.FORK_FAILED + errno.EAGAIN, "Resource temporarily .* ulimit -u"),
         (1, "the server that starts them: ended with exit code 1"),
+        (120, "the server that starts them: ended with exit code 120"),
     ],
 )
 def test_cause_that_the_fork_server_died_of_is_told(

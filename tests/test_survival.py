@@ -292,33 +292,16 @@ def test_out_of_memory_starts_the_same_trial_with_smaller_batches(
     assert "out of memory: started again with 4 images at once" in capfd.readouterr().out
 
 
-def test_out_of_memory_in_validation_halves_its_windows_before_the_training_s_batch(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "out_of_memory_in_validation"}))
-    assert run(n_trials="1") == 0
-    (trial,) = open_study(tmp_path / "c").get_trials()
-    assert trial.state == TrialState.COMPLETE
-    assert trial.user_attrs["micro_batch"] == 8, "a whole batch of the training"
-    printed = capfd.readouterr().out
-    for windows in (32, 16, 8):
-        assert f"out of memory: started again with {windows} images at once" in printed
-
-
-@pytest.mark.parametrize(
-    ("micro_batch", "at_once", "half"),
-    [(None, None, 4), (None, 64, 32), (32, None, 4), (32, 32, 16), (8, None, 4), (4, None, None)],
-)
+@pytest.mark.parametrize(("micro_batch", "half"), [(None, 4), (32, 4), (8, 4), (4, None)])
 def test_what_was_at_once_is_halved(
     micro_batch: int | None,
-    at_once: int | None,
     half: int | None,
     config: TrialConfig,
     data: LineSet,
     tmp_path: Path,
 ) -> None:
     job = processes.Job(config, data, tmp_path, 1, micro_batch=micro_batch)
-    assert runner_module.smaller_batch(job, at_once) == half
+    assert runner_module.smaller_batch(job) == half
 
 
 @pytest.mark.parametrize(

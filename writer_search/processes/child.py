@@ -33,9 +33,8 @@ from writer_search.processes.messages import (
     obey_in_thread,
 )
 from writer_search.training.device_errors import is_device_fault, is_out_of_memory
-from writer_search.training.evaluation import windows_at_once
 from writer_search.training.metrics import Metrics
-from writer_search.training.outcomes import IN_VALIDATION, DivergedError, Pruned, Stopped
+from writer_search.training.outcomes import DivergedError, Pruned, Stopped
 from writer_search.training.ranks import is_lost, join
 from writer_search.training.test_split import measure_test_split
 
@@ -209,9 +208,6 @@ def _outcome(error: BaseException, job: Job) -> tuple[str, dict[str, Any]]:
         cause = replace(cause, text=f"rank {job.rank}: {cause.text}")
     if is_lost(error) and cause.kind is not Kind.OUT_OF_MEMORY:
         return "lost", {"cause": cause}
-    device = torch.device("cpu" if job.gpu is None else "cuda")
-    if IN_VALIDATION in getattr(error, "__notes__", ()):
-        return "failed", {"cause": cause, "at_once": windows_at_once(device, job.micro_batch)}
     return "failed", {"cause": cause}
 
 

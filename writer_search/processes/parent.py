@@ -39,6 +39,8 @@ from writer_search.processes.messages import UNDER_WAY, Job, Message
 UNKILLABLE_SECONDS = 10.0  # after SIGKILL, before a process is left to the kernel
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 
+# What `fork` may say. The server's exit code may be another: Python's own is 120 at times.
+OF_FORK = {errno.EAGAIN, errno.ENOMEM, errno.ENOSYS, errno.EPERM}
 STARTS = 3  # of one process, before it is given up
 
 
@@ -236,7 +238,7 @@ def _cause_of_no_start(error: EOFError | OSError, code: int | None) -> OSError:
     """Say why no process has started.   code: the fork server's exit code, where it has died."""
     if isinstance(error, OSError) and code is None:
         return error
-    if code is not None and code > FORK_FAILED:
+    if code is not None and code - FORK_FAILED in OF_FORK:
         return OSError(code - FORK_FAILED, os.strerror(code - FORK_FAILED))
     how = "died" if code is None else exit_text(code)
     return ChildProcessError(errno.ECHILD, f"the server that starts them: {how}")

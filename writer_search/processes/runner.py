@@ -176,7 +176,7 @@ class Runner:
         Raises OSError.
         """
         if kind == "failed" and content["cause"].kind is Kind.OUT_OF_MEMORY:
-            smaller = smaller_batch(running.job, content.get("at_once"))
+            smaller = smaller_batch(running.job)
             if smaller is not None:
                 self._start_smaller(running, smaller)
             return smaller is not None
@@ -278,13 +278,10 @@ class Runner:
             running.kill_if_overdue()
 
 
-def smaller_batch(job: Job, at_once: int | None = None) -> int | None:
-    """Give half of what a trial had on a device at once; None when that is too little.
-
-    at_once: how much that was, where it was no batch of the training.
-    """
+def smaller_batch(job: Job) -> int | None:
+    """Give half of what a trial had on a device at once; None when that is too little."""
     share = -(-job.config.batch_size // job.ranks)
-    return half_batch(at_once or min(share, job.micro_batch or share))
+    return half_batch(min(share, job.micro_batch or share))
 
 
 def _going_on(job: Job) -> Job:

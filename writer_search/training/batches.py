@@ -6,7 +6,7 @@ Everything is batched tensor code on the strip's device; nothing is done image b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data import LineSet
 from writer_search.lines.decoding import INK_DEVIATION
+from writer_search.training.device_errors import is_out_of_memory
 
 NOISE_SHEET = 4  # images: noise is drawn for so many in an epoch, and each takes a part of it
 NOISE_STEP = 10_007  # pixels that a batch's parts are shifted against those of the batch before
@@ -153,6 +154,34 @@ def views(
         end = min(start + at_once, len(line))
         parts.append((slice(start, end), widths[end - 1]))
     return line, places(lines, line, offset), parts
+
+
+class InMemory:
+    """Computes on views in parts that the device has memory for, and remembers how many those are.
+
+    Nothing is differentiated here, so that what was out of memory can be done again at once.
+    """
+
+    def __init__(self) -> None:
+        self._most: int | None = None
+
+    def __call__(
+        self, compute: Callable[[Tensor, int], Tensor], place: Tensor, width: int
+    ) -> Tensor:
+        """Give `compute(place, width)`, (views, ...), of all views.
+
+        place (views, 1, 3), see `views`. Raises what it raises for a single view.
+        """
+        while True:
+            most = min(len(place), self._most or len(place))
+            try:
+                return torch.cat([compute(part, width) for part in torch.split(place, most)])
+            except (RuntimeError, MemoryError) as error:
+                if most == 1 or not is_out_of_memory(error):
+                    raise
+            # Not in the handler: there the error still holds what the computation held.
+            self._most = math.ceil(most / 2)
+            torch.cuda.empty_cache()
 
 
 def random_offsets(widths: Tensor, crop_width: int, generator: torch.Generator) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from model import WriterModel, for_inference
 from writer_search.config import TrialConfig
-from writer_search.training.batches import SIZES, Lines, gather, varied_lines, views
+from writer_search.training.batches import SIZES, InMemory, Lines, gather, varied_lines, views
 from writer_search.training.metrics import Metrics, compute_metrics
 from writer_search.training.optimisation import autocast
-from writer_search.training.outcomes import IN_VALIDATION, DivergedError
+from writer_search.training.outcomes import DivergedError
 from writer_search.training.ranks import ALONE, Ranks
 
 EVALUATION_BATCH = 64  # windows at once, where no smaller micro-batch bounds them
@@ -32,15 +32,10 @@ def evaluate(
     """Measure a model on all lines of a split, each covered whole by windows.
 
     micro_batch: the most windows on a device at once.   described: see `line_logits`.
-    Raises DivergedError when the output is not finite; a note on any error says that it was here.
+    Raises DivergedError when the output is not finite.
     """
-    try:
-        how = (check, ranks, micro_batch, described)
-        logits = line_logits(model, config, lines, len(writers), *how)
-        logits = logits.double().cpu()
-    except Exception as error:
-        error.add_note(IN_VALIDATION)
-        raise
+    how = (check, ranks, micro_batch, described)
+    logits = line_logits(model, config, lines, len(writers), *how).double().cpu()
     # Rank 0's for all: a last bit that differs would let one rank go on and another end.
     logits = ranks.of_first(logits)
     if not logits.isfinite().all():
@@ -77,12 +72,16 @@ def line_logits(
     model = for_inference(model)
     if config.precision == "bfloat16":
         cast_weights(model)
+
+    def logits_of(place: Tensor, width: int) -> Tensor:
+        with autocast(config, device):
+            return logits_in_sizes(model, config, gather(lines, place, width))
+
+    in_memory = InMemory()
     for turn in range(0, len(parts), ranks.size):
         check()
         for part, width in parts[turn : turn + ranks.size][ranks.rank : ranks.rank + 1]:
-            images = gather(lines, place[part], width)
-            with autocast(config, device):
-                by_view[part] = logits_in_sizes(model, config, images)
+            by_view[part] = in_memory(logits_of, place[part], width)
     ranks.add_up(by_view)
     # On the host, where sums are taken in the same order each time.
     by_view, line = by_view.cpu(), line.cpu()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import WriterModel
 from writer_search.config import TrialConfig
-from writer_search.training.batches import SIZES, Lines, gather, varied_lines, views
+from writer_search.training.batches import SIZES, InMemory, Lines, gather, varied_lines, views
 
 FOLDS = 3  # of the training lines, to find out how sure the classifier may be
 SHARPEST, FLATTEST = 100.0, 1e-3  # of the factors that its logits may get
@@ -74,17 +74,22 @@ def describe(
     number = min(len(VARIANTS), max(1, MOST_ROWS // max(1, len(lines)) - 1))
     if variation == 0 or len(lines) > NO_VARIANTS:
         number = 0
-    described, of_line = [], []
+    described: list[Tensor] = []
+    of_line: list[Tensor] = []
+    in_memory = InMemory()
     for turn, (part, width) in enumerate(parts):
         check()
-        images = gather(lines, place[part], width)
         chosen = [VARIANTS[(turn * number + i) % len(VARIANTS)] for i in range(number)]
-        varied = [
-            varied_lines(images, size * variation, slant * variation) for size, slant in chosen
-        ]
-        for version in (images, *varied):
-            described.append(model.backbone(version).cpu())
-            of_line.append(line[part].cpu())
+
+        def versions(
+            place: Tensor, width: int, chosen: list[tuple[float, float]] = chosen
+        ) -> Tensor:
+            images = gather(lines, place, width)
+            varied = (varied_lines(images, variation * a, variation * b) for a, b in chosen)
+            return torch.stack([model.backbone(version) for version in (images, *varied)], 1).cpu()
+
+        described += in_memory(versions, place[part], width).unbind(1)
+        of_line += [line[part].cpu()] * (1 + number)
     return torch.cat(described).double(), torch.cat(of_line)
 
 

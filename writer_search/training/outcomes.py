@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-IN_VALIDATION = "while validating"  # a note on what was raised there
-
 
 class Pruned(Exception):
     """Raised by `report`: the trial is not worth finishing."""
