@@ -172,7 +172,8 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
     from writer_search.study.draws import make_sampler
     from writer_search.study.store import import_storages
 
-    import_storages()
+    if trains:
+        import_storages()
     make_sampler(args.sampler, 0)  # it may need what is not installed
     lines, left_out = wanted_lines(args)
     if recorded is not None and "cohog_head" not in recorded["space"]:

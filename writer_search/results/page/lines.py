@@ -68,7 +68,7 @@ def _picture(data: LineSet, line: int, most: int, description: str) -> str:
     image = Image.fromarray(levels.astype(np.uint8), "P")
     image.putpalette([grey * 255 // (GREYS - 1) for grey in range(GREYS) for _ in range(3)])
     file = io.BytesIO()
-    image.save(file, "PNG", bits=4)
+    image.save(file, "PNG", bits=4, compress_level=3)  # in half the time, and a tenth larger
     shown = picture(file.getvalue(), description, ink.shape[1], data.line_height)
     return shown.replace("<img ", '<img class="strip" ', 1)
 
