@@ -66,7 +66,7 @@ from writer_search.lines.walk import (
 )
 
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 INDEX = ("widths", "digests", "versions", "line_height", "checksum", "broken", *MEASURED)
 
 

@@ -15,7 +15,7 @@ from writer_search.common.text import one_line
 from writer_search.lines.kinds import describe_content
 from writer_search.lines.outside import Shape, find_outside, is_solid
 
-VERSION = 2
+VERSION = 3
 INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
 EXIF_ORIENTATION, BY_A_QUARTER = 0x0112, (5, 6, 7, 8)
@@ -38,7 +38,7 @@ class DecodedLine:
     size: width and height of the upright picture, in its own pixels.
     is_light: the ink is lighter than its paper.
     version: the first version of this decoding that gives this ink: 1 knew no outside, took the
-    geometry of a header, and reduced big pictures less.
+    geometry of a header, and reduced big pictures less; 2 left an outline of outsides in JPEGs.
     """
 
     ink: NDArray[np.uint8]
@@ -116,12 +116,11 @@ def _read_upright(
     if is_whole:  # Pillow turns TIFFs by itself, some of its versions when it opens them
         width, height = image.size
     step = height // (4 * line_height) if width * height > BIG else 0
-    grey, is_repainted = _to_grey(_reduced(image, step) if step > 1 else image)
+    grey, version = _to_grey(_reduced(image, step) if step > 1 else image)
     wanted = (max(1, round(width * line_height / height)), line_height)
     resized = np.asarray(grey.resize(wanted, Image.Resampling.BILINEAR))
     was_turned = orientation > 8 or (is_turned and image.format == "TIFF")  # by a header alone
-    is_new = is_repainted or was_turned or step > 1
-    return resized, (width, height), 2 if is_new else 1
+    return resized, (width, height), max(version, 2 if was_turned or step > 1 else 1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -152,24 +151,24 @@ def _reduced(image: Image.Image, step: int) -> Image.Image:
     return Image.fromarray(blocks.mean((1, 3), dtype=np.float32))
 
 
-def _to_grey(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Make a picture grey; what lies outside of the line becomes paper. Also: was there any?"""
+def _to_grey(image: Image.Image) -> tuple[Image.Image, int]:
+    """Make a picture grey; what lies outside of the line becomes paper. Also gives the version."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         grey = _spread(image)
     elif image.has_transparency_data:
         seen = image.convert("RGBA")
         grey, is_repainted = _on_paper(seen)
         if is_repainted:
-            return grey, True
+            return grey, 2
     else:
         grey = image.convert("L")
     values = np.asarray(grey)
     outside = find_outside(values)
     if outside is None:
-        return grey, False
+        return grey, 1
     painted = values.copy()
     painted[outside] = _median(values[~outside])
-    return Image.fromarray(painted), True
+    return Image.fromarray(painted), 3
 
 
 def _spread(image: Image.Image) -> Image.Image:

@@ -9,7 +9,9 @@ piece, and where the extreme is the paper, the rest is strokes with gaps between
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +105,7 @@ def _outside_of(grey: Grey, extreme: int, known: Mask, border: Grey) -> Mask | N
     outside = _cut_out(reached, near, _near(grey, WHITE - extreme))
     if outside is None or not _ends_abruptly(grey, outside, extreme, contrast):
         return None
-    return _over_soft_edge(grey, outside, extreme, contrast)
+    return _over_rim(grey, _over_soft_edge(grey, outside, extreme, contrast), extreme, contrast)
 
 
 def _paper(values: Grey) -> float:
@@ -204,6 +206,30 @@ def _over_soft_edge(grey: Grey, outside: Mask, extreme: int, contrast: float) ->
             break
         outside, grown = grown, further
     return outside
+
+
+def _over_rim(grey: Grey, outside: Mask, extreme: int, contrast: float) -> Mask:
+    """Add the pixels beside an outside in which paper is mixed with it, as a smaller picture's are.
+
+    Those that look more like it than paper does, and than the next pixel further in.
+    """
+    unlike, least = np.abs(grey.astype(np.int16) - extreme), max(16.0, 0.25 * contrast)
+    is_mixed = unlike <= contrast - least
+    rim = np.zeros_like(outside)
+    for way in WAYS_IN:
+        out, far, mixed, found = way(outside), way(unlike), way(is_mixed), way(rim)
+        steps = far[2:] - far[1:-1] >= least
+        found[1:-1] |= out[:-2] & ~out[2:] & mixed[1:-1] & steps
+    return outside | rim
+
+
+# Views in which one comes from outside by going down the rows: from above, below, left and right.
+WAYS_IN: tuple[Callable[[NDArray[Any]], NDArray[Any]], ...] = (
+    lambda picture: picture,
+    lambda picture: picture[::-1],
+    lambda picture: picture.T,
+    lambda picture: picture.T[::-1],
+)
 
 
 def _without_strokes(reached: Mask) -> Mask:

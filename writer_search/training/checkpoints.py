@@ -45,9 +45,9 @@ SLOWDOWN = 4.0
 CPU = torch.device("cpu")
 ASSUMED_RATE = 200 * 2**20  # bytes a second; the first copy, into new memory, was about as slow
 # How a model's lines were decoded: it is used with such lines alone. This program still reads those
-# that version 1 read rightly as it did.
+# that earlier versions read rightly as they did.
 PREPROCESSING = {"version": VERSION, "ink_deviation": INK_DEVIATION}
-PREPROCESSINGS = (PREPROCESSING, {**PREPROCESSING, "version": 1})
+PREPROCESSINGS = [{**PREPROCESSING, "version": version} for version in range(1, VERSION + 1)]
 
 
 class CheckpointMismatchError(Exception):
