@@ -149,10 +149,15 @@ def test_pages_that_are_not_known_are_not_measured(
     assert found["page_macro_top1"] is found["pages"] is found["writers_with_one_page"] is None
     assert all(of["page_top1"] is None for of in found["per_writer"].values())
     assert found["interval_unit"] == "lines"
-    told = "\n".join(describe({**found, "trial": 0, "earlier": []}))
+    found |= {"trial": 0, "earlier": [], "intervals": dict.fromkeys(found["intervals"], [0.2, 0.4])}
+    told = "\n".join(describe(found))
     assert "pages not known" in told
     assert "pages are not known: lines were resampled" in told
     assert "five writers or fewer" not in told.splitlines()[1]
+    certain = dict.fromkeys(found["intervals"], [1.0, 1.0])
+    told = "\n".join(describe({**found, "intervals": certain}))
+    assert "[" not in told, "nor how intervals were made"
+    assert "resampled" not in told
 
 
 def test_another_choice_is_measured_and_the_earlier_one_remembered(

@@ -18,21 +18,22 @@ def describe(found: dict[str, Any]) -> list[str]:
     shown = {name: _with_interval(found, name) for name in METRICS}
     unit = found.get("interval_unit", "pages")
     pages = "pages not known" if found["pages"] is None else f"{found['pages']} pages"
+    has_intervals = any("[" in value for value in shown.values())
     lines = [
         f"Test split, trial {found['trial']}, {NOTE}:",
         f"  macro top-1 {shown['macro_top1']}"
         + (f", pages {shown['page_macro_top1']}" if found["pages"] is not None else ""),
         f"  micro top-1 {shown['micro_top1']}, macro top-5 {shown['macro_top5']}",
-        f"  {found['lines']} lines, {pages}, {len(found['per_writer'])} writers; "
-        f"[95 % intervals by resampling {unit}]",
+        f"  {found['lines']} lines, {pages}, {len(found['per_writer'])} writers"
+        + (f"; [95 % intervals by resampling {unit}]" if has_intervals else ""),
     ]
-    if unit == "lines":
+    if has_intervals and unit == "lines":
         lines.append(
             ("  every writer has one test page" if found["pages"] else "  pages are not known")
             + ": lines were resampled, how writers vary from page to page is in no interval, and "
             "they are too narrow"
         )
-    elif found["writers_with_one_page"]:
+    elif has_intervals and found["writers_with_one_page"]:
         lines.append(
             f"  {counted(found['writers_with_one_page'], 'writer has', 'writers have')} one test "
             "page: how they vary from page to page is in no interval, which makes them too narrow"
