@@ -122,7 +122,6 @@ def test_chosen_model_is_measured_once(
     assert found["intervals"]["page_macro_top1"] is None
     assert "never used for choosing" in printed
     assert f"macro top-1 {with_interval(expected.macro_top1, [low, high])}, pages" in printed
-    assert "[95 % intervals by resampling lines]" in printed
     assert "every writer has one test page" in printed
     assert found["lines_not_counted"] == 0
 
@@ -149,12 +148,13 @@ def test_pages_that_are_not_known_are_not_measured(
     assert found["page_macro_top1"] is found["pages"] is found["writers_with_one_page"] is None
     assert all(of["page_top1"] is None for of in found["per_writer"].values())
     assert found["interval_unit"] == "lines"
-    found |= {"trial": 0, "earlier": [], "intervals": dict.fromkeys(found["intervals"], [0.2, 0.4])}
+    found |= {"trial": 0, "earlier": [], "intervals": dict.fromkeys(found["intervals"], (0.2, 0.4))}
     told = "\n".join(describe(found))
     assert "pages not known" in told
+    assert "[95 % intervals by resampling lines]" in told
     assert "pages are not known: lines were resampled" in told
     assert "five writers or fewer" not in told.splitlines()[1]
-    certain = dict.fromkeys(found["intervals"], [1.0, 1.0])
+    certain = dict.fromkeys(found["intervals"], (1.0, 1.0))
     told = "\n".join(describe({**found, "intervals": certain}))
     assert "[" not in told, "nor how intervals were made"
     assert "resampled" not in told
