@@ -122,7 +122,6 @@ def test_chosen_model_is_measured_once(
     assert found["intervals"]["page_macro_top1"] is None
     assert "never used for choosing" in printed
     assert f"macro top-1 {with_interval(expected.macro_top1, [low, high])}, pages" in printed
-    assert "every writer has one test page" in printed
     assert found["lines_not_counted"] == 0
 
     def forbidden(*_: Any) -> Any:
@@ -153,6 +152,7 @@ def test_pages_that_are_not_known_are_not_measured(
     assert "pages not known" in told
     assert "[95 % intervals by resampling lines]" in told
     assert "pages are not known: lines were resampled" in told
+    assert "every writer has one test page: lines" in "\n".join(describe({**found, "pages": 4}))
     assert "five writers or fewer" not in told.splitlines()[1]
     certain = dict.fromkeys(found["intervals"], (1.0, 1.0))
     told = "\n".join(describe({**found, "intervals": certain}))
