@@ -457,7 +457,11 @@ class Series:
         """Start the command once more beside the first, which stands still meanwhile."""
         if not (self.directory / "search.lock").exists() or not first.lines:
             return False  # too early: the first may not have the lock yet
-        stopped = [pid for pid in first.processes() if send(pid, signal.SIGSTOP)]
+        stopped: list[int] = []
+        while new := first.processes().keys() - set(stopped):  # what was forked meanwhile, too
+            stopped += new
+            for pid in new:
+                send(pid, signal.SIGSTOP)
         time.sleep(0.1)
         if not is_locked(self.directory / "search.lock"):
             for pid in stopped:
