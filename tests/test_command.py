@@ -213,6 +213,20 @@ def test_signal_saves_and_ends(
     assert gone_within(below, 5)
 
 
+@pytest.mark.parametrize("program", ["hyperparameter_search.py", "train.py"])
+def test_interrupt_during_imports_ends_without_a_traceback(program: str) -> None:
+    command = [sys.executable, "-X", "importtime", str(PROGRAM.with_name(program))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "argparse" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" not in told
+
+
 @pytest.mark.slow
 def test_second_interrupt_ends_at_once(start: Callable[..., Command]) -> None:
     command = start()
