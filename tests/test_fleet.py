@@ -110,18 +110,24 @@ def test_last_place_goes_to_the_smaller_number(
     assert len(a.trials()) == 2, "without room nothing is stored"
 
 
+def claims_another_draw(fleet: Fleet) -> tuple[FrozenTrial, FrozenTrial]:
+    """Claim after another search had the same draw first; gives its trial and this one's."""
+    trial = fleet.claim()
+    assert trial is not None
+    baseline, withdrawn, other = fleet.trials()
+    assert (baseline.params, trial.number) == (withdrawn.params, 2)
+    assert withdrawn.user_attrs["surplus"]
+    assert params_key(other.params) != params_key(baseline.params)
+    return baseline, other
+
+
 def test_same_draw_is_drawn_again_by_the_larger_number(
     member: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both begin with the baseline."""
     a, b = member(3), member(3)
     first_lets(b.claim, a, monkeypatch)
-    trial = a.claim()
-    assert trial is not None
-    baseline, withdrawn, other = a.trials()
-    assert (baseline.params, trial.number) == (withdrawn.params, 2)
-    assert withdrawn.user_attrs["surplus"]
-    assert params_key(other.params) != params_key(baseline.params)
+    baseline, other = claims_another_draw(a)
     assert other.user_attrs["seed"] != baseline.user_attrs["seed"]
 
 
@@ -133,20 +139,15 @@ def test_same_draw_of_a_search_that_is_interrupted_meanwhile_is_drawn_again(
     """The other search has noted the interruption, and has ended the trial or is about to."""
     a, b = (member(3, continue_interrupted=continues) for _ in range(2))
 
-    def other() -> None:
+    def meanwhile() -> None:
         trial = b.claim()
         assert trial is not None
         trial.set_user_attr("interrupted", True)
         if ended:
             b.study.tell(trial.number, state=TrialState.FAIL)
 
-    first_lets(other, a, monkeypatch)
-    trial = a.claim()
-    assert trial is not None
-    baseline, withdrawn, other_draw = a.trials()
-    assert (baseline.params, trial.number) == (withdrawn.params, 2)
-    assert withdrawn.user_attrs["surplus"]
-    assert params_key(other_draw.params) != params_key(baseline.params)
+    first_lets(meanwhile, a, monkeypatch)
+    claims_another_draw(a)
 
 
 def test_place_of_a_trial_interrupted_meanwhile_is_its_continuation_s(

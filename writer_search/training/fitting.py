@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -74,21 +75,19 @@ def describe(
     number = min(len(VARIANTS), max(1, MOST_ROWS // max(1, len(lines)) - 1))
     if variation == 0 or len(lines) > NO_VARIANTS:
         number = 0
+
+    def versions(chosen: list[tuple[float, float]], place: Tensor, width: int) -> Tensor:
+        images = gather(lines, place, width)
+        varied = (varied_lines(images, variation * a, variation * b) for a, b in chosen)
+        return torch.stack([model.backbone(version) for version in (images, *varied)], 1).cpu()
+
     described: list[Tensor] = []
     of_line: list[Tensor] = []
     in_memory = InMemory()
     for turn, (part, width) in enumerate(parts):
         check()
         chosen = [VARIANTS[(turn * number + i) % len(VARIANTS)] for i in range(number)]
-
-        def versions(
-            place: Tensor, width: int, chosen: list[tuple[float, float]] = chosen
-        ) -> Tensor:
-            images = gather(lines, place, width)
-            varied = (varied_lines(images, variation * a, variation * b) for a, b in chosen)
-            return torch.stack([model.backbone(version) for version in (images, *varied)], 1).cpu()
-
-        described += in_memory(versions, place[part], width).unbind(1)
+        described += in_memory(partial(versions, chosen), place[part], width).unbind(1)
         of_line += [line[part].cpu()] * (1 + number)
     return torch.cat(described).double(), torch.cat(of_line)
 
