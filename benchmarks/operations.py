@@ -29,7 +29,7 @@ from benchmarks import common
 from train import training_step
 from writer_search.training import evaluation
 from writer_search.training.batches import Lines, strip_on
-from writer_search.training.checkpoints import TensorCopies
+from writer_search.training.copies import TensorCopies
 from writer_search.training.optimisation import update_average
 from writer_search.training.state import TrainingState
 

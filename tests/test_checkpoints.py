@@ -21,7 +21,8 @@ from train import train
 from writer_search.config import TrialConfig
 from writer_search.results.rows import read_history
 from writer_search.training import checkpoints
-from writer_search.training.checkpoints import BEST, LATEST, Checkpoints, SaveTimes, TensorCopies
+from writer_search.training.checkpoints import BEST, LATEST, Checkpoints, SaveTimes
+from writer_search.training.copies import TensorCopies
 from writer_search.training.metrics import Metrics
 from writer_search.training.outcomes import Pruned, Stopped
 
