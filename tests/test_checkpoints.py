@@ -21,8 +21,8 @@ from train import train
 from writer_search.config import TrialConfig
 from writer_search.results.rows import read_history
 from writer_search.training import checkpoints
-from writer_search.training.checkpoints import BEST, LATEST, Checkpoints, SaveTimes
-from writer_search.training.copies import TensorCopies
+from writer_search.training.checkpoints import BEST, LATEST, Checkpoints, SaveTimes, load_checked
+from writer_search.training.copies import TensorCopies, unpacked
 from writer_search.training.metrics import Metrics
 from writer_search.training.outcomes import Pruned, Stopped
 
@@ -313,6 +313,64 @@ def test_copies_are_apart_and_their_memory_is_used_again() -> None:
     second = copies.take({"model": {"weight": weight}})
     assert second["model"]["weight"] is copied
     assert torch.equal(copied, weight)
+    third = copies.take({"model": {"weight": weight}, "pairs": torch.ones(3, dtype=torch.int32)})
+    assert third["model"]["weight"].data_ptr() == copied.data_ptr(), "of other types is apart"
+
+
+def test_a_state_is_packed_and_unpacked_unchanged(tmp_path: Path) -> None:
+    contents = {
+        "model": {
+            "weight": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last),
+            "turned": torch.arange(6.0).view(2, 3).t(),
+            "half": torch.ones(3, dtype=torch.bfloat16),
+            "count": torch.tensor(7),
+            "none": torch.zeros(0, 2),
+        },
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}},
+            "groups": [{"betas": (0.9, 0.99)}],
+        },
+        "history": [],
+        "best": {},
+        "loss": torch.tensor(0.1, dtype=torch.float64),
+    }
+    copies = TensorCopies(CPU, on_host=True)
+    packed = copies.packed(copies.take(contents))
+    assert len(packed["memory"]) == 4, "one for each type of number"
+    torch.save(packed, tmp_path / "packed.pth")
+    found = unpacked(torch.load(tmp_path / "packed.pth", weights_only=True))
+    assert found.keys() == contents.keys()
+    assert found["history"] == []
+    assert found["best"] == {}
+    assert found["optimizer"]["groups"] == contents["optimizer"]["groups"]
+    assert torch.equal(found["optimizer"]["state"][0]["step"], torch.tensor(3.0))
+    assert found["loss"].dtype == torch.float64
+    assert torch.equal(found["loss"], contents["loss"])
+    for name, tensor in contents["model"].items():
+        assert found["model"][name].dtype == tensor.dtype, name
+        assert found["model"][name].stride() == tensor.stride(), name
+        assert torch.equal(found["model"][name], tensor), name
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(
+    data: LineSet, config: TrialConfig, tmp_path: Path, save_each_batch: None
+) -> None:
+    """It holds the tensors one by one."""
+    whole = train(config, data, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path / "cut", check=stop_at(0.5))
+    latest = tmp_path / "cut" / LATEST
+    earlier = load_checked(latest, config, data)
+    assert "layout" not in earlier
+    assert isinstance(earlier["model"], dict)
+    torch.save(earlier, latest)
+    assert train(config, data, tmp_path / "cut", continue_from=tmp_path / "cut") == whole
+    wanted, found = (
+        torch.load(tmp_path / name / "final_model.pth", weights_only=True)["model"]
+        for name in ("whole", "cut")
+    )
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
 
 
 # ------------------------------------------------------------------------------------- what fails

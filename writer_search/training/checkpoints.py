@@ -28,7 +28,7 @@ from writer_search.common.text import one_line
 from writer_search.config import TrialConfig
 from writer_search.lines.decoding import INK_DEVIATION, VERSION
 from writer_search.training.certainty import NEVER
-from writer_search.training.copies import CPU, TensorCopies
+from writer_search.training.copies import CPU, TensorCopies, unpacked
 from writer_search.training.metrics import row_of
 
 CHECKPOINT_FORMAT = 4  # counts up when going on from older ones would give another result
@@ -117,6 +117,7 @@ class Checkpoints:
         self.times = SaveTimes(expected / ASSUMED_RATE)
         self._history_times = SaveTimes(0.0, SHARE_OF_HISTORY)
         self._host = TensorCopies(device, on_host=True)
+        self._host_best = TensorCopies(device, on_host=True)
         self._kept = TensorCopies(device, on_host=False)
         self._best: dict[str, Any] | None = None  # what best_model.pth does not have yet
         self._saved: tuple[int, int] | None = None  # epoch and step of the last state
@@ -184,10 +185,11 @@ class Checkpoints:
         here = state["epoch"], state["step"]
         is_there = here == self._saved and (self._trial_dir / LATEST).exists()
         if self._is_writer and not is_there:
-            taken = self._host.take({"state": state, "best": self._best})
+            taken = self._host.take(state)
+            best = None if self._best is None else self._host_best.take(self._best)
             self._best, self._saved = None, here
             waited = time.perf_counter() - started
-            self._writing = self._thread.submit(self._write, waited, **taken)
+            self._writing = self._thread.submit(self._write, waited, taken, best)
         if at_once:
             self.wait()
 
@@ -218,11 +220,11 @@ class Checkpoints:
     def _write(self, waited: float, state: dict[str, Any], best: dict[str, Any] | None) -> None:
         # The checkpoint last: what it says is the best, and has been, is there then.
         started, computed = time.perf_counter(), time.thread_time()
-        copying = self._host.wait()
+        copying = self._host.wait() + (self._host_best.wait() if best is not None else 0.0)
         if best is not None:
             self._write_best(best, state["best"])
         write_history(self._trial_dir, state["history"])
-        checkpoint = {**state, **_binding(self._config, self._data)}
+        checkpoint = {**self._host.packed(state), **_binding(self._config, self._data)}
         # Checksums would take most of the time; `load_checked` does without.
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             write_tensors(self._trial_dir / LATEST, checkpoint)
@@ -244,7 +246,7 @@ class Checkpoints:
 def load_checked(path: Path, config: TrialConfig, data: LineSet) -> dict[str, Any]:
     """Load a file of `save` or `save_model`, refusing one of another configuration or data."""
     # A checkpoint has no checksums: they would take most of the time that saving it costs.
-    loaded: dict[str, Any] = read_tensors(path, is_summed=path.name != LATEST)
+    loaded: dict[str, Any] = unpacked(read_tensors(path, is_summed=path.name != LATEST))
     for name, wanted in _binding(config, data).items():
         if loaded.get(name) != wanted:
             raise CheckpointMismatchError(
