@@ -220,6 +220,15 @@ def test_a_varied_line_is_larger_or_leans() -> None:
     assert upper - lower == pytest.approx(0.2 * 15, abs=0.1)
 
 
+@pytest.mark.parametrize(("stroke", "sums"), [(1.0, 22 * 6), (0.5, (80 + 22 * 6) / 2), (-1.0, 36)])
+def test_a_varied_line_has_thicker_or_thinner_strokes(stroke: float, sums: float) -> None:
+    bar = torch.zeros(1, 1, 20, 10)
+    bar[..., 3:7] = 1  # down to the image's edges: what lies beyond is background
+    varied = varied_lines(bar, 0, stroke=stroke)
+    assert varied.shape == (1, 1, 22, 12)
+    assert varied.sum() == pytest.approx(sums)
+
+
 # -------------------------------------------------------------------------------- the classifiers
 
 

@@ -165,7 +165,7 @@ class TrialConfig:
     cohog_reach: int = 3
     cohog_smoothing: float = 1.0
     cohog_edge: float = 0.6
-    cohog_variation: float = 1.0  # of size and slant in training, and of size when it is asked
+    cohog_variation: float = 1.0  # of a line's variants, and of its size when it is asked
     cohog_sizes: int = 1  # in which a line is seen when it is asked
     cohog_head: str = "lda"
     cohog_penalty: float = 1e-3  # of softmax alone

@@ -231,10 +231,11 @@ def as_images(crops: Tensor) -> Tensor:
     return crops.to(torch.float32).div_(INK_DEVIATION)
 
 
-def varied_lines(images: Tensor, size: float, slant: float = 0.0) -> Tensor:
-    """Resize (batch, 1, height, width) by a factor whose logarithm is `size`, and shear it.
+def varied_lines(images: Tensor, size: float, slant: float = 0.0, stroke: float = 0.0) -> Tensor:
+    """Resize (batch, 1, height, width) by a factor whose logarithm is `size`, shear it, redraw it.
 
-    Both dimensions grow alike; slant: pixels to the left for each one downwards.
+    Both dimensions grow alike; slant: pixels to the left for each one downwards; stroke: how far
+    each pixel becomes the darkest (from 0 to 1) or the lightest (0 to -1) of its 3 x 3 neighbours.
     """
     if size != 0:
         images = F.interpolate(
@@ -247,6 +248,11 @@ def varied_lines(images: Tensor, size: float, slant: float = 0.0) -> Tensor:
         theta = torch.eye(2, 3, device=images.device)
         theta[0, 1] = slant * height / images.shape[3]
         images = distort(images, theta.expand(len(images), 2, 3))
+    if stroke != 0:
+        images = F.pad(images, (1, 1, 1, 1))
+        sign = math.copysign(1.0, stroke)
+        extreme = sign * F.max_pool2d(sign * images, 3, stride=1, padding=1)
+        images = torch.lerp(images, extreme, min(1.0, abs(stroke)))
     return images
 
 

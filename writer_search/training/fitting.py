@@ -51,11 +51,13 @@ class Classifier:
         model.classifier.load_state_dict(own)
 
 
-# Sizes and slants that a line is described in besides its own, at a variation of 1: a book may be
-# written larger or smaller than those to train on, and more or less upright.
+# Sizes, slants and widths of strokes that a line is described in besides its own, at a variation of
+# 1: a book may be written larger or smaller than those to train on, more or less upright, and with
+# another pen.
 VARIANTS = (
-    *((size, 0.0) for size in reversed(SIZES[1:])),
-    *((0.0, slant) for slant in (-0.1, 0.1)),  # pixels to the left for each one downwards
+    *((size, 0.0, 0.0) for size in reversed(SIZES[1:])),
+    *((0.0, slant, 0.0) for slant in (-0.1, 0.1)),
+    *((0.0, 0.0, stroke) for stroke in (-0.5, 0.5)),
 )
 MOST_ROWS = 8000  # of descriptions: beyond, a line has fewer variants, one at least
 NO_VARIANTS = 20_000  # lines: for more of them none, for the sake of memory
@@ -65,7 +67,7 @@ NO_VARIANTS = 20_000  # lines: for more of them none, for the sake of memory
 def describe(
     model: WriterModel, lines: Lines, variation: float, check: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor]:
-    """Describe each line whole by the model's backbone, also in other sizes and slants.
+    """Describe each line whole by the model's backbone, also in other sizes, slants and strokes.
 
     variation: how much those differ from the line; 0: nothing but the line itself.
     Returns descriptions (rows, channels), float64, and which line's they are (rows,), int64; both
@@ -76,9 +78,9 @@ def describe(
     if variation == 0 or len(lines) > NO_VARIANTS:
         number = 0
 
-    def versions(chosen: list[tuple[float, float]], place: Tensor, width: int) -> Tensor:
+    def versions(chosen: list[tuple[float, float, float]], place: Tensor, width: int) -> Tensor:
         images = gather(lines, place, width)
-        varied = (varied_lines(images, variation * a, variation * b) for a, b in chosen)
+        varied = (varied_lines(images, *(variation * much for much in each)) for each in chosen)
         return torch.stack([model.backbone(version) for version in (images, *varied)], 1).cpu()
 
     described: list[Tensor] = []
