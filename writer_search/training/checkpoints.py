@@ -11,10 +11,12 @@ import pickle
 import time
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, BinaryIO
 
 import torch
@@ -40,9 +42,10 @@ LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two saved states
 SHARE = 0.01  # of the training time that saving its state may take
 SHARE_OF_HISTORY = 0.001
 # Seconds that training takes longer for each that the writing thread computes, where no core is
-# free: a save of resnet_thin with 26 ms of copying and computing cost 64 ms (2 cores, 2026-11-26).
-SLOWDOWN = 4.0
-ASSUMED_RATE = 200 * 2**20  # bytes a second; the first copy, into new memory, was about as slow
+# free: saves of resnet_thin with 4 ms of copying and 10 ms of computing cost 18 ms, with a standard
+# error of 6 (2 cores, 12 pairs of trainings with a save each 0.4 s and without, 2026-11-27).
+SLOWDOWN = 2.0
+ASSUMED_RATE = 400 * 2**20  # bytes of a state a second, until a save has been measured
 # How a model's lines were decoded: it is used with such lines alone. This program still reads those
 # that earlier versions read rightly as they did.
 PREPROCESSING = {"version": VERSION, "ink_deviation": INK_DEVIATION}
@@ -59,11 +62,12 @@ class CheckpointMismatchError(Exception):
 class SaveTimes:
     """Decides when a state is saved: as often as costs a share of the training, or each minute.
 
-    cost: the seconds that a save is expected to cost the training, until one has been measured.
+    cost: the seconds that a save is expected to cost the training, until some have been measured.
+    The median of the last three counts: one that had to wait for a busy core says little.
     """
 
     def __init__(self, cost: float, share: float = SHARE) -> None:
-        self._cost, self._share = cost, share
+        self._costs, self._share = deque([cost], maxlen=3), share
         self._took = 0.0  # from the copy to the disk
         self._began = self._asked = time.monotonic()
 
@@ -72,7 +76,7 @@ class SaveTimes:
 
         A kill may also cost the batch to come, and what is still on its way to the disk.
         """
-        cheap = max(LEAST_SECONDS, self._cost / self._share)
+        cheap = max(LEAST_SECONDS, median(self._costs) / self._share)
         return min(cheap, MOST_SECONDS - self._took - batch)
 
     def is_due(self) -> bool:
@@ -86,7 +90,8 @@ class SaveTimes:
 
     def end(self, cost: float, took: float) -> None:
         """Note what a save has cost the training, and how long it took to be on the disk."""
-        self._cost, self._took = cost, took
+        self._costs.append(cost)
+        self._took = took
 
 
 # -------------------------------------------------------------------------------------- checkpoints
