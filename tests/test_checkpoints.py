@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_train import assert_same_weights
 
 import train as train_module
 from data import LineSet
@@ -211,7 +212,6 @@ def test_killed_after_any_saved_state_a_trial_comes_to_the_same_result(
     config = replace(config, batch_size=4, epochs=3, patience=3, dropout=0.3, mixup_alpha=0.2)
     whole = train(config, data, tmp_path / "whole")
     steps = train_module.steps_per_epoch(config, len(data.select("train")))
-    wanted = torch.load(tmp_path / "whole" / "final_model.pth", weights_only=True)["model"]
     for saved in range(1, 3 * steps + 1):
         save_at(monkeypatch, saved)
 
@@ -234,9 +234,7 @@ def test_killed_after_any_saved_state_a_trial_comes_to_the_same_result(
         )
         assert metrics == whole
         assert min(trained) * steps >= saved, "what was saved is not trained again"
-        found = torch.load(directory / "final_model.pth", weights_only=True)["model"]
-        for name, tensor in wanted.items():
-            assert torch.equal(found[name], tensor), name
+        assert_same_weights(directory / "final_model.pth", tmp_path / "whole" / "final_model.pth")
         rows = read_history(directory)
         assert [row["epoch"] for row in rows] == [1, 2, 3]
 
@@ -368,12 +366,7 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(
     assert isinstance(earlier["model"], dict)
     torch.save(earlier, latest)
     assert train(config, data, tmp_path / "cut", continue_from=tmp_path / "cut") == whole
-    wanted, found = (
-        torch.load(tmp_path / name / "final_model.pth", weights_only=True)["model"]
-        for name in ("whole", "cut")
-    )
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+    assert_same_weights(*(tmp_path / name / "final_model.pth" for name in ("whole", "cut")))
 
 
 # ------------------------------------------------------------------------------------- what fails

@@ -52,12 +52,13 @@ class TensorCopies:
 
     def _allocate(self, tensors: dict[Place, Tensor]) -> None:
         """Make memory for copies of tensors like these, with the same strides."""
-        layout, sizes = [], dict[torch.dtype, int]()
+        layout: list[tuple[Any, ...]] = []
+        sizes: dict[torch.dtype, int] = {}
         for place, tensor in tensors.items():
             start = sizes.get(tensor.dtype, 0)
             sizes[tensor.dtype] = start + tensor.numel()
             strides = torch.empty_like(tensor, device="meta").stride()
-            layout.append((place, _name(tensor.dtype), tuple(tensor.shape), strides, start))
+            layout.append((place, _name(tensor.dtype), tensor.shape, strides, start))
         self._memory = {_name(dtype): self._room(dtype, size) for dtype, size in sizes.items()}
         self._layout = json.dumps(layout)
         self._copies = _parts(self._memory, self._layout)
