@@ -2,11 +2,13 @@
 
     python -m benchmarks.goodput --data_root latin_hands [--contestants default,continued,optuna]
         [--faults none,kill_group_60,kill_group_30] [--repetitions 1] [--epochs 3] [--lines 10]
+        [--output runs.json]
 
 Each contestant trains the same configurations on the same lines, is hit by a fault, and is started
 again by the same command until it has a result for each. Goodput is the share of the wall time that
 went into training that counts. See `benchmarks/contestants/`; the others need
-`pip install -r benchmarks/contestants/requirements.txt`.
+`pip install -r benchmarks/contestants/requirements.txt`. With --output the same command goes on
+after a stop, and more faults, contestants or repetitions extend it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from benchmarks.contestants.job import LEARNING_RATES, Job
 from benchmarks.contestants.runs import Run
 from benchmarks.first_minutes import make_link
 from data import find_lines
+from writer_search.common.files import write_json
 
 About = dict[str, Any]  # machine, versions, settings
 
@@ -67,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="of each configuration")
     parser.add_argument("--lines", type=int, default=10, help="of each writer; a third validates")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that a run may take")
-    parser.add_argument("--output", type=Path, help="JSON, written after each run")
+    parser.add_argument("--output", type=Path, help="JSON; the runs in it are not repeated")
     parser.add_argument("--keep", type=Path, help="an empty directory for what the runs write")
     args = parser.parse_args(argv)
     for name in args.contestants.split(","):
@@ -121,7 +124,11 @@ def measure(run: Run, steps: int, undisturbed: Mapping[str, Any] | None) -> dict
     rates = run.job.learning_rates
     recorded = [(rates[number], value) for number, value in run.results]
     marks = run.marks()
-    reference = (undisturbed["wall"], undisturbed["outcome"]) if undisturbed else None
+    final = outcome(work_done(marks), recorded, run.job.epochs)
+    reference = None
+    if undisturbed:
+        was = {rate: (value, loss) for rate, value, loss in undisturbed["outcome"]}
+        reference = undisturbed["wall"], was
     figures: Figures = account(
         marks, run.launches, recorded, rates, run.job.epochs, steps, reference
     )
@@ -131,19 +138,41 @@ def measure(run: Run, steps: int, undisturbed: Mapping[str, Any] | None) -> dict
         "kills": run.kills,
         "person": "; ".join(run.person),
         "gave_up": run.gave_up,
-        "outcome": outcome(work_done(marks), recorded, run.job.epochs),
+        "outcome": [[rate, *found] for rate, found in final.items()],
     }
 
 
+def earlier_runs(output: Path | None, about: About) -> list[dict[str, Any]]:
+    """Give the runs of an earlier command. Raises ValueError where they compare with no others."""
+    if output is None or not output.exists():
+        return []
+    found = json.loads(output.read_text())
+    about["versions"] = found["versions"] | about["versions"]
+    for name, now in about.items():
+        if now != (now | found[name] if name == "versions" else found[name]):
+            raise ValueError(f"{output} has another {name}: give another file")
+    return list(found["runs"])
+
+
 def run_all(
-    args: argparse.Namespace, able: Sequence[Contestant], job: Job, place: Path, about: About
-) -> list[dict[str, Any]]:
-    """Run every contestant under every fault, in alternation; the order turns each time."""
-    rows: list[dict[str, Any]] = []
+    args: argparse.Namespace,
+    able: Sequence[Contestant],
+    job: Job,
+    place: Path,
+    about: About,
+    rows: list[dict[str, Any]],
+) -> None:
+    """Run every contestant under every fault, in alternation; the order turns each time.
+
+    rows: the runs so far, which are not repeated; to which the others are added.
+    """
+    done = {(row["repetition"], row["fault"], row["contestant"]) for row in rows}
+    undisturbed = {(r["repetition"], r["contestant"]): r for r in rows if r["fault"] == NONE}
     rounds = product(range(args.repetitions), args.faults.items())
-    undisturbed: dict[tuple[int, str], dict[str, Any]] = {}
     for turn, (repetition, (fault_name, fault)) in enumerate(rounds):
         for contestant in able[:: 1 if turn % 2 == 0 else -1]:
+            if (repetition, fault_name, contestant.name) in done:
+                continue
             own = place / f"{repetition}_{fault_name}_{contestant.name}"
             own.mkdir()
             job.write(own / "job.json")
@@ -155,20 +184,14 @@ def run_all(
                 break
             side = (repetition, contestant.name)
             found = measure(run, about["settings"]["steps"], undisturbed.get(side))
-            if fault_name == NONE:
-                undisturbed[side] = found
             labels = {"fault": fault_name, "contestant": contestant.name}
             rows.append({**labels, "repetition": repetition, **found})
+            if fault_name == NONE:
+                undisturbed[side] = rows[-1]
             told = {name: found[name] for name in ("wall", "goodput", "kills", "gave_up")}
             print(*labels.values(), json.dumps(told), file=sys.stderr, flush=True)
             if args.output is not None:
-                args.output.write_text(as_json(about, rows) + "\n")
-    return rows
-
-
-def as_json(about: About, rows: Sequence[Mapping[str, Any]]) -> str:
-    runs = [{key: value for key, value in row.items() if key != "outcome"} for row in rows]
-    return json.dumps({**about, "runs": runs})
+                write_json(args.output, {**about, "runs": rows})
 
 
 def cell(values: Sequence[Any]) -> str:
@@ -209,10 +232,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seed": job.seed,
         }
         about = {"machine": describe_machine(), "versions": versions, "settings": settings}
-        rows = run_all(args, able, job, place, about)
+        try:
+            rows = earlier_runs(args.output, about)
+        except ValueError as error:
+            print(f"error: --output: {error}", file=sys.stderr)
+            return 2
+        run_all(args, able, job, place, about, rows)
     print(about["machine"])
     tell(rows)
-    print(as_json(about, rows))
+    print(json.dumps({**about, "runs": rows}))
     return 0
 
 

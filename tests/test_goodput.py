@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.contestants import Contestant, accounting, runs
+from benchmarks import goodput
+from benchmarks.contestants import CONTESTANTS, Contestant, accounting, runs
 from benchmarks.contestants.accounting import Figures, Launch, Mark, account, read_marks
 from benchmarks.contestants.faults import Fault, fault_named, kill_group, synced_bytes
 from benchmarks.contestants.job import Job
-from benchmarks.goodput import measure
+from benchmarks.goodput import earlier_runs, measure, parse, run_all
 
 RATES, EPOCHS, STEPS = (0.1, 0.2), 2, 2  # a job of two configurations, and 2 steps in an epoch
 RECORDED = [(0.1, 0.5), (0.2, 0.6)]
@@ -167,6 +169,50 @@ def test_a_killed_command_is_started_again(tmp_path: Path, monkeypatch: pytest.M
     assert (run.kills, len(run.launches), run.left, run.person) == (1, 2, 0, [])
     assert 0 < found["goodput"] < 1
     assert (found["lost"], found["twice"], found["never"]) == (0, 0, 0)
+
+
+def test_the_same_command_repeats_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later runs compare with the undisturbed one of the file."""
+    begun: list[str] = []
+
+    class OnPaper:
+        left, kills, person, gave_up, results = 0, 0, (), "", [(0, 0.5), (1, 0.6)]
+
+        def __init__(self, _: Any, __: Any, file: Path, own: Path, limit: float) -> None:
+            self.job = Job.read(file)
+            begun.append(own.name)
+            journal = Journal()
+            journal.launch((0.1, 0, 4), (0.2, 0, 4))
+            self.launches, self.marks = journal.launches, lambda: journal.marks
+
+        def go(self) -> None:
+            if len(begun) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(goodput, "Run", OnPaper)
+    output = tmp_path / "runs.json"
+    job = Job(EPOCHS, "", "", learning_rates=RATES)
+
+    def run(place: str, *flags: str, machine: str = "this") -> list[dict[str, Any]]:
+        args = parse(["--output", str(output), "--contestants", "default,optuna", *flags])
+        about = {"machine": machine, "versions": {"optuna": "5"}, "settings": {"steps": STEPS}}
+        (tmp_path / place).mkdir()
+        able = [CONTESTANTS[name] for name in args.contestants.split(",")]
+        rows = earlier_runs(args.output, about)
+        run_all(args, able, job, tmp_path / place, about, rows)
+        return rows
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", "--faults", "none", "--repetitions", "1")
+    run("again", "--faults", "none", "--repetitions", "1")
+    rows = run("extended", "--faults", "none,kill_60", "--repetitions", "1")
+    undisturbed = ["0_none_default", "0_none_optuna", "0_none_optuna"]
+    assert begun == [*undisturbed, "0_kill_60_optuna", "0_kill_60_default"]
+    assert [row["changed"] for row in rows] == [None, None, 0, 0]
+    assert [row["slowdown"] for row in rows] == [None, None, 1.0, 1.0]
+    assert json.loads(output.read_text())["runs"] == rows
+    with pytest.raises(ValueError, match="another machine"):
+        run("elsewhere", "--faults", "none", machine="another")
 
 
 def test_faults_are_named_with_their_seconds() -> None:
