@@ -229,18 +229,31 @@ def test_two_trials_at_once_give_the_same_as_one(
 
 
 def test_finite_space_is_drawn_once_and_then_ends(
-    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three configurations, five wanted: each is run once, and the search says why it ends."""
+    """Three configurations, five wanted. What failed is drawn again by the next command only."""
     space = tmp_path / "space.json"
     space.write_text('{"pooling": {"choices": ["avg", "gem", "attention"]}}')
     numbers = ("learning_rate", "weight_decay", "label_smoothing", "dropout")
     pinned = [f"{name}=0.01" for name in numbers]
     pinned += ["augment_geometry=1", "augment_photometry=1", "mixup=false"]
     flags = [word for value in pinned for word in ("--fix", value)]
+    directory = tmp_path / "c"
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "raise_error"}))
     assert run("--space", str(space), *flags, n_trials="5") == 0
-    assert sorted(p["pooling"] for p in params_of(tmp_path / "c")) == ["attention", "avg", "gem"]
-    assert "the space is exhausted" in capfd.readouterr().out
+    drawn = [p["pooling"] for p in params_of(directory)]
+    assert sorted(drawn) == ["attention", "avg", "gem"]
+    printed = capfd.readouterr().out
+    assert "the space is exhausted: 3 configurations and no other" in printed
+    assert "3 of 5 trials still missing: the same command runs them." in printed
+
+    monkeypatch.setattr(runner_module, "ChildProcess", RealChild)
+    assert run("--space", str(space), *flags, n_trials="5") == 0
+    assert [p["pooling"] for p in params_of(directory)] == [*drawn, drawn[1]]
+    assert [state for _, state, _ in trials_of(directory)][1:] == ["FAIL", "COMPLETE", "COMPLETE"]
+    printed = capfd.readouterr().out
+    assert "the space is exhausted" in printed
+    assert "2 of 5 trials still missing, but the space has no other configuration" in printed
 
 
 # ------------------------------------------------------------------------------- faults in a trial

@@ -188,7 +188,14 @@ def closing_lines(
         f"  trial {row.number} failed: {one_line(row.attributes['failure'], 160)}"
         for row in failed[-3:]
     ]
+    exhausted = exhausted and not any(is_worth_a_new_start(row, rows) for row in failed)
     return [*lines, next_line(count_complete(rows), n_trials, exhausted, active)]
+
+
+def is_worth_a_new_start(failed: Row, rows: Sequence[Row]) -> bool:
+    """Tell whether no trial has come to its end with the hyperparameters of one that failed."""
+    ended = (row for row in rows if row.state in ("COMPLETE", "PRUNED"))
+    return all(row.params != failed.params for row in ended)
 
 
 def next_line(complete: int, n_trials: int, exhausted: bool, active: bool) -> str:

@@ -22,6 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from writer_search.common.errors import UserError
+from writer_search.common.text import counted
 from writer_search.config import COHOG, TrialConfig
 from writer_search.space import Space, first_trials, suggest
 
@@ -67,11 +68,15 @@ def make_pruner(name: str, epochs: int) -> BasePruner:
 
 @dataclass
 class Draws:
-    """What was drawn so far: the last draw's number, and the hyperparameters, as text."""
+    """What was drawn so far: the last draw's number, and the hyperparameters, as text.
 
+    first: number of the first trial of this run.
+    """
+
+    first: int = 0
     last: int = -1
     taken: set[str] = field(default_factory=set)
-    tried: set[str] = field(default_factory=set)  # of these, by trials that were not interrupted
+    tried: set[str] = field(default_factory=set)  # of these, what is not worth a new start
 
     def add(self, trial: FrozenTrial) -> None:
         attributes = trial.user_attrs
@@ -80,12 +85,14 @@ class Draws:
             return
         key = params_key(trial.params)
         self.taken.add(key)
-        # An end takes two steps: one that is noted as interrupted may still be running.
-        if not (attributes.get("interrupted") and trial.state.is_finished()):
+        # An end takes two steps: one that is noted as interrupted may still be running. And what
+        # failed in an earlier run may have been mended since: a full disk, a broken GPU.
+        interrupted = attributes.get("interrupted") and trial.state.is_finished()
+        if not (interrupted or (trial.state == TrialState.FAIL and trial.number < self.first)):
             self.tried.add(key)
 
     def copy(self) -> Draws:
-        return Draws(self.last, set(self.taken), set(self.tried))
+        return Draws(self.first, self.last, set(self.taken), set(self.tried))
 
 
 class Drawer:
@@ -102,7 +109,7 @@ class Drawer:
         # Of the finished trials, which never change again; a draw looks at the other ones only.
         self._finished: set[int] = set()
         self._settled = 0  # so many of the first trials have finished
-        self._draws = Draws()
+        self._draws: Draws | None = None
 
     def ask(self, study: optuna.Study) -> Trial:
         """Start the next trial: one that waits in the study, or a new draw.
@@ -123,8 +130,8 @@ class Drawer:
         The sampler is made afresh from (seed, draws so far, attempt): one that was seeded once
         would repeat its draws after each restart.
         """
-        unfinished = self._learn(trials)
-        draws = self._draws.copy()
+        known, unfinished = self._learn(trials)
+        draws = known.copy()
         for trial in unfinished:
             draws.add(trial)
         number, taken = draws.last + 1, draws.taken
@@ -133,7 +140,7 @@ class Drawer:
         try:
             for attempt in range(2 * REDRAWS):
                 drawn = self._draw(number, attempt)
-                # Where a finite space has nothing else, what was interrupted is worth a new start.
+                # Where a finite space has nothing else, what has no value may get a new start.
                 if params_key(drawn.params) not in (taken if attempt < REDRAWS else draws.tried):
                     seed = _seed(self._seed, number, 0, *self._salt)
                     return create_trial(
@@ -145,13 +152,15 @@ class Drawer:
         finally:
             for placeholder in placeholders:
                 self._memory.tell(placeholder, state=TrialState.FAIL)  # samplers pass over these
-        raise SpaceExhaustedError(f"{len(taken)} different configurations were drawn")
+        raise SpaceExhaustedError(f"{counted(len(taken), 'configuration')} and no other")
 
-    def _learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Take in the trials that have finished since the last draw; returns the unfinished ones.
+    def _learn(self, trials: Sequence[FrozenTrial]) -> tuple[Draws, list[FrozenTrial]]:
+        """Take in the trials that have finished since the last draw.
 
-        trials: all of the study, by number.
+        trials: all of the study, by number. Returns the finished ones' draws, and the unfinished.
         """
+        if self._draws is None:
+            self._draws = Draws(first=len(trials))
         later = trials[self._settled :]
         finished = [t for t in later if t.state.is_finished() and t.number not in self._finished]
         self._add_to_memory(finished)
@@ -160,7 +169,7 @@ class Drawer:
             self._draws.add(trial)
         unfinished = [trial for trial in later if not trial.state.is_finished()]
         self._settled = unfinished[0].number if unfinished else len(trials)
-        return unfinished
+        return self._draws, unfinished
 
     def _add_to_memory(self, trials: Sequence[FrozenTrial]) -> list[int]:
         """Copy what samplers look at into the study in memory; returns the trials' numbers there.

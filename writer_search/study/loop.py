@@ -137,7 +137,7 @@ class Search:
             trial = self.supply.next()
         except SpaceExhaustedError as error:
             self.exhausted = True
-            self.progress.line(f"the space is exhausted: {error}, all of them different")
+            self.progress.line(f"the space is exhausted: {error}")
             return
         if trial is None:
             return

@@ -214,11 +214,11 @@ def _is_taken(mine: FrozenTrial, smaller: Sequence[FrozenTrial], known: int) -> 
     others = [t for t in smaller if not is_surplus(t) and t.state != TrialState.WAITING]
     if continued is not None:
         return any(trial.user_attrs.get("continues") == continued for trial in others)
-    # Of the known ones an interrupted one may have the same, where a finite space has no others.
+    # Of the known ones one without a value may have the same, where a finite space has no others.
     key = params_key(mine.params)
     return any(
         params_key(trial.params) == key
-        and not (trial.number < known and trial.user_attrs.get("interrupted"))
+        and not (trial.number < known and trial.state == TrialState.FAIL)
         for trial in others
     )
 
