@@ -25,9 +25,9 @@ from writer_search.common.locks import DirectoryLock, SharedLock, holder_is_dead
 from writer_search.flags import STUDY_NAME
 from writer_search.processes.parent import TrialProcesses
 from writer_search.results.rows import rows_of, trial_dir
-from writer_search.space import default_space
+from writer_search.space import default_space, narrow
 from writer_search.study import loop as loop_module
-from writer_search.study.draws import Drawer, params_key
+from writer_search.study.draws import Drawer, SpaceExhaustedError, params_key
 from writer_search.study.shared import fleet as fleet_module
 from writer_search.study.shared import storage as storage_module
 from writer_search.study.shared import supply as shared_supply
@@ -66,7 +66,8 @@ def member(memory: InMemoryStorage, tmp_path: Path) -> Member:
 
     def make(n_trials: int, **more: Any) -> Fleet:
         study = optuna.load_study(study_name=STUDY_NAME, storage=more.pop("storage", memory))
-        drawer = Drawer(default_space("cpu", False), "random", 0, salt=[next(salts)])
+        space = more.pop("space", default_space("cpu", False))
+        drawer = Drawer(space, "random", 0, salt=[next(salts)])
         return Fleet(study, drawer, n_trials, tmp_path, **more)
 
     return make
@@ -148,6 +149,32 @@ def test_same_draw_of_a_search_that_is_interrupted_meanwhile_is_drawn_again(
 
     first_lets(meanwhile, a, monkeypatch)
     claims_another_draw(a)
+
+
+def test_what_failed_in_an_earlier_run_is_drawn_again_where_there_is_nothing_else(
+    member: Member,
+) -> None:
+    """By one search that has begun since, and not by the one in which it failed."""
+    numbers = ("learning_rate", "weight_decay", "label_smoothing", "dropout")
+    fix = dict.fromkeys(numbers, 0.01) | {"augment_geometry": 1.0, "augment_photometry": 1.0}
+    pooling = {"pooling": {"choices": ["avg", "gem"]}}
+    space = narrow(
+        default_space("cpu", False), {**fix, "backbone": "tiny", "mixup": False}, pooling
+    )
+    a = member(4, space=space)
+    failed = a.claim()
+    tell(a, failed, TrialState.FAIL)
+    tell(a, a.claim(), TrialState.COMPLETE)
+    with pytest.raises(SpaceExhaustedError):
+        a.claim()
+    b, c = member(4, space=space), member(4, space=space)
+    again = b.claim()
+    assert failed is not None
+    assert again is not None
+    assert again.params == failed.params
+    for other in (a, c):
+        with pytest.raises(SpaceExhaustedError):
+            other.claim()
 
 
 def test_place_of_a_trial_interrupted_meanwhile_is_its_continuation_s(
