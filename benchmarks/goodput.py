@@ -40,7 +40,7 @@ from benchmarks.contestants.job import LEARNING_RATES, Job
 from benchmarks.contestants.runs import Run
 from benchmarks.first_minutes import make_link
 from data import find_lines
-from writer_search.common.files import write_json
+from writer_search.common.files import read_json, write_json
 
 About = dict[str, Any]  # machine, versions, settings
 
@@ -146,11 +146,13 @@ def earlier_runs(output: Path | None, about: About) -> list[dict[str, Any]]:
     """Give the runs of an earlier command. Raises ValueError where they compare with no others."""
     if output is None or not output.exists():
         return []
-    found = json.loads(output.read_text())
-    about["versions"] = found["versions"] | about["versions"]
-    for name, now in about.items():
-        if now != (now | found[name] if name == "versions" else found[name]):
+    found = read_json(output)
+    here = {**about, "versions": found["versions"] | about["versions"]}
+    there = {**found, "versions": about["versions"] | found["versions"]}
+    for name in about:
+        if here[name] != there[name]:
             raise ValueError(f"{output} has another {name}: give another file")
+    about |= here
     return list(found["runs"])
 
 
@@ -225,7 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         linked = link_some_lines(root, place / "lines", args.lines)
         rates = LEARNING_RATES[: args.configurations]
         job = Job(args.epochs, str(place / "lines"), str(place / "cache"), learning_rates=rates)
-        decoded(place / "lines", place / "cache", job.line_height)
         settings = {
             **{"configurations": len(rates), "epochs": args.epochs, "lines": args.lines},
             **{"training_lines": linked, "steps": max(1, linked // job.config(0).batch_size)},
@@ -237,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: --output: {error}", file=sys.stderr)
             return 2
+        decoded(place / "lines", place / "cache", job.line_height)
         run_all(args, able, job, place, about, rows)
     print(about["machine"])
     tell(rows)

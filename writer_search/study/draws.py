@@ -68,17 +68,14 @@ def make_pruner(name: str, epochs: int) -> BasePruner:
 
 @dataclass
 class Draws:
-    """What was drawn so far: the last draw's number, and the hyperparameters, as text.
+    """What was drawn so far: the last draw's number, and the hyperparameters, as text."""
 
-    first: number of the first trial of this run.
-    """
-
-    first: int = 0
     last: int = -1
     taken: set[str] = field(default_factory=set)
     tried: set[str] = field(default_factory=set)  # of these, what is not worth a new start
 
-    def add(self, trial: FrozenTrial) -> None:
+    def add(self, trial: FrozenTrial, first: int) -> None:
+        """Add a trial.   first: number of the first trial of this run"""
         attributes = trial.user_attrs
         self.last = max(self.last, attributes.get("draw", -1))
         if attributes.get("surplus"):
@@ -88,11 +85,11 @@ class Draws:
         # An end takes two steps: one that is noted as interrupted may still be running. And what
         # failed in an earlier run may have been mended since: a full disk, a broken GPU.
         interrupted = attributes.get("interrupted") and trial.state.is_finished()
-        if not (interrupted or (trial.state == TrialState.FAIL and trial.number < self.first)):
+        if not (interrupted or (trial.state == TrialState.FAIL and trial.number < first)):
             self.tried.add(key)
 
     def copy(self) -> Draws:
-        return Draws(self.first, self.last, set(self.taken), set(self.tried))
+        return Draws(self.last, set(self.taken), set(self.tried))
 
 
 class Drawer:
@@ -109,7 +106,8 @@ class Drawer:
         # Of the finished trials, which never change again; a draw looks at the other ones only.
         self._finished: set[int] = set()
         self._settled = 0  # so many of the first trials have finished
-        self._draws: Draws | None = None
+        self._draws = Draws()
+        self.first = 0  # trials from this number on are of this run; its supply says so
 
     def ask(self, study: optuna.Study) -> Trial:
         """Start the next trial: one that waits in the study, or a new draw.
@@ -130,10 +128,10 @@ class Drawer:
         The sampler is made afresh from (seed, draws so far, attempt): one that was seeded once
         would repeat its draws after each restart.
         """
-        known, unfinished = self._learn(trials)
-        draws = known.copy()
+        unfinished = self._learn(trials)
+        draws = self._draws.copy()
         for trial in unfinished:
-            draws.add(trial)
+            draws.add(trial, self.first)
         number, taken = draws.last + 1, draws.taken
         running = [trial for trial in unfinished if trial.state == TrialState.RUNNING]
         placeholders = self._add_to_memory(running)  # TPE keeps away from them
@@ -154,22 +152,20 @@ class Drawer:
                 self._memory.tell(placeholder, state=TrialState.FAIL)  # samplers pass over these
         raise SpaceExhaustedError(f"{counted(len(taken), 'configuration')} and no other")
 
-    def _learn(self, trials: Sequence[FrozenTrial]) -> tuple[Draws, list[FrozenTrial]]:
-        """Take in the trials that have finished since the last draw.
+    def _learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Take in the trials that have finished since the last draw; returns the unfinished ones.
 
-        trials: all of the study, by number. Returns the finished ones' draws, and the unfinished.
+        trials: all of the study, by number.
         """
-        if self._draws is None:
-            self._draws = Draws(first=len(trials))
         later = trials[self._settled :]
         finished = [t for t in later if t.state.is_finished() and t.number not in self._finished]
         self._add_to_memory(finished)
         self._finished.update(trial.number for trial in finished)
         for trial in finished:
-            self._draws.add(trial)
+            self._draws.add(trial, self.first)
         unfinished = [trial for trial in later if not trial.state.is_finished()]
         self._settled = unfinished[0].number if unfinished else len(trials)
-        return self._draws, unfinished
+        return unfinished
 
     def _add_to_memory(self, trials: Sequence[FrozenTrial]) -> list[int]:
         """Copy what samplers look at into the study in memory; returns the trials' numbers there.

@@ -62,6 +62,7 @@ class LocalSupply:
     def __init__(self, study: optuna.Study, plan: Plan) -> None:
         self.study = study
         self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
+        self.drawer.first = len(study.get_trials(deepcopy=False))
         self.room = max(0, plan.n_trials - count_complete(self.rows()))
 
     def next(self) -> Trial | None:

@@ -55,6 +55,7 @@ class Fleet:
         trials = self.trials()
         complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
         self.first, self.allowed = len(trials), max(0, self.n_trials - complete)
+        self.drawer.first = self.first
 
     def trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
