@@ -144,15 +144,17 @@ def describe_machine(gpus: str = "") -> str:
     processor = platform.processor() or platform.machine()
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    if not gpus:
-        import torch
+    import torch
 
+    if not gpus:
         gpus = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     gpu = f", {gpus}" if gpus else ""
+    instructions = torch.backends.cpu.get_cpu_capability()  # type: ignore[no-untyped-call]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "numpy"))
     cores = len(os.sched_getaffinity(0))
     python = platform.python_version()
-    return f"{cores} cores of {(names or [processor])[0]}{gpu}; Python {python}, {packages}"
+    name = (names or [processor])[0]
+    return f"{cores} cores of {name} ({instructions}){gpu}; Python {python}, {packages}"
 
 
 def memory_mib(kind: str = "VmRSS") -> float:
