@@ -94,7 +94,7 @@ class Fleet:
             # that was on its way, after which there is none.
             is_new = "continues" not in mine.user_attrs
             passes_over = is_new and self._to_continue(smaller) is not None
-            is_taken = _is_taken(mine, smaller, known)
+            is_taken = _is_taken(mine, smaller[known:])
             if self.room(smaller) and not is_taken and not passes_over:
                 return Trial(self.study, mine._trial_id)  # no public way to a trial that runs
             self._withdraw(mine)
@@ -206,22 +206,17 @@ def _is_live(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.RUNNING) and not is_surplus(trial)
 
 
-def _is_taken(mine: FrozenTrial, smaller: Sequence[FrozenTrial], known: int) -> bool:
-    """Tell whether another search has started the same before.
+def _is_taken(mine: FrozenTrial, meanwhile: Sequence[FrozenTrial]) -> bool:
+    """Tell whether another search has started the same since the choice of this one.
 
-    known: the first trials, that the choice of this one took into account.
+    meanwhile: the trials that the choice could not take into account.
     """
     continued = mine.user_attrs.get("continues")
-    others = [t for t in smaller if not is_surplus(t) and t.state != TrialState.WAITING]
+    others = [t for t in meanwhile if not is_surplus(t) and t.state != TrialState.WAITING]
     if continued is not None:
         return any(trial.user_attrs.get("continues") == continued for trial in others)
-    # Of the known ones one without a value may have the same, where a finite space has no others.
     key = params_key(mine.params)
-    return any(
-        params_key(trial.params) == key
-        and not (trial.number < known and trial.state == TrialState.FAIL)
-        for trial in others
-    )
+    return any(params_key(trial.params) == key for trial in others)
 
 
 def _died_here(trial: FrozenTrial) -> bool:
