@@ -21,7 +21,12 @@ LABEL, GAP = 18, 6  # pixels
 
 
 def draw_lines(summary: Path, data: LineSet) -> None:
-    """Write lines.png into a directory. Failing to costs no search: it is told in a warning."""
+    """Write lines.png into a directory. Failing to costs no search: it is told in a warning.
+
+    A search that goes on has the same lines, and their picture.
+    """
+    if (summary / "lines.png").exists():
+        return
     try:
         picture = lines_picture(data, data.writers[:FIRST_WRITERS])
         write_whole(summary / "lines.png", partial(picture.save, format="PNG"))
