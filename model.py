@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from writer_search.config import COHOG, TrialConfig
 from writer_search.descriptor import CoHOG
@@ -28,12 +26,39 @@ CONNECT_SECONDS = 8.0  # a machine without network is noticed within this time
 # ------------------------------------------------------------------------------------ backbones
 
 
-def _resnet_features(network: ResNet) -> tuple[nn.Module, int]:
+def _resnet_features(network: Any) -> tuple[nn.Module, int]:
     parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     channels = network.layer4[-1].bn2.num_features
     if hasattr(network.layer4[-1], "bn3"):
         channels = network.layer4[-1].bn3.num_features
     return nn.Sequential(*[getattr(network, part) for part in parts]), channels
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions of 3 x 3 and what is added to them. After He et al. 2016, fig. 2.
+
+    (batch, channels, height, width) to (batch, outputs, height / stride, width / stride). The same
+    as torchvision's BasicBlock, names of parameters included; but to import torchvision takes two
+    seconds, which a search would wait for at each of its starts.
+    """
+
+    def __init__(
+        self, channels: int, outputs: int, stride: int = 1, downsample: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = downsample
+
+    def forward(self, images: Tensor) -> Tensor:
+        shortcut = images if self.downsample is None else self.downsample(images)
+        inner = self.relu(self.bn1(self.conv1(images)))
+        outputs: Tensor = self.bn2(self.conv2(inner))
+        outputs += shortcut
+        return F.relu(outputs, inplace=True)
 
 
 def _thin(pretrained: bool) -> tuple[nn.Module, int]:
@@ -56,7 +81,10 @@ def _thin(pretrained: bool) -> tuple[nn.Module, int]:
             shortcut = nn.Sequential(
                 nn.Conv2d(channels, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
-        layers += [BasicBlock(channels, outputs, stride, shortcut), BasicBlock(outputs, outputs)]
+        layers += [
+            ResidualBlock(channels, outputs, stride, shortcut),
+            ResidualBlock(outputs, outputs),
+        ]
     for module in nn.Sequential(*layers).modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -96,6 +124,8 @@ def _out_channels(layer: nn.Module) -> int:
 
 
 def _torchvision(name: str, pretrained: bool) -> Any:
+    import torchvision
+
     return torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
 
 
@@ -386,6 +416,8 @@ def ensure_imagenet_weights(backbone: str) -> None:
 
     Raises WeightsUnavailableError, within some ten seconds where there is no network.
     """
+    import torchvision
+
     enum = torchvision.models.get_model_weights(backbone)
     url: str = enum.DEFAULT.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name

@@ -34,7 +34,7 @@ def _one_thread() -> None:
 def _storages_are_imported_once() -> None:
     """Optuna loads twenty files of migrations for each storage: half of a small search's time."""
     alembic.util.load_python_file = cache(alembic.util.load_python_file)
-    store.import_storages = cache(store.import_storages)
+    store.warm_up_storages = cache(store.warm_up_storages)
 
 
 @pytest.fixture(autouse=True, scope="session")

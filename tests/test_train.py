@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from writer_search.training.checkpoints import CheckpointMismatchError, load_che
 from writer_search.training.evaluation import evaluate, line_logits
 from writer_search.training.metrics import Metrics, compute_metrics
 from writer_search.training.optimisation import (
+    AdamW,
     TensorPairs,
     build_model,
     build_optimizer,
@@ -38,6 +41,7 @@ from writer_search.training.ranks import Ranks
 from writer_search.training.state import TrainingState
 
 CPU = torch.device("cpu")
+ROOT = Path(train_module.__file__).parent
 
 
 def changed(config: TrialConfig, **values: Any) -> TrialConfig:
@@ -143,6 +147,41 @@ def test_rates_and_decay_reach_the_optimiser(config: TrialConfig) -> None:
         assert group["weight_decay"] == (0.07 if is_matrix else 0.0)
     trained = [p for group in pretrained.param_groups for p in group["params"]]
     assert len(trained) == len(list(model.parameters()))
+
+
+def test_the_optimiser_is_torch_s(config: TrialConfig) -> None:
+    after = []
+    for optimizer_class in (torch.optim.AdamW, AdamW):
+        model = build_model(config, 4)
+        optimizer = optimizer_class(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.full((2, 1, 16, 32), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+            if step == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+        after.append([*model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*after, strict=True))
+    assert not any(
+        torch.equal(*pair)
+        for pair in zip(build_model(config, 4).parameters(), after[1], strict=True)
+    )
+
+
+def test_own_networks_train_without_what_takes_seconds_to_import() -> None:
+    code = (
+        "import sys, torch, train\n"
+        "from writer_search.config import TrialConfig\n"
+        "from writer_search.training.state import TrainingState\n"
+        "config = TrialConfig(backbone='resnet_thin', seed=0, epochs=1, patience=1, precision='float32')\n"
+        "state = TrainingState.start(config, 3, torch.device('cpu'))\n"
+        "labels = torch.arange(2)\n"
+        "train.training_step(state, config, torch.randn(2, 1, 16, 64), labels)\n"
+        "state.load(state.contents())\n"
+        "print(*sorted({'torchvision', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.stdout.strip(), ran.stderr) == ("", "")
 
 
 def test_smoothing_margin_and_scale_reach_the_loss(config: TrialConfig) -> None:

@@ -35,9 +35,10 @@ FORK_FAILED = 100  # the server's exit code where it could not fork, and the num
 _context = get_context("forkserver")
 
 
-def start_fork_server() -> None:
+def start_fork_server(needs_torchvision: bool = True) -> None:
     """Start the fork server where none runs; it imports torch meanwhile, this returns at once.
 
+    needs_torchvision: whether trials need it; it is imported later, while the first of them runs.
     Raises OSError.
     """
     _leave_unreachable_server()
@@ -52,6 +53,7 @@ def start_fork_server() -> None:
         # Not from the working directory, which may hold a data.py or a train.py of the user's own.
         PYTHONSAFEPATH="1",
         SEARCH_PID=str(os.getpid()),
+        NEEDS_TORCHVISION="1" if needs_torchvision else "",
         **training_environment(os.environ),
     ):
         with _shielded():

@@ -6,11 +6,11 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torchvision
 
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
 from writer_search.common.errors import UserError, why
@@ -73,7 +73,7 @@ def _describe_machine(
         "versions": {
             # Plain text: the search process would import torch to read a TorchVersion.
             "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__),
+            "torchvision": version("torchvision"),
             "cuda": torch.version.cuda if gpus else None,
         },
     }

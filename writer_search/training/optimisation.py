@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,18 @@ def build_model(config: TrialConfig, num_writers: int) -> WriterModel:
     return WriterModel.of(config, num_writers).to(memory_format=torch.channels_last)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without torch's compiler, which its methods import so as not to be compiled.
+
+    That takes two seconds, for which every search would wait. Nothing here is compiled.
+    """
+
+
+for _name, _method in inspect.getmembers(torch.optim.AdamW, inspect.isfunction):
+    if hasattr(_method, "__wrapped__"):
+        setattr(AdamW, _name, torch.no_grad()(inspect.unwrap(_method)))
+
+
 def build_optimizer(config: TrialConfig, model: WriterModel) -> torch.optim.Optimizer:
     """AdamW; no weight decay on norms and biases; pretrained layers learn more slowly."""
     head = {id(p) for p in model.head_parameters()}
@@ -39,7 +52,7 @@ def build_optimizer(config: TrialConfig, model: WriterModel) -> torch.optim.Opti
         key = (id(parameter) in head, parameter.ndim > 1)
         groups.setdefault(key, []).append(parameter)
     multiplier = config.backbone_lr_mult if config.pretrained else 1.0
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {
                 "params": parameters,

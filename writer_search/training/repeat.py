@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from data import LineSet, find_lines, load_lines
 from model import WeightsUnavailableError, ensure_imagenet_weights
@@ -290,7 +290,7 @@ def describe(
         "device_names": [torch.cuda.get_device_name(device)] if on_gpu else [],
         "versions": {
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),
             "cuda": torch.version.cuda if on_gpu else None,
         },
     }
