@@ -256,6 +256,32 @@ def test_finite_space_is_drawn_once_and_then_ends(
     assert "2 of 5 trials still missing, but the space has no other configuration" in printed
 
 
+@pytest.mark.parametrize(
+    ("choices", "told"), [(["tiny", "cohog"], []), (["tiny", "resnet18"], ["it trains"])]
+)
+def test_torchvision_is_imported_for_later_trials_once_the_first_one_trains(
+    lines_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choices: list[str],
+    told: list[str],
+) -> None:
+    """Once, at its first batch; the program's own backbones do without."""
+    space = tmp_path / "space.json"
+    space.write_text(json.dumps({"backbone": {"choices": choices}}))
+    noted: list[str] = []
+    directory = tmp_path / "c"
+
+    def note() -> None:
+        noted.append("it trains" if (directory / "trial_000" / "train.log").exists() else "early")
+
+    monkeypatch.setattr(loop_module, "preload_torchvision", note)
+    argv = arguments(lines_root, directory, "--space", str(space), n_trials="1")
+    place = argv.index("backbone=tiny")
+    assert main(argv[: place - 1] + argv[place + 1 :]) == 0
+    assert noted == told
+
+
 # ------------------------------------------------------------------------------- faults in a trial
 
 

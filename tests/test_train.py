@@ -173,7 +173,7 @@ def test_own_networks_train_without_what_takes_seconds_to_import() -> None:
         "import sys, torch, train\n"
         "from writer_search.config import TrialConfig\n"
         "from writer_search.training.state import TrainingState\n"
-        "config = TrialConfig(backbone='resnet_thin', seed=0, epochs=1, patience=1, precision='float32')\n"
+        "config = TrialConfig(backbone='resnet_thin', seed=0, epochs=1, patience=1)\n"
         "state = TrainingState.start(config, 3, torch.device('cpu'))\n"
         "labels = torch.arange(2)\n"
         "train.training_step(state, config, torch.randn(2, 1, 16, 64), labels)\n"

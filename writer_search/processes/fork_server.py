@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from multiprocessing import current_process, forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.spawn import get_executable
+from multiprocessing.spawn import get_executable, get_preparation_data
 from multiprocessing.util import is_abstract_socket_namespace
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,16 @@ FOR_THE_SEARCH = (
 
 
 SESSION_TRIES = 10  # to weigh a session
+IMPORT_TORCHVISION = signal.SIGALRM  # to the server
 FORK_FAILED = 100  # the server's exit code where it could not fork, and the number of the error
 
 
 _context = get_context("forkserver")
 
 
-def start_fork_server(needs_torchvision: bool = True) -> None:
+def start_fork_server() -> None:
     """Start the fork server where none runs; it imports torch meanwhile, this returns at once.
 
-    needs_torchvision: whether trials need it; it is imported later, while the first of them runs.
     Raises OSError.
     """
     _leave_unreachable_server()
@@ -53,13 +53,30 @@ def start_fork_server(needs_torchvision: bool = True) -> None:
         # Not from the working directory, which may hold a data.py or a train.py of the user's own.
         PYTHONSAFEPATH="1",
         SEARCH_PID=str(os.getpid()),
-        NEEDS_TORCHVISION="1" if needs_torchvision else "",
+        SEARCH_MAIN=_command_file(),
         **training_environment(os.environ),
     ):
         with _shielded():
             resource_tracker.ensure_running()
         with _shielded(), in_some_directory():  # again: the tracker's start lifts it from some
             forkserver.ensure_running()
+
+
+def _command_file() -> str:
+    """Give the file that each child would run, as multiprocessing has it."""
+    with in_some_directory():
+        return str(get_preparation_data("").get("init_main_from_path", ""))
+
+
+def preload_torchvision() -> None:
+    """Let the server import torchvision for trials to come; this returns at once.
+
+    It starts no other process meanwhile: to be called when the trials that can run do.
+    """
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is not None:
+        with contextlib.suppress(ProcessLookupError):  # the next one does without
+            os.kill(server, IMPORT_TORCHVISION)
 
 
 def _require_interpreter() -> None:

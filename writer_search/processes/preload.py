@@ -6,6 +6,8 @@ import gc
 import os
 import signal
 
+import __main__
+
 # What is imported stays: to look for garbage in it meanwhile takes a tenth of the time.
 gc.disable()
 
@@ -20,40 +22,39 @@ if os.environ.get("SEARCH_PID") != str(os.getppid()):
 # its trials. A fork server that died of it would take the news of its children's ends along.
 os.setsid()
 
-from writer_search.processes.fork_server import FORK_FAILED  # noqa: E402
+from writer_search.processes.fork_server import FORK_FAILED, IMPORT_TORCHVISION  # noqa: E402
 
 # What keeps the server from forking has to be told: it would die with a traceback.
 SERVER, real_fork = os.getpid(), os.fork
-CALM_SECONDS = 2.0  # after a fork; the first is of a question, and a trial's comes soon after
 
 
 def fork_or_tell() -> int:
     """Fork; where the server itself cannot, let it end with the error as its exit code."""
-    is_server = os.getpid() == SERVER
     try:
-        child = real_fork()
+        return real_fork()
     except OSError as error:
-        if is_server:
+        if os.getpid() == SERVER:
             os._exit(FORK_FAILED + (error.errno or 0))
         raise
-    if is_server and child and os.environ.get("NEEDS_TORCHVISION"):
-        signal.setitimer(signal.ITIMER_REAL, CALM_SECONDS)
-    return child
 
 
 def import_torchvision(*_: object) -> None:
-    """Import what most networks need, for trials to come.
+    """Import it for trials to come, when the search says so.
 
-    It takes two seconds more than torch: the first trial begins without, or imports it itself.
+    With torch it would take two seconds more, for which the first trial would wait.
     """
     with contextlib.suppress(Exception):  # to be told by the trial that needs it
         import torchvision  # noqa: F401
 
 
 os.fork = fork_or_tell
-signal.signal(signal.SIGALRM, import_torchvision)
+signal.signal(IMPORT_TORCHVISION, import_torchvision)
 
 from writer_search.processes import child  # noqa: E402, F401  (with torch; touches no device)
+
+# Each child would run the command's file anew, for a tenth of a second: nothing there is for it.
+if command := os.environ.get("SEARCH_MAIN"):
+    __main__.__file__ = command
 
 gc.freeze()
 gc.enable()

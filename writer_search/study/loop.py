@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import connection
@@ -18,7 +19,9 @@ from writer_search.common.errors import UserError
 from writer_search.common.place import spare_files
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
+from writer_search.config import BACKBONES
 from writer_search.processes.causes import Cause, Kind, by_signal, of_error
+from writer_search.processes.fork_server import preload_torchvision
 from writer_search.processes.messages import CONTINUE, PRUNE, STOP
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Runner
@@ -28,6 +31,7 @@ from writer_search.results.page.snapshot import CONFIRMING, Standing
 from writer_search.results.progress import Progress
 from writer_search.results.report import ReportPage
 from writer_search.results.rows import Row, count_complete, has_saved, trial_dir
+from writer_search.space import backbones_of
 from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_epochs
 from writer_search.study.outlook import Outlook
 from writer_search.study.recorder import Recorder
@@ -36,6 +40,23 @@ from writer_search.study.supplies import RecordedElsewhereError, Supply
 from writer_search.study.unfinished import checkpoint_to_continue
 
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
+
+
+class Preload:
+    """Lets torchvision be imported for later trials while the first one trains.
+
+    Or at once, where all need it. What is not the program's own has published weights.
+    """
+
+    def __init__(self, backbones: Sequence[str]) -> None:
+        needs = [BACKBONES[name] for name in backbones]
+        self._is_due, self._is_needed_now = any(needs), all(needs)
+
+    def look(self, running: Iterable[RunningTrial]) -> None:
+        trains = any(trial.begun < math.inf for trial in running)
+        if self._is_due and (trains or self._is_needed_now):
+            self._is_due = False
+            preload_torchvision()
 
 
 @dataclass
@@ -62,6 +83,7 @@ class Search:
         self.runner = Runner(plan, self.progress, partial(write_config, plan))
         self.recorder = Recorder(plan, self.supply, rows, self.progress, self.events, self.page)
         self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
+        self.preload = Preload(backbones_of(plan.space))
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
 
     @property
@@ -97,6 +119,7 @@ class Search:
 
     def loop(self) -> None:
         while True:
+            self.preload.look(self.runner.running.values())
             while self.may_start():
                 self.start_next()
             if not self.runner.running and (self.is_over() or self.supply.is_done()):
@@ -125,7 +148,7 @@ class Search:
 
     def start_next(self) -> None:
         """Start a trial whose GPU had failed on another one, or ask for the next trial."""
-        displaced = self.runner.next_displaced()
+        plan, displaced = self.plan, self.runner.next_displaced()
         if displaced is not None:
             try:
                 self.runner.restart(displaced)
@@ -142,7 +165,6 @@ class Search:
         if trial is None:
             return
         self.progress.start(trial.number)
-        plan = self.plan
         try:
             config = config_of(trial, plan.space, plan.settings, plan.seed)
             directory = trial_dir(plan.checkpoint_dir, trial.number)
@@ -172,9 +194,8 @@ class Search:
 
     def seconds_to_next_deadline(self) -> float:
         soonest = min(self.runner.next_deadline(), self.supply.next_deadline(self.runner.has_room))
-        left = max(0.0, soonest - time.monotonic())
         others = self.page.seconds_to_next(), self.events.seconds_to_next_deadline()
-        return min(LONGEST_WAIT, left, *others)
+        return min(LONGEST_WAIT, max(0.0, soonest - time.monotonic()), *others)
 
     def standing(self) -> Standing:
         """Say how the search stands, for the report."""

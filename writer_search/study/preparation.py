@@ -21,7 +21,7 @@ from writer_search.common.files import read_json
 from writer_search.common.output import live
 from writer_search.common.provenance import provenance
 from writer_search.common.text import counted, one_line
-from writer_search.config import BACKBONES, BEFORE, Choice, Value
+from writer_search.config import BEFORE, Choice, Value
 from writer_search.lines.report import describe_report
 from writer_search.lines.walk import LeftOut
 from writer_search.processes.deadlines import stop_time
@@ -30,7 +30,6 @@ from writer_search.results.rows import DATABASE
 from writer_search.space import (
     BACKBONES_BY_TIER,
     Space,
-    backbones_of,
     default_space,
     narrow,
     networks_of,
@@ -161,16 +160,13 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
     where nothing is, torch is not needed, and takes no time. Raises UserError.
     """
     fix, ranges = parse_fix(args.fix), read_ranges(args.space)
-    # A mistake in --fix or --space is told before torch is there.
-    spaces = [narrow(default_space("cpu", pretrained), fix, ranges) for pretrained in (False, True)]
+    for pretrained in (False, True):  # a mistake in --fix or --space is told before torch is there
+        narrow(default_space("cpu", pretrained), fix, ranges)
     cores = SharedCores()
     if trains:
         from writer_search.processes.fork_server import start_fork_server
 
-        # It imports torch while this process imports Optuna, finds the lines. What is not the
-        # program's own has published weights; in other tiers too, where no backbone is given.
-        backbones = {backbone for space in spaces for backbone in backbones_of(space)}
-        start_fork_server(any(BACKBONES[backbone] for backbone in backbones))
+        start_fork_server()  # it imports torch while this process imports Optuna, finds the lines
     live.begin("importing Optuna")
     from writer_search.processes.test_measurement import require_test_lines
     from writer_search.study.draws import make_sampler
