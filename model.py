@@ -48,14 +48,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = downsample
 
     def forward(self, images: Tensor) -> Tensor:
         shortcut = images if self.downsample is None else self.downsample(images)
-        inner = self.relu(self.bn1(self.conv1(images)))
+        inner = F.relu(self.bn1(self.conv1(images)), inplace=True)
         outputs: Tensor = self.bn2(self.conv2(inner))
         outputs += shortcut
         return F.relu(outputs, inplace=True)

@@ -141,11 +141,11 @@ def shown(value: Any) -> str:
 
 def describe_machine(gpus: str = "") -> str:
     """Say in one line what is measured on. gpus: their names; asked for where none are given."""
+    import torch
+
     processor = platform.processor() or platform.machine()
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    import torch
-
     if not gpus:
         gpus = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     gpu = f", {gpus}" if gpus else ""

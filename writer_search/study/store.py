@@ -29,7 +29,7 @@ class DamagedError(UserError):
 
 def warm_up_storages() -> None:
     """Do what a study takes once, 1.5 s of it, while the fork server imports torch."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage="sqlite://")  # in memory
     study.enqueue_trial({})
     study.ask()

@@ -37,6 +37,7 @@ class AdamW(torch.optim.AdamW):
     """
 
 
+# One of the wrappers also turns gradients off, around `step`.
 for _name, _method in inspect.getmembers(torch.optim.AdamW, inspect.isfunction):
     if hasattr(_method, "__wrapped__"):
         setattr(AdamW, _name, torch.no_grad()(inspect.unwrap(_method)))
