@@ -253,17 +253,13 @@ def test_children_have_the_environment_that_trains_faster() -> None:
     message = child.receive()
     assert child.end() == 0
     assert message is not None
-    assert {"GOMP_SPINCOUNT", "MALLOC_MMAP_MAX_"} < message[1].keys()
+    assert "MALLOC_MMAP_MAX_" in message[1]
     assert environment.training_environment(os.environ).items() <= message[1].items()
 
 
 def test_environment_of_the_user_stands() -> None:
-    wanted = environment.training_environment({})
-    waiting = environment.training_environment({"MALLOC_TRIM_THRESHOLD_": "131072"})
-    memory = environment.training_environment({"OMP_WAIT_POLICY": "active"})
-    assert waiting.keys() == {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-    assert waiting | memory == wanted
-    assert not waiting.keys() & memory.keys()
+    assert environment.training_environment({})
+    assert environment.training_environment({"MALLOC_TRIM_THRESHOLD_": "131072"}) == {}
 
 
 def test_question_ends_with_the_search() -> None:

@@ -34,15 +34,10 @@ def training_environment(given: Mapping[str, str]) -> dict[str, str]:
 
     Only where `given`, the user's environment, says nothing of the same.
     """
-    # A thread without work waits awake for some 0.3 ms, then sleeps. On 2 cores with 2 threads a
-    # small model takes 1.4 times as long with threads that sleep at once, and with threads that
-    # stay awake 2.5 times as long beside one busy process.
-    waiting = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
     # The memory of one step is kept for the next: to have it from the kernel again, page by page,
     # made steps of a ResNet-18 1.04 and of a ResNet-50 1.1 to 1.3 times as long.
     memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    groups = (waiting, memory)
-    return {k: v for own in groups if not own.keys() & given.keys() for k, v in own.items()}
+    return {} if memory.keys() & given.keys() else memory
 
 
 def as_in_a_trial() -> None:
