@@ -183,6 +183,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     is_settled = is_settled and search.has_all and not (last.stop.name or last.recorder.gave_up)
     if args.evaluate_test and is_settled and chosen and published:
         lines += measured_on_test(search, chosen, published)
+    elif args.evaluate_test and not is_settled and search.stop.name is None:
+        lines.append("Not measured on the test lines yet: that follows when nothing is missing.")
     update_page(search, FINISHED if is_settled else STOPPED)
     print("\n".join([RULE, *lines, RULE]))
     if search.stop.name is not None:

@@ -216,7 +216,9 @@ def test_pruned_trials_leave_more_to_do(
     assert run(*flags, n_trials="2") == 99
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE", "PRUNED"]
     assert not (tmp_path / "c" / "summary" / "test_metrics.json").exists()
+    assert "\nNot measured on the test lines yet: " in capfd.readouterr().out
     assert run(*flags, n_trials="2") == 0
+    assert "Not measured" not in capfd.readouterr().out
     assert (tmp_path / "c" / "summary" / "test_metrics.json").exists()
 
 

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from writer_search import demo
 from writer_search.demo import make_lines
+from writer_search.flags import parse_args
+from writer_search.study.preparation import wanted_lines
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -102,3 +105,15 @@ def test_lines_are_grey_images_of_about_the_asked_height(tmp_path: Path, line_he
         assert 350 < image.width * 64 / line_height < 700
         ink_share = np.mean(np.asarray(image) < np.median(image) - 30)
         assert 0.03 < ink_share < 0.4
+
+
+@pytest.mark.parametrize(("flags", "writers"), [((), 3), (("--num_writers_subset", "2"), 2)])
+def test_the_demo_takes_all_of_its_writers_or_the_first(
+    flags: tuple[str, ...], writers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def few_lines(root: Path) -> None:
+        make_lines(root, num_writers=3, pages_per_split={"train": 1, "val": 1}, lines_per_page=1)
+
+    monkeypatch.setattr(demo, "make_lines", few_lines)
+    lines, _ = wanted_lines(parse_args(["--demo", "--checkpoint_dir", str(tmp_path), *flags]))
+    assert len({line.writer for line in lines}) == writers

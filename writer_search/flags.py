@@ -325,7 +325,7 @@ DEMO = {
     "n_trials": 4,
     "epochs": 8,
     "checkpoint_dir": Path("runs/demo"),
-    "use_all_writers": True,
+    "num_writers_subset": None,  # all of them
     "weights": "none",
     "fix": ["backbone=resnet_thin", "batch_size=16"],
 }
