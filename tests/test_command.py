@@ -213,10 +213,17 @@ def test_signal_saves_and_ends(
     assert gone_within(below, 5)
 
 
+def _as_from_a_terminal() -> None:
+    """A script that runs these tests in the background has SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("program", ["hyperparameter_search.py", "train.py"])
 def test_interrupt_during_imports_ends_without_a_traceback(program: str) -> None:
     command = [sys.executable, "-X", "importtime", str(PROGRAM.with_name(program))]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=_as_from_a_terminal
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "argparse" in line:
