@@ -206,13 +206,18 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
     from writer_search.processes import child as worker
     from writer_search.training.checkpoints import Checkpoints, SaveTimes
 
-    save = Checkpoints.save
+    save, end_epoch = Checkpoints.save, Checkpoints.end_epoch
 
     def save_and_wait(files: Checkpoints, contents: Any, **_: Any) -> None:
         save(files, contents, at_once=True)
 
+    def end_and_wait(files: Checkpoints, *more: Any) -> None:
+        end_epoch(files, *more)
+        files.wait()  # no state is saved while the last epoch's files are being written
+
     SaveTimes.is_due = lambda times: True  # type: ignore[method-assign,assignment]
     Checkpoints.save = save_and_wait  # type: ignore[method-assign]
+    Checkpoints.end_epoch = end_and_wait  # type: ignore[method-assign]
 
     def check(line: Any, progress: float) -> None:
         by_cat = job.trial_dir.name == "trial_000" and (job.trial_dir.parent / "cat").exists()
