@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+from faults import faulty
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -23,6 +24,7 @@ from writer_search.common.errors import UserError
 from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock, holder_is_dead
 from writer_search.flags import STUDY_NAME
+from writer_search.processes import runner as runner_module
 from writer_search.processes.parent import TrialProcesses
 from writer_search.results.rows import rows_of, trial_dir
 from writer_search.space import default_space, narrow
@@ -588,6 +590,89 @@ def test_trial_that_another_has_recorded_is_given_up(
     monkeypatch.setattr(loop_module.Search, "hear_report", bury)
     assert command(n_trials="2") == 0
     assert "trial   0 | given up: " in capfd.readouterr().out
+    assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def bury(trial: Any, study: optuna.Study) -> None:
+    """As another search does it."""
+    trial.set_user_attr("interrupted", True)
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
+@pytest.mark.parametrize("ending", ["complete", "continued", "failed", "stopped"])
+def test_trial_that_another_has_recorded_may_end_in_any_way(
+    ending: str,
+    shared: tuple[Run, Flaky],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command, backend = shared
+    hear_end, hear_report = loop_module.Search.hear_end, loop_module.Search.hear_report
+
+    def end(self: Any, running: Any, news: Any) -> None:
+        if running.number == 0:
+            bury(running.trial, self.supply.study)
+            running.begun = 1.0 if ending == "continued" else running.begun
+        hear_end(self, running, news)
+
+    def report(self: Any, running: Any, report: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        hear_report(self, running, report)
+
+    monkeypatch.setattr(loop_module.Search, "hear_end", end)
+    if ending == "failed":
+        monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "raise_error"}))
+    if ending == "stopped":
+        monkeypatch.setattr(loop_module.Search, "hear_report", report)
+    code = command(n_trials="2", epochs="40" if ending == "stopped" else "2")
+    said, problems = capfd.readouterr()
+    assert "trial   0 | given up: " in said
+    assert "Traceback" not in problems
+    if ending == "stopped":
+        assert (code, states_of(backend)) == (143, ["FAIL"])
+    else:
+        assert (code, states_of(backend)) == (0, ["FAIL", "COMPLETE", "COMPLETE"])
+
+
+def test_trial_that_another_has_recorded_may_fail_to_start(
+    shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It was claimed, and the storage was away for long before its process was to start."""
+    command, backend = shared
+    start = runner_module.Runner.start
+
+    def fail_once(self: Any, trial: Any, *more: Any) -> None:
+        if trial.number == 0:
+            bury(trial, trial.study)
+            raise OSError("no process can be started")
+        start(self, trial, *more)
+
+    monkeypatch.setattr(runner_module.Runner, "start", fail_once)
+    assert command(n_trials="2") == 0
+    assert "trial   0 | given up: " in capfd.readouterr().out
+    assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_displaced_trial_that_another_has_recorded_is_given_up(
+    shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its GPU fails, none is left for it, and meanwhile it is taken for dead."""
+    command, backend = shared
+    loop = loop_module.Search.loop
+
+    def displace(self: Any) -> None:
+        self.start_next()
+        (running,) = self.runner.running.values()
+        self.runner.drop(running)
+        self.runner.displaced.append(running)
+        self.supply.study.tell(0, state=TrialState.FAIL)
+        self.stop.name = "SIGTERM"
+
+    monkeypatch.setattr(loop_module.Search, "loop", displace)
+    assert command(n_trials="2") == 143
+    assert "trial   0 | given up: " in capfd.readouterr().out
+    monkeypatch.setattr(loop_module.Search, "loop", loop)
+    assert command(n_trials="2") == 0
     assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
 
 

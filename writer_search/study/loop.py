@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import connection
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from writer_search.common.errors import UserError
@@ -36,7 +37,7 @@ from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_ep
 from writer_search.study.outlook import Outlook
 from writer_search.study.recorder import Recorder
 from writer_search.study.records import finished_value, write_config
-from writer_search.study.supplies import RecordedElsewhereError, Supply
+from writer_search.study.supplies import Supply
 from writer_search.study.unfinished import checkpoint_to_continue
 
 LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
@@ -227,20 +228,20 @@ class Search:
                 self.hear_report(running, news)
             elif news is not None:
                 self.hear_end(running, news)
-        except RecordedElsewhereError:
+        except UpdateFinishedTrialError:
             self.let_go(running)
 
     def let_go(self, running: RunningTrial) -> None:
         """End a trial that another search has taken for dead and recorded."""
         self.runner.drop(running)
-        self.recorder.let_go(running)
+        self.recorder.let_go(running.number)
 
     def hear_report(self, running: RunningTrial, report: Report) -> None:
         """Store an epoch's value and answer whether the trial goes on."""
         epoch, value, config = report.epoch, report.value, running.job.config
         # A pruner compares epochs of training; what was fitted at once stands beside none of them.
         if epoch > running.epoch and not config.is_fitted:
-            self.recorder.report(running.trial, value, epoch)
+            running.trial.report(value, epoch)
         running.note_epoch(report)
         # What is done is not pruned. A pruner goes through all trials, also to say: too early.
         is_judged = not running.is_last_epoch and epoch >= warm_up_epochs(self.plan.epochs)
@@ -270,10 +271,14 @@ class Search:
         self.end_failed(running.trial, ended.cause, running.epoch, running.seconds)
 
     def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:
+        """Record a trial that failed, or was interrupted, and that has no process any more."""
         if self.stop.name is not None and not cause.is_interruption:
             # Once a stop was asked for, whatever ends a trial is part of the stop.
             cause = Cause(Kind.SIGNAL, str(cause), traceback=cause.traceback)
-        self.recorder.end_failed(trial, cause, epochs, seconds, self.numbers())
+        try:
+            self.recorder.end_failed(trial, cause, epochs, seconds, self.numbers())
+        except UpdateFinishedTrialError:
+            self.recorder.let_go(trial.number)
 
     def numbers(self) -> list[int]:
         """Give the numbers of the trials that run."""

@@ -22,14 +22,18 @@ from writer_search.results.report import ReportPage
 from writer_search.results.rows import SECONDS, Row, count_complete, trial_dir
 from writer_search.results.tables import SummaryFiles
 from writer_search.study.records import write_error_log, write_record
-from writer_search.study.supplies import RecordedElsewhereError, Supply
+from writer_search.study.supplies import Supply
 from writer_search.study.weights import remove_weights
 
 Result = TypeVar("Result")
 
 
 class Recorder:
-    """Tells the study of each end, brings the files up to date, and counts failures in a row."""
+    """Tells the study of each end, brings the files up to date, and counts failures in a row.
+
+    Each method that records an end raises UpdateFinishedTrialError where another search has taken
+    the trial for dead and recorded it.
+    """
 
     def __init__(
         self,
@@ -56,13 +60,6 @@ class Recorder:
     def read(self) -> None:
         """Read all trials anew."""
         self.rows = self._supply.rows()
-
-    def report(self, trial: Trial, value: float, epoch: int) -> None:
-        """Store an epoch's value. Raises RecordedElsewhereError."""
-        try:
-            trial.report(value, epoch)
-        except UpdateFinishedTrialError:
-            raise RecordedElsewhereError from None
 
     def end_complete(self, running: RunningTrial, value: float, others: Collection[int]) -> None:
         """Record a complete trial. others: the trials that still run."""
@@ -127,10 +124,10 @@ class Recorder:
                 f"{number} failed trials in a row; common cause: {one_line(commonest[1])}"
             )
 
-    def let_go(self, running: RunningTrial) -> None:
+    def let_go(self, number: int) -> None:
         """Say that another search has recorded a trial of this one."""
         self._progress.end(
-            running.number,
+            number,
             "given up: this search had shown no sign of life, and another one has recorded it",
             self.complete,
         )
@@ -149,16 +146,16 @@ class Recorder:
         others: Collection[int],
         value: float | None = None,
     ) -> None:
-        """Tell the study, and bring the summary up to date. Raises RecordedElsewhereError."""
+        """Tell the study, and bring the summary up to date."""
         directory = self._plan.checkpoint_dir
         try:
             trial.set_user_attr("epochs", epochs)
             trial.set_user_attr(SECONDS, round(seconds, 3))
             told = self._study.tell(trial.number, value, state=state)
-        except (UpdateFinishedTrialError, ValueError):
+        except ValueError:
             if not self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():
                 raise
-            raise RecordedElsewhereError from None
+            raise UpdateFinishedTrialError from None
         self.rows = self._supply.rows(self.rows, [trial.number, *others])
         # The database has it. What a full disk keeps from being written now is written later.
         self.attempt(lambda: write_record(directory, told))

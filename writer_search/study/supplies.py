@@ -19,10 +19,6 @@ from writer_search.results.rows import Row, count_complete, rows_of
 from writer_search.study.draws import Drawer
 
 
-class RecordedElsewhereError(Exception):
-    """Another search has taken a trial for dead, and recorded it."""
-
-
 class Supply(Protocol):
     """What the loop asks of a supply. Trials are Optuna's, started and running."""
 

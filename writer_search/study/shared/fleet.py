@@ -13,6 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,8 +136,9 @@ class Fleet:
 
     def _withdraw(self, trial: FrozenTrial) -> None:
         """Take back a trial that has not begun: it is no failure, and nobody counts it."""
-        Trial(self.study, trial._trial_id).set_user_attr("surplus", True)
-        self.study.tell(trial.number, state=TrialState.FAIL)
+        with suppress(UpdateFinishedTrialError):  # another search has taken it for dead
+            Trial(self.study, trial._trial_id).set_user_attr("surplus", True)
+            self.study.tell(trial.number, state=TrialState.FAIL)
 
     # --------------------------------------------------------------------------------- being alive
 
