@@ -599,6 +599,31 @@ def bury(trial: Any, study: optuna.Study) -> None:
     study.tell(trial.number, state=TrialState.FAIL)
 
 
+def test_storage_lost_before_a_trial_starts_is_not_its_failure(
+    shared: tuple[Run, Flaky],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Also where it answers again, too late, and could record a failure."""
+    command, backend = shared
+    monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.3)
+
+    def cut(study: optuna.Study, *_: Any) -> None:
+        backend.away = True
+        try:
+            study.get_trials()
+        finally:
+            backend.away = False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module, "checkpoint_to_continue", cut)
+        assert command(n_trials="1") == 2
+    assert "nothing that was recorded is lost" in capfd.readouterr().err
+    assert states_of(backend) == ["RUNNING"]
+    assert not (tmp_path / "c" / "trial_000").exists()
+
+
 @pytest.mark.parametrize("ending", ["complete", "continued", "failed", "stopped"])
 def test_trial_that_another_has_recorded_may_end_in_any_way(
     ending: str,

@@ -37,6 +37,7 @@ from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_ep
 from writer_search.study.outlook import Outlook
 from writer_search.study.recorder import Recorder
 from writer_search.study.records import finished_value, write_config
+from writer_search.study.shared.storage import StorageUnreachableError
 from writer_search.study.supplies import Supply
 from writer_search.study.unfinished import checkpoint_to_continue
 
@@ -171,6 +172,8 @@ class Search:
             directory = trial_dir(plan.checkpoint_dir, trial.number)
             earlier = checkpoint_to_continue(self.supply.study, plan.checkpoint_dir, trial)
             self.runner.start(trial, config, directory, earlier)
+        except StorageUnreachableError:
+            raise  # it is the search's end, not the trial's failure, which nobody would go on with
         except (OSError, UserError, ValueError) as error:
             self.end_failed(trial, of_error(error, one_line(error)), 0, 0.0)
 
