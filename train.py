@@ -215,7 +215,12 @@ def train_epoch(
 
 
 def fit_at_once(state: TrainingState, config: TrialConfig, lines: Lines, check: Check) -> None:
-    """Train a descriptor without a network: one fit is all the training that it has."""
+    """Train a descriptor without a network: one fit is all the training that it has.
+
+    None where a break came after it, in the validation.
+    """
+    if state.step > state.epoch:
+        return
     loss = fit_descriptor(state, config, lines, check)
     state.loss_sum += loss.to(state.loss_sum) / state.ranks.size
     state.step += 1

@@ -452,6 +452,32 @@ def test_both_go_on_after_a_stop_to_the_same_model(
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_descriptor_goes_on_after_a_stop_to_the_same_result(
+    data: LineSet, tmp_path: Path, progress: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it is fitted, and while what was fitted is validated."""
+    config = replace(DESCRIPTOR, cohog_reach=2)
+    whole = train(config, data, tmp_path / "whole")
+
+    def stop(now: float) -> None:
+        if now >= progress:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path / "cut", check=stop)
+    if progress == 1:  # it is not fitted again
+        monkeypatch.setattr("train.fit_descriptor", None)
+    assert train(config, data, tmp_path / "b", continue_from=tmp_path / "cut") == whole
+    final = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["final"]
+        for name in ("whole", "b")
+    ]
+    assert final[0]["train_loss"] == final[1]["train_loss"]
+    models = [saved_model(tmp_path / name) for name in ("whole", "b")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
 # ---------------------------------------------------------------------------------------- accuracy
 
 
