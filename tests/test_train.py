@@ -172,12 +172,14 @@ def test_own_networks_train_without_what_takes_seconds_to_import() -> None:
     code = (
         "import sys, torch, train\n"
         "from writer_search.config import TrialConfig\n"
+        "from writer_search.training.fitting import softmax_regression\n"
         "from writer_search.training.state import TrainingState\n"
         "config = TrialConfig(backbone='resnet_thin', seed=0, epochs=1, patience=1)\n"
         "state = TrainingState.start(config, 3, torch.device('cpu'))\n"
         "labels = torch.arange(2)\n"
         "train.training_step(state, config, torch.randn(2, 1, 16, 64), labels)\n"
         "state.load(state.contents())\n"
+        "softmax_regression(torch.eye(3).double(), torch.arange(3), 3, 0.1)\n"
         "print(*sorted({'torchvision', 'torch._dynamo'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

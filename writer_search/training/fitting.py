@@ -18,6 +18,7 @@ from torch import Tensor
 from model import WriterModel
 from writer_search.config import TrialConfig
 from writer_search.training.batches import SIZES, InMemory, Lines, gather, varied_lines, views
+from writer_search.training.optimisation import LBFGS
 
 FOLDS = 3  # of the training lines, to find out how sure the classifier may be
 SHARPEST, FLATTEST = 100.0, 1e-3  # of the factors that its logits may get
@@ -200,7 +201,7 @@ def softmax_regression(
     bias = torch.zeros(writers, dtype=features.dtype, requires_grad=True)
     counts = torch.bincount(labels, minlength=writers)
     of_writer = len(labels) / (counts.clamp(min=1) * (counts > 0).sum()).to(features.dtype)
-    optimizer = torch.optim.LBFGS(
+    optimizer = LBFGS(
         [weight, bias],
         max_iter=ITERATIONS,
         history_size=10,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from model import WriterModel
 from writer_search.config import TrialConfig
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
 WARM_UP = 0.05  # share of all steps in which the learning rate rises
 
@@ -30,17 +32,23 @@ def build_model(config: TrialConfig, num_writers: int) -> WriterModel:
     return WriterModel.of(config, num_writers).to(memory_format=torch.channels_last)
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW without torch's compiler, which its methods import so as not to be compiled.
+def without_compiler(optimizer: type[Optimizer]) -> type[Optimizer]:
+    """Give torch's optimiser without torch's compiler.
 
-    That takes two seconds, for which every search would wait. Nothing here is compiled.
+    Its methods import that so as not to be compiled: two seconds, for which every search would
+    wait. Nothing here is compiled.
     """
+    methods = {
+        # One of the wrappers also turns gradients off, around `step`.
+        name: torch.no_grad()(inspect.unwrap(method))
+        for name, method in inspect.getmembers(optimizer, inspect.isfunction)
+        if hasattr(method, "__wrapped__")
+    }
+    return type(optimizer.__name__, (optimizer,), methods)
 
 
-# One of the wrappers also turns gradients off, around `step`.
-for _name, _method in inspect.getmembers(torch.optim.AdamW, inspect.isfunction):
-    if hasattr(_method, "__wrapped__"):
-        setattr(AdamW, _name, torch.no_grad()(inspect.unwrap(_method)))
+AdamW = without_compiler(torch.optim.AdamW)
+LBFGS = without_compiler(torch.optim.LBFGS)
 
 
 def build_optimizer(config: TrialConfig, model: WriterModel) -> torch.optim.Optimizer:
