@@ -228,7 +228,7 @@ def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[s
 
     plan = search.plan
     question = TestQuestion(
-        model_file, plan.data, search.runner.threads(), search.runner.devices.single()
+        model_file, plan.data, search.runner.threads.of_next([]), search.runner.devices.single()
     )
     return evaluate_test(plan.checkpoint_dir, chosen, question, search.stop)
 

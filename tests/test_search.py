@@ -9,6 +9,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.processes import runner as runner_module
 from writer_search.processes import running as running_module
+from writer_search.processes.messages import Job
 from writer_search.processes.running import Report, RunningTrial
 from writer_search.results.rows import read_history
 from writer_search.study import draws
@@ -343,6 +345,49 @@ def test_hanging_trial_is_ended(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["FAIL", "COMPLETE"]
     log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
     assert "ran longer than --trial_timeout 3 s at epoch 1" in log
+
+
+@pytest.mark.parametrize("loop_fails", [False, True])
+def test_trial_that_even_sigkill_does_not_end_is_left_behind(
+    loop_fails: bool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs in a driver: it is recorded, and meanwhile nobody waits at full speed."""
+    left_behind, looks = [], []
+
+    class Undying(RealChild):
+        def kill(self) -> None:
+            pass
+
+        def end(self, seconds: float = 10.0) -> None:
+            left_behind.append(self)
+            self.connection.close()
+
+    def start(work: str, job: Any) -> RealChild:
+        is_first = isinstance(job, Job) and job.trial_dir.name == "trial_000"
+        return Undying("faults:hang", job) if is_first else RealChild(work, job)
+
+    look = runner_module.Runner.watch_the_clock
+    monkeypatch.setattr(
+        runner_module.Runner, "watch_the_clock", lambda self: looks.append(0) or look(self)
+    )
+    monkeypatch.setattr(runner_module, "ChildProcess", start)
+    monkeypatch.setattr(running_module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(running_module, "UNKILLABLE_SECONDS", 0.5)
+    if loop_fails:
+        monkeypatch.setattr(loop_module.Search, "watch_the_clock", lambda _: 1 / 0)
+    try:
+        with pytest.raises(ZeroDivisionError) if loop_fails else nullcontext():
+            assert run("--trial_timeout", "3", n_trials="2") == 0
+    finally:
+        for child in left_behind:
+            RealChild.kill(child)
+    assert len(left_behind) == 1
+    states = [state for _, state, _ in trials_of(tmp_path / "c")]
+    assert states == (["FAIL"] if loop_fails else ["FAIL", "COMPLETE"])
+    log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
+    assert ("the search failed" if loop_fails else "longer than --trial_timeout 3 s") in log
+    assert "did not end, not even by SIGKILL: it hangs in a driver" in log
+    assert len(looks) < 100
 
 
 def test_what_a_stop_did_not_save_is_told(

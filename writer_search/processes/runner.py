@@ -6,10 +6,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from optuna.exceptions import UpdateFinishedTrialError
 
 from writer_search.common.text import counted, one_line
 from writer_search.config import TrialConfig, half_batch
@@ -40,7 +43,7 @@ class Runner:
         self.displaced: list[RunningTrial] = []  # their GPU failed: to be started again
         self.devices = Devices(plan.slots)
         self._plan, self._progress, self._write_config = plan, progress, write_config
-        self._threads = ThreadDivision(plan, progress)
+        self.threads = ThreadDivision(plan, progress)
 
     @property
     def has_room(self) -> bool:
@@ -53,9 +56,10 @@ class Runner:
         )
         return next(rooms, None)
 
-    def threads(self) -> int:
-        """Choose the threads of each process of the next trial."""
-        return self._threads.of_next(self.running.values())
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the trials that run."""
+        return [running.number for running in self.running.values()]
 
     def connections(self) -> dict[Connection, RunningTrial]:
         """Give what becomes readable when a trial has said something."""
@@ -73,7 +77,7 @@ class Runner:
             config,
             plan.data.for_trial(),
             directory,
-            self.threads(),
+            self.threads.of_next(self.running.values()),
             plan.slots[slot],
             continue_from,
             ranks=plan.ranks,
@@ -144,10 +148,8 @@ class Runner:
             return Report(content["epoch"], content["metrics"], content["again"])
         elif kind == "threads":
             running.note_fewer_threads(content["threads"])
-            self._progress.line(
-                f"trial {running.number:3d} | its threads wait for cores: "
-                f"{counted(running.threads, 'thread')} from now on"
-            )
+            threads = counted(running.threads, "thread")
+            self._say(running, f"its threads wait for cores: {threads} from now on")
         else:
             running.child.end()
             return self._end(running, kind, content)
@@ -197,26 +199,20 @@ class Runner:
         Gradients are accumulated to the same batch; the sampler never learns of it.
         """
         running.job = replace(_going_on(running.job), micro_batch=micro_batch)
-        running.trial.set_user_attr("micro_batch", micro_batch)
+        with suppress(UpdateFinishedTrialError):  # the loop finds out
+            running.trial.set_user_attr("micro_batch", micro_batch)
         self._start_again(running)
-        self._progress.line(
-            f"trial {running.number:3d} | out of memory: started again with "
-            f"{micro_batch} images at once"
-        )
+        self._say(running, f"out of memory: started again with {micro_batch} images at once")
 
     def _leave_device(self, running: RunningTrial, gpu: str, cause: str) -> None:
         """Take a trial off a GPU that failed before the trial began: that is not its fault."""
         self._displace(running)
         if any(gpu in other.opened for other in self.running.values()):
             self.devices.full(gpu)
-            self._progress.line(
-                f"trial {running.number:3d} | GPU {gpu} has no room beside the trials there, one "
-                f"of which has to end first: {one_line(cause)}"
-            )
+            how = "has no room beside the trials there, one of which has to end first"
+            self._say(running, f"GPU {gpu} {how}: {one_line(cause)}")
             return
-        self._progress.line(
-            f"trial {running.number:3d} | GPU {gpu} failed at the start: {one_line(cause)}"
-        )
+        self._say(running, f"GPU {gpu} failed at the start: {one_line(cause)}")
         if self.devices.failed(gpu, cause):
             _warn(f"GPU {gpu} failed {STARTS_IN_A_ROW} times in a row and is set aside: {cause}")
 
@@ -229,12 +225,12 @@ class Runner:
         """Let a trial under which a GPU failed go on from its checkpoint, on another one."""
         self._displace(running)
         running.faulted.add(gpu)
-        self._progress.line(
-            f"trial {running.number:3d} | GPU {gpu} failed, the trial starts again: "
-            f"{one_line(cause)}"
-        )
+        self._say(running, f"GPU {gpu} failed, the trial starts again: {one_line(cause)}")
         if self.devices.faulted(gpu, running.number, cause):
             _warn(f"GPU {gpu} failed under {FAULTS} trials and is set aside: {cause}")
+
+    def _say(self, running: RunningTrial, text: str) -> None:
+        self._progress.line(f"trial {running.number:3d} | {text}")
 
     # --------------------------------------------------------------------------------------- ends
 
@@ -265,21 +261,30 @@ class Runner:
                 soonest = min(soonest, self._plan.stop_at, running.started + limit)
         return soonest
 
-    def watch_the_clock(self) -> None:
-        """Stop what runs too long, kill what does not stop, give threads back."""
-        self._threads.give_back(self.running.values())
+    def watch_the_clock(self) -> list[tuple[RunningTrial, News]]:
+        """Stop what runs too long, kill what does not stop, give threads back.
+
+        Returns the ends of those that even SIGKILL has not ended.
+        """
+        self.threads.give_back(self.running.values())
         now, limit = time.monotonic(), self._plan.trial_timeout
         if now >= self._plan.stop_at:
             self.stop_all(JOB_ENDS)
-        for running in self.running.values():
+        undying: list[tuple[RunningTrial, News]] = []
+        for running in list(self.running.values()):
             if limit is not None and now >= running.started + limit:
                 text = f"ran longer than --trial_timeout {limit:g} s"
                 running.stop(Cause(Kind.TIMEOUT, text))
-            running.kill_if_overdue()
+            if running.is_past_killing():
+                self._remove(running)
+                undying.append((running, running.abandon()))
+        return undying
 
 
 def smaller_batch(job: Job) -> int | None:
-    """Give half of what a trial had on a device at once; None when that is too little."""
+    """Give half of what a trial had on a device at once; None where that is too little to help."""
+    if job.config.is_fitted:  # it has halved what it describes at once by itself
+        return None
     share = -(-job.config.batch_size // job.ranks)
     return half_batch(min(share, job.micro_batch or share))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from writer_search.config import STEPS_BETWEEN_RANKS
 from writer_search.processes.causes import STOPS, TERMINATED, Cause, Kind
 from writer_search.processes.messages import STOP, Job
-from writer_search.processes.parent import TrialProcesses
+from writer_search.processes.parent import UNKILLABLE_SECONDS, TrialProcesses, exit_text
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -76,7 +76,7 @@ class RunningTrial:
     calm: float = CALM_SECONDS  # before it has more of them again
     may_rise: float = -math.inf
     stop_cause: Cause | None = None
-    kill_at: float = math.inf
+    kill_at: float = math.inf  # where it has not ended by then; or is given up, once it is killed
     killed: bool = False
     made: float = field(default_factory=time.monotonic)  # its first start, on whatever GPU
     heard: float = math.inf  # when it last said anything, since it has trained
@@ -132,7 +132,7 @@ class RunningTrial:
         self.calm *= 2
 
     def stop(self, cause: Cause) -> None:
-        """Tell it to save and end; see `kill_if_overdue`."""
+        """Tell it to save and end; see `is_past_killing`."""
         assert cause.kind in STOPS
         if self.stop_cause is None:
             now = time.monotonic()
@@ -142,11 +142,24 @@ class RunningTrial:
             self.kill_at = now + max(STOP_SECONDS, batches * slowest)
             self.child.order(STOP)
 
-    def kill_if_overdue(self) -> None:
-        """Kill it where it was told to stop and has not ended in time."""
-        if time.monotonic() >= self.kill_at and not self.killed:
-            self.killed = True
-            self.child.kill()
+    def is_past_killing(self) -> bool:
+        """Kill it where it was told to stop and has not ended in time; tell where that failed."""
+        now = time.monotonic()
+        if now < self.kill_at:
+            return False
+        if self.killed:
+            return True
+        self.killed, self.kill_at = True, now + UNKILLABLE_SECONDS
+        self.child.kill()
+        return False
+
+    def abandon(self) -> Pruned | Failed:
+        """Leave processes that SIGKILL does not end to the kernel."""
+        self.child.end()
+        if self.pruned:
+            return Pruned()
+        cause = Cause(Kind.OTHER, exit_text(None))
+        return Failed(self.cause_of_end("died", {"cause": cause, "log": self.job.log}))
 
     def cause_of_end(self, kind: str, content: dict[str, Any]) -> Cause:
         """Say why it ended, from its last message or its death without one."""
@@ -161,7 +174,8 @@ class RunningTrial:
             cause = replace(cause, traceback=_end_of(content["log"]))
         if self.stop_cause is None:
             return cause
-        why = "killed when it did not stop in time" if self.killed else str(cause)
+        was_killed = self.killed and cause.kind is Kind.KILLED
+        why = "killed when it did not stop in time" if was_killed else str(cause)
         return replace(self.stop_cause, epoch=epoch, unsaved=why, traceback=cause.traceback)
 
 

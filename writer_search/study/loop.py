@@ -83,7 +83,9 @@ class Search:
         rows = self.supply.rows()
         self.progress = Progress(count_complete(rows), plan.n_trials, plan.epochs)
         self.runner = Runner(plan, self.progress, partial(write_config, plan))
-        self.recorder = Recorder(plan, self.supply, rows, self.progress, self.events, self.page)
+        self.recorder = Recorder(
+            plan, self.supply, rows, self.runner, self.progress, self.events, self.page
+        )
         self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
         self.preload = Preload(backbones_of(plan.space))
         self.deadline = time.monotonic() + (plan.timeout or math.inf)
@@ -185,15 +187,13 @@ class Search:
         # Now, when all that can has been started.
         self.page.write_if_due(shown.rows, shown.supply.study, self.standing)
         trials = self.runner.connections()
-        ready = connection.wait(
-            [*trials, self.stop.wakeup], timeout=self.seconds_to_next_deadline()
-        )
+        ready = connection.wait([*trials, self.stop.wakeup], self.seconds_to_next_deadline())
         if self.stop.wakeup in ready:
             self.stop.wakeup.recv(4096)
         if self.stop.name is not None:
             self.runner.stop_all(by_signal(self.stop.name))
         for pipe in trials.keys() & set(ready):
-            self.hear(trials[pipe], pipe)
+            self.hear(trials[pipe], self.runner.receive(trials[pipe], pipe))
         self.watch_the_clock()
 
     def seconds_to_next_deadline(self) -> float:
@@ -211,7 +211,8 @@ class Search:
 
     def watch_the_clock(self) -> None:
         self.events.look()
-        self.runner.watch_the_clock()
+        for running, news in self.runner.watch_the_clock():
+            self.hear(running, news)
         under_way = [*self.runner.running.values(), *self.runner.displaced]
         told = [running.trial for running in under_way if not running.pruned]
         lines, gone, has_news = self.supply.tend(told, self.runner.has_room)
@@ -223,10 +224,9 @@ class Search:
             if running.number in gone:
                 self.let_go(running)
 
-    def hear(self, running: RunningTrial, pipe: connection.Connection) -> None:
-        """Hear a trial's message, and record what it says."""
+    def hear(self, running: RunningTrial, news: News | None) -> None:
+        """Record what a trial says."""
         try:
-            news = self.runner.receive(running, pipe)
             if isinstance(news, Report):
                 self.hear_report(running, news)
             elif news is not None:
@@ -250,7 +250,7 @@ class Search:
         is_judged = not running.is_last_epoch and epoch >= warm_up_epochs(self.plan.epochs)
         if running.stop_cause is None and is_judged and running.trial.should_prune():
             running.pruned = True
-            self.recorder.tell_pruned(running, self.numbers())
+            self.recorder.tell_pruned(running)
         running.child.order(PRUNE if running.pruned else STOP if running.stop_cause else CONTINUE)
         if not report.again:
             facts = self.outlook.epoch_facts(value, report.metrics)
@@ -261,12 +261,12 @@ class Search:
     def hear_end(self, running: RunningTrial, end: News) -> None:
         """Record how a trial ended."""
         if isinstance(end, Pruned):
-            self.recorder.end_pruned(running, self.numbers())
+            self.recorder.end_pruned(running)
             return
         assert isinstance(end, (Complete, Failed))
         ended = value_of(end, running)
         if isinstance(ended, float):
-            self.recorder.end_complete(running, ended, self.numbers())
+            self.recorder.end_complete(running, ended)
             return
         if ended.cause.is_interruption and "continues" in running.trial.user_attrs:
             advanced = running.has_advanced and has_saved(running.job.trial_dir)
@@ -279,13 +279,9 @@ class Search:
             # Once a stop was asked for, whatever ends a trial is part of the stop.
             cause = Cause(Kind.SIGNAL, str(cause), traceback=cause.traceback)
         try:
-            self.recorder.end_failed(trial, cause, epochs, seconds, self.numbers())
+            self.recorder.end_failed(trial, cause, epochs, seconds)
         except UpdateFinishedTrialError:
             self.recorder.let_go(trial.number)
-
-    def numbers(self) -> list[int]:
-        """Give the numbers of the trials that run."""
-        return [running.number for running in self.runner.running.values()]
 
     def give_up_displaced(self) -> None:
         """Record the trials that no GPU is left for, or that a signal came before."""
@@ -298,8 +294,7 @@ class Search:
     def rescue(self, error: Exception) -> None:
         """Let running trials save and end when the loop itself has failed, and record them.
 
-        What cannot be recorded stays marked as running, and is recorded by the next start, or by
-        whoever sees that this search is gone.
+        What cannot be recorded stays marked as running: the next start records it, or another one.
         """
         cause = Cause(Kind.SEARCH_FAILED, f"interrupted: the search failed ({one_line(error)})")
         can_record = self.supply.can_record_after(error)
@@ -307,9 +302,9 @@ class Search:
         while self.runner.running:
             trials = self.runner.connections()
             left = self.runner.next_deadline() - time.monotonic()
-            for pipe in connection.wait(list(trials), timeout=max(0.0, left)):
-                running = trials[pipe]  # type: ignore[index]
-                news = self.runner.receive(running, pipe)  # type: ignore[arg-type]
+            ready = trials.keys() & set(connection.wait(list(trials), timeout=max(0.0, left)))
+            told = [(trials[pipe], self.runner.receive(trials[pipe], pipe)) for pipe in ready]
+            for running, news in [*told, *self.runner.watch_the_clock()]:
                 if isinstance(news, Report):
                     running.child.order(STOP)
                 elif news is not None and can_record:
@@ -317,7 +312,6 @@ class Search:
                         self.hear_end(running, news)
                     except Exception:  # most likely what ended the loop
                         can_record = False
-            self.runner.watch_the_clock()
 
 
 def value_of(end: Complete | Failed, running: RunningTrial) -> float | Failed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TypeVar
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -14,6 +14,7 @@ from optuna.trial import Trial, TrialState
 from writer_search.common.text import duration, one_line, percent
 from writer_search.processes.causes import Cause
 from writer_search.processes.plan import Plan
+from writer_search.processes.runner import Runner
 from writer_search.processes.running import RunningTrial
 from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
@@ -40,6 +41,7 @@ class Recorder:
         plan: Plan,
         supply: Supply,
         rows: list[Row],
+        runner: Runner,
         progress: Progress,
         events: Events,
         page: ReportPage,
@@ -48,6 +50,7 @@ class Recorder:
         self.gave_up = ""  # why; for good, whatever the trials do that still run
         self.unsaved: list[int] = []  # trials that ended without saving what they had just done
         self._plan, self._supply, self._study = plan, supply, supply.study
+        self._runner = runner  # which trials run, meanwhile
         self._progress, self._events, self._page = progress, events, page
         self._summary = SummaryFiles(plan.checkpoint_dir, plan.space.fixed)
         self._failures: list[Cause] = []  # in a row
@@ -61,26 +64,26 @@ class Recorder:
         """Read all trials anew."""
         self.rows = self._supply.rows()
 
-    def end_complete(self, running: RunningTrial, value: float, others: Collection[int]) -> None:
-        """Record a complete trial. others: the trials that still run."""
+    def end_complete(self, running: RunningTrial, value: float) -> None:
+        """Record a complete trial."""
         self._failures.clear()
         self._note_break(running)
         ended = running.trial, TrialState.COMPLETE, running.epoch, running.seconds
-        self._tell(*ended, others, value)
-        self._say(running, f"complete | val macro top-1 {percent(value)}", others)
+        self._tell(*ended, value)
+        self._say(running, f"complete | val macro top-1 {percent(value)}")
 
-    def tell_pruned(self, running: RunningTrial, others: Collection[int]) -> None:
+    def tell_pruned(self, running: RunningTrial) -> None:
         """Record that a trial is not worth finishing.
 
         At once: a search killed from here on leaves a pruned trial, not a lost one.
         """
         self._note_break(running)
-        self._tell(running.trial, TrialState.PRUNED, running.epoch, running.seconds, others)
+        self._tell(running.trial, TrialState.PRUNED, running.epoch, running.seconds)
 
-    def end_pruned(self, running: RunningTrial, others: Collection[int]) -> None:
+    def end_pruned(self, running: RunningTrial) -> None:
         """Note that a pruned trial's process has ended."""
         self._failures.clear()
-        self._say(running, f"pruned at epoch {running.epoch}", others)
+        self._say(running, f"pruned at epoch {running.epoch}")
 
     def _note_break(self, running: RunningTrial) -> None:
         """Note what was trained before a break: its seconds are not among the trial's."""
@@ -88,9 +91,7 @@ class Recorder:
         if before > 0:
             running.trial.set_user_attr(BEFORE, before)
 
-    def end_failed(
-        self, trial: Trial, cause: Cause, epochs: int, seconds: float, others: Collection[int]
-    ) -> None:
+    def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:
         """Record a trial that failed by itself, or that was interrupted, after so many epochs."""
         trial.set_user_attr("failure", str(cause))
         if cause.unsaved:
@@ -107,8 +108,8 @@ class Recorder:
                 advice=cause.advice,
             )
         )
-        self._tell(trial, TrialState.FAIL, epochs, seconds, others)
-        self._remove_weights(others)
+        self._tell(trial, TrialState.FAIL, epochs, seconds)
+        self._remove_weights()
         if not cause.is_interruption:
             self._count(cause)
         kind = "" if cause.is_interruption else "failed: "  # its words begin with "interrupted"
@@ -132,8 +133,8 @@ class Recorder:
             self.complete,
         )
 
-    def _say(self, running: RunningTrial, facts: str, others: Collection[int]) -> None:
-        self._remove_weights(others)
+    def _say(self, running: RunningTrial, facts: str) -> None:
+        self._remove_weights()
         took = duration(running.seconds)
         self._progress.end(running.number, f"{facts} | {took}", self.complete)
 
@@ -143,7 +144,6 @@ class Recorder:
         state: TrialState,
         epochs: int,
         seconds: float,
-        others: Collection[int],
         value: float | None = None,
     ) -> None:
         """Tell the study, and bring the summary up to date."""
@@ -156,19 +156,19 @@ class Recorder:
             if not self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():
                 raise
             raise UpdateFinishedTrialError from None
-        self.rows = self._supply.rows(self.rows, [trial.number, *others])
+        self.rows = self._supply.rows(self.rows, [trial.number, *self._runner.numbers])
         # The database has it. What a full disk keeps from being written now is written later.
         self.attempt(lambda: write_record(directory, told))
         self.attempt(lambda: self._summary.write(self.rows))
         self._page.trial_has_ended()
         self._events.send(trial_event(directory, trial.number, self.rows, self._plan.n_trials))
 
-    def _remove_weights(self, running: Collection[int]) -> None:
+    def _remove_weights(self) -> None:
         """Delete weights that nobody needs; of a trial whose process still writes them, later."""
         directory, kept = self._plan.checkpoint_dir, self._plan.kept_models
         if kept is not None:
-            removed = self._without_weights
-            self.attempt(lambda: remove_weights(directory, self.rows, kept, set(running), removed))
+            running, removed = set(self._runner.numbers), self._without_weights
+            self.attempt(lambda: remove_weights(directory, self.rows, kept, running, removed))
 
     def attempt(self, write: Callable[[], Result]) -> Result | None:
         """Write or delete a file that is not worth the search: say so where it cannot be done."""
