@@ -18,7 +18,7 @@ import optuna
 import pytest
 import torch
 from faults import RealChild, faulty
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from hyperparameter_search import main
 from writer_search.common import locks
@@ -27,8 +27,10 @@ from writer_search.processes import running as running_module
 from writer_search.processes.messages import Job
 from writer_search.processes.running import Report, RunningTrial
 from writer_search.results.rows import read_history
+from writer_search.space import default_space, every_draw, narrow
 from writer_search.study import draws
 from writer_search.study import loop as loop_module
+from writer_search.study.draws import Drawer, SpaceExhaustedError
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study
 
@@ -228,6 +230,44 @@ def test_two_trials_at_once_give_the_same_as_one(
     trial_lines = [line for line in lines if line.startswith("trial ")]
     assert len(trial_lines) == 4 * 3
     assert all(re.match(r"trial +\d+ \| ", line) for line in trial_lines)
+
+
+def test_the_last_of_a_finite_space_is_drawn() -> None:
+    """One of 351, which a random draw is once in thousands."""
+    descriptor = {"cohog_smoothing": 1.0, "cohog_edge": 0.6, "cohog_variation": 1.0}
+    numbers = ("learning_rate", "weight_decay", "label_smoothing", "dropout")
+    fix = dict.fromkeys(numbers, 0.01) | {"augment_geometry": 1.0, "augment_photometry": 1.0}
+    ranges = {
+        "backbone": {"choices": ["cohog", "tiny"]},
+        "cohog_reach": {"low": 2, "high": 4},
+        "cohog_head": {"choices": ["lda", "softmax"]},
+        "cohog_penalty": {"choices": [0.01, 0.1]},
+        "with_cohog": {"choices": [False, True]},
+        "cohog_weight": {"choices": [1.0, 2.0]},
+        "pooling": {"choices": ["avg", "gem", "attention"]},
+        "batch_size": {"choices": [8, 16]},
+        "mixup": {"choices": [False, True]},
+        "mixup_alpha": {"choices": [0.1, 0.2]},
+    }
+    space = narrow(default_space("cpu", False), {**fix, **descriptor}, ranges)
+    alone = 3 * (1 + 2)
+    networks = (1 + 2 * alone) * 3 * 2 * (1 + 2)
+    every = {draws.params_key(draw): draw for draw in every_draw(space)}
+    assert len(every) == len(list(every_draw(space))) == alone + networks
+
+    study = optuna.create_study()
+    left = next(draw for draw in every.values() if draw.get("with_cohog"))
+    drawer = Drawer(space, "random", 0)
+    for number, draw in enumerate(every.values()):
+        if draw is not left:
+            drawn = drawer._draw(number, 1, draw)
+            assert drawn.params == draw
+            study.add_trial(create_trial(value=0.5, params=draw, distributions=drawn.distributions))
+    trials = study.get_trials()
+    last = drawer.new_draw(trials)
+    assert last.params == left
+    with pytest.raises(SpaceExhaustedError, match=f"{len(every)} configurations and no other"):
+        drawer.new_draw([*trials, last])
 
 
 def test_finite_space_is_drawn_once_and_then_ends(

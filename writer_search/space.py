@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -138,6 +138,43 @@ class _Given:
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         return self._values[name]
+
+
+class _InTurn:
+    """Stands for a trial that takes the first option of each entry of `path`, and lengthens it."""
+
+    def __init__(self, path: list[list[Value]]) -> None:
+        self.values: dict[str, Value] = {}
+        self._path = path
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> Any:
+        return self._first(name, [float(low), float(high)])
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> Any:
+        return self._first(name, list(range(low, high + 1)))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._first(name, list(choices))
+
+    def _first(self, name: str, options: list[Value]) -> Value:
+        if len(self.values) == len(self._path):
+            self._path.append(options)
+        self.values[name] = self._path[len(self.values)][0]
+        return self.values[name]
+
+
+def every_draw(space: Space) -> Iterator[dict[str, Value]]:
+    """Give all that can be drawn from a finite space; of a range without steps, its ends."""
+    path: list[list[Value]] = []
+    while True:
+        draw = _InTurn(path)
+        suggest(draw, space)
+        yield draw.values
+        while path and len(path[-1]) == 1:
+            path.pop()
+        if not path:
+            return
+        del path[-1][0]
 
 
 def fixed_of(described: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Value]:

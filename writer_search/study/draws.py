@@ -24,12 +24,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from writer_search.common.errors import UserError
 from writer_search.common.text import counted
 from writer_search.config import COHOG, TrialConfig
-from writer_search.space import Space, first_trials, suggest
+from writer_search.space import Space, every_draw, first_trials, suggest
 
 STARTUP_TRIALS = 5
-
-
-REDRAWS = 100
+REDRAWS = 100  # at random, before what is left of a finite space is looked for
 
 
 class SpaceExhaustedError(Exception):
@@ -132,25 +130,33 @@ class Drawer:
         draws = self._draws.copy()
         for trial in unfinished:
             draws.add(trial, self.first)
-        number, taken = draws.last + 1, draws.taken
+        number = draws.last + 1
         running = [trial for trial in unfinished if trial.state == TrialState.RUNNING]
         placeholders = self._add_to_memory(running)  # TPE keeps away from them
         try:
-            for attempt in range(2 * REDRAWS):
-                drawn = self._draw(number, attempt)
-                # Where a finite space has nothing else, what has no value may get a new start.
-                if params_key(drawn.params) not in (taken if attempt < REDRAWS else draws.tried):
-                    seed = _seed(self._seed, number, 0, *self._salt)
-                    return create_trial(
-                        state=state,
-                        params=drawn.params,
-                        distributions=drawn.distributions,
-                        user_attrs={"draw": number, "seed": seed},
-                    )
+            drawn = self._draw_anew(number, draws)
         finally:
             for placeholder in placeholders:
                 self._memory.tell(placeholder, state=TrialState.FAIL)  # samplers pass over these
-        raise SpaceExhaustedError(f"{counted(len(taken), 'configuration')} and no other")
+        return create_trial(
+            state=state,
+            params=drawn.params,
+            distributions=drawn.distributions,
+            user_attrs={"draw": number, "seed": _seed(self._seed, number, 0, *self._salt)},
+        )
+
+    def _draw_anew(self, number: int, draws: Draws) -> FrozenTrial:
+        """Draw what has not been drawn. Raises SpaceExhaustedError."""
+        for attempt in range(REDRAWS):
+            drawn = self._draw(number, attempt)
+            if params_key(drawn.params) not in draws.taken:
+                return drawn
+        # Where a finite space has nothing else, what has no value may get a new start.
+        for passed_over in (draws.taken, draws.tried):
+            for params in every_draw(self._space):
+                if params_key(params) not in passed_over:
+                    return self._draw(number, REDRAWS, params)
+        raise SpaceExhaustedError(f"{counted(len(draws.taken), 'configuration')} and no other")
 
     def _learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Take in the trials that have finished since the last draw; returns the unfinished ones.
@@ -186,7 +192,10 @@ class Drawer:
             )
         return list(range(first, first + len(trials)))
 
-    def _draw(self, number: int, attempt: int) -> FrozenTrial:
+    def _draw(
+        self, number: int, attempt: int, given: Mapping[str, Any] | None = None
+    ) -> FrozenTrial:
+        """Draw what the sampler gives, or what is given."""
         name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
         sampler = make_sampler(name, _seed(self._seed, number, attempt, *self._salt))
         if isinstance(sampler, TPESampler):
@@ -194,7 +203,9 @@ class Drawer:
             sampler._search_space = self._intersection
         self._memory.sampler = sampler
         if attempt == 0 and number < len(first := first_trials(self._space)):
-            self._memory.enqueue_trial(first[number])
+            given = first[number]
+        if given is not None:
+            self._memory.enqueue_trial(dict(given))
         trial = self._memory.ask()
         suggest(trial, self._space)
         return self._memory.tell(trial, state=TrialState.FAIL)
