@@ -56,7 +56,8 @@ def link_first_lines(data_root: Path, target: Path, number: int) -> None:
 
 def make_link(link: Path, source: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(source)
+    if not link.is_symlink():  # from an earlier command, which was stopped
+        link.symlink_to(source)
 
 
 def watch(data_root: Path, place: Path, seconds: float, flags: Sequence[str]) -> list[list[float]]:

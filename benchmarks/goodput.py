@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lines", type=int, default=10, help="of each writer; a third validates")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that a run may take")
     parser.add_argument("--output", type=Path, help="JSON; the runs in it are not repeated")
-    parser.add_argument("--keep", type=Path, help="an empty directory for what the runs write")
+    parser.add_argument("--keep", type=Path, help="a directory of its own for what runs write")
     args = parser.parse_args(argv)
     for name in args.contestants.split(","):
         if name not in CONTESTANTS:
@@ -176,6 +177,7 @@ def run_all(
             if (repetition, fault_name, contestant.name) in done:
                 continue
             own = place / f"{repetition}_{fault_name}_{contestant.name}"
+            shutil.rmtree(own, ignore_errors=True)  # of a run that this benchmark's end cut off
             own.mkdir()
             job.write(own / "job.json")
             run = Run(contestant, fault, own / "job.json", own, args.limit)

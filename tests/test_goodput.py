@@ -172,7 +172,7 @@ def test_a_killed_command_is_started_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_same_command_repeats_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later runs compare with the undisturbed one of the file."""
+    """Later runs compare with the undisturbed one of the file. What is kept stays in one place."""
     begun: list[str] = []
 
     class OnPaper:
@@ -196,16 +196,16 @@ def test_the_same_command_repeats_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     def run(place: str, *flags: str, machine: str = "this") -> list[dict[str, Any]]:
         args = parse(["--output", str(output), "--contestants", "default,optuna", *flags])
         about = {"machine": machine, "versions": {"optuna": "5"}, "settings": {"steps": STEPS}}
-        (tmp_path / place).mkdir()
+        (tmp_path / place).mkdir(exist_ok=True)
         able = [CONTESTANTS[name] for name in args.contestants.split(",")]
         rows = earlier_runs(args.output, about)
         run_all(args, able, job, tmp_path / place, about, rows)
         return rows
 
     with pytest.raises(KeyboardInterrupt):
-        run("stopped", "--faults", "none", "--repetitions", "1")
-    run("again", "--faults", "none", "--repetitions", "1")
-    rows = run("extended", "--faults", "none,kill_60", "--repetitions", "1")
+        run("kept", "--faults", "none", "--repetitions", "1")
+    run("kept", "--faults", "none", "--repetitions", "1")
+    rows = run("kept", "--faults", "none,kill_60", "--repetitions", "1")
     undisturbed = ["0_none_default", "0_none_optuna", "0_none_optuna"]
     assert begun == [*undisturbed, "0_kill_60_optuna", "0_kill_60_default"]
     assert [row["changed"] for row in rows] == [None, None, 0, 0]

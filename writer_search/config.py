@@ -1,4 +1,4 @@
-"""What one trial is: its configuration, and the space that configurations are drawn from.
+"""What one trial is: its configuration, and what each value in it may be at all.
 
 Imports neither torch nor Optuna: the search process and the trial processes share this file.
 """
@@ -213,12 +213,6 @@ def check_value(name: str, value: Value, rule: Rule) -> None:
     """Raise UserError when a hyperparameter's value breaks its rule."""
     if value not in rule or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"{name}={value} is out of range: {name} is {rule}")
-
-
-# ------------------------------------------------------------------------------- search space
-
-
-# ------------------------------------------------------------------- --fix and --space of the user
 
 
 STEPS_BETWEEN_RANKS = 4  # before ranks hear whether to go on
