@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from collections import defaultdict
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +342,7 @@ def test_the_test_split_is_measured_where_a_device_works() -> None:
 
 def test_process_that_outlives_sigkill_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     class Unkillable:
-        exitcode, kills = None, 0
+        exitcode, kills, pid = None, 0, os.getpid()
 
         def join(self, seconds: float) -> None:
             assert seconds < 1
@@ -354,6 +358,24 @@ def test_process_that_outlives_sigkill_is_not_waited_for(monkeypatch: pytest.Mon
     real.join()
     assert code is None
     assert "hangs in a driver" in parent.exit_text(code)
+
+
+def test_end_is_known_however_long_the_fork_server_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It imports torchvision, and meanwhile notices no end."""
+    monkeypatch.setattr(parent, "UNKILLABLE_SECONDS", 0.1)
+    child = RealChild("faults:exit_silently", None)
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGSTOP)
+    goes_on = threading.Timer(1.5, os.kill, (server, signal.SIGCONT))
+    goes_on.start()
+    try:
+        with pytest.raises(EOFError):
+            child.connection.recv()  # it has ended
+        assert child.end(0.1) == 7
+    finally:
+        goes_on.join()
 
 
 def test_no_gpu_left_stops_with_the_cause(

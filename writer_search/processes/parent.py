@@ -37,6 +37,7 @@ from writer_search.processes.fork_server import (
 from writer_search.processes.messages import UNDER_WAY, Job, Message
 
 UNKILLABLE_SECONDS = 10.0  # after SIGKILL, before a process is left to the kernel
+IMPORT_SECONDS = 120.0  # that the fork server may take for torchvision, from a disk that is far
 LAST_WORDS_SECONDS = 3.0  # between a rank's failure and the last rank that notices it
 
 # What `fork` may say. The server's exit code may be another: Python's own is 120 at times.
@@ -114,6 +115,9 @@ class ChildProcess:
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join(UNKILLABLE_SECONDS)
+        if self._process.exitcode is None and _has_ended(self.pid):
+            # The fork server, which alone learns how, has been importing something for so long.
+            self._process.join(IMPORT_SECONDS)
         self.connection.close()
         code = self._process.exitcode
         if code is None:  # this program's own end is not to wait for it either
@@ -222,6 +226,15 @@ class TrialProcesses:
 
     def _named(self, rank: int, text: str) -> str:
         return text if len(self._jobs) == 1 else f"rank {rank}: {text}"
+
+
+def _has_ended(pid: int) -> bool:
+    """Tell whether a process is gone but for the news of its end."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in ("Z", "X")
 
 
 def _last_words(log: Path) -> str:
