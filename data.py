@@ -347,11 +347,13 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
     checksum = 0
 
     def read(line: LineFile) -> tuple[bytes, DecodedLine | str]:
+        """Give a file's digest, and what it shows. Not its contents: they would pile up."""
         content = _read_file(data_root / line.path)
+        digest = hashlib.sha256(content).digest()[:16]
         try:
-            return content, decode_line(content, line_height)
+            return digest, decode_line(content, line_height)
         except BrokenImageError as error:
-            return content, str(error)
+            return digest, str(error)
 
     def write_strip(file: Any) -> None:
         nonlocal checksum
@@ -369,8 +371,7 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
                 unit="line",
                 disable=None,
             )
-            for number, (content, line) in enumerate(decoded):
-                digest = hashlib.sha256(content).digest()[:16]
+            for number, (digest, line) in enumerate(decoded):
                 index["digests"][number] = np.frombuffer(digest, np.uint8)
                 if isinstance(line, str):
                     broken[lines[number].path] = line
