@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -204,6 +205,23 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
     import torch
 
     from writer_search.processes import child as worker
+
+    save_each_batch()
+
+    def check(line: Any, progress: float) -> None:
+        by_cat = job.trial_dir.name == "trial_000" and (job.trial_dir.parent / "cat").exists()
+        if progress > 1 and (job.gpu.startswith("sick") or by_cat):
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        real_check(line, progress)
+
+    real_check = worker.SearchLine.check
+    worker.SearchLine.check = check  # type: ignore[method-assign]
+    open_fake_gpus(job)
+    worker.run_trial(connection, job)
+
+
+def save_each_batch() -> None:
+    """Let this process's trial save before each batch, and wait until that is on the disk."""
     from writer_search.training.checkpoints import Checkpoints, SaveTimes
 
     save, end_epoch = Checkpoints.save, Checkpoints.end_epoch
@@ -219,15 +237,33 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
     Checkpoints.save = save_and_wait  # type: ignore[method-assign]
     Checkpoints.end_epoch = end_and_wait  # type: ignore[method-assign]
 
+
+def killed_late(connection: Connection, job: Any) -> None:
+    """As the system's out-of-memory killer does it, in the second epoch."""
+    _in_the_second_epoch(connection, job, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def full_disk_late(connection: Connection, job: Any) -> None:
+    """No room for a state in the second epoch."""
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "latest_checkpoint.pth")
+
+    _in_the_second_epoch(connection, job, fail)
+
+
+def _in_the_second_epoch(connection: Connection, job: Any, action: Callable[[], None]) -> None:
+    from writer_search.processes import child as worker
+
+    save_each_batch()
+    real_check = worker.SearchLine.check
+
     def check(line: Any, progress: float) -> None:
-        by_cat = job.trial_dir.name == "trial_000" and (job.trial_dir.parent / "cat").exists()
-        if progress > 1 and (job.gpu.startswith("sick") or by_cat):
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        if progress > 1:
+            action()
         real_check(line, progress)
 
-    real_check = worker.SearchLine.check
     worker.SearchLine.check = check  # type: ignore[method-assign]
-    open_fake_gpus(job)
     worker.run_trial(connection, job)
 
 

@@ -40,7 +40,7 @@ from writer_search.processes import fork_server, messages
 from writer_search.processes import parent as processes
 from writer_search.processes import runner as runner_module
 from writer_search.processes.causes import Kind
-from writer_search.results.rows import Row, read_history
+from writer_search.results.rows import DATABASE, Row, count_states, read_database, read_history
 from writer_search.study import draws, preparation, rebuilding, recorder, recovery
 from writer_search.study.damage import find_damage
 from writer_search.study.store import open_study
@@ -129,7 +129,7 @@ def test_saved_epochs_that_nobody_goes_on_with_are_told(
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search_late"}))
     assert run(n_trials="2") == 143
     put_back()
-    told = "1 interrupted trial saved 1 epoch: --continue_interrupted goes on with it"
+    told = "1 unfinished trial saved 1 epoch: --continue_interrupted goes on with it"
     capfd.readouterr()
     assert run(n_trials="1") == 0
     assert told in capfd.readouterr().out
@@ -201,6 +201,36 @@ def test_trial_is_continued_while_each_break_has_a_batch_more(
         assert len(continue_interrupted(study)) == (number + 1 < breaks or breaks == len(advanced))
     states = [trial.state for trial in study.trials]
     assert states.count(TrialState.FAIL) == breaks
+
+
+@pytest.mark.parametrize("fault", ["killed_late", "full_disk_late"])
+def test_trial_that_was_killed_or_had_no_room_is_continued(
+    fault: str,
+    run: Run,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    put_back: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It has failed, and counts as that; what it has saved is not lost."""
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: fault}))
+    assert run("--keep_checkpoints", "best", n_trials="2") == 0
+    directory = tmp_path / "c"
+    assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "FAIL"]
+    assert count_states(read_database(directory / DATABASE).rows)["failed"] == 1
+    advice = (directory / "trial_001" / "error.log").read_text()
+    assert "--continue_interrupted" in advice
+    put_back()
+    capfd.readouterr()
+    assert run(n_trials="1") == 0
+    told = "1 unfinished trial saved 1 epoch: --continue_interrupted goes on with it"
+    assert told in capfd.readouterr().out
+    assert run("--continue_interrupted", n_trials="2") == 0
+    printed = capfd.readouterr().out
+    assert "trial 1 had failed: a new trial goes on with it" in printed
+    assert "trial   2 | epoch  1/2" not in printed, "no epoch is trained twice"
+    assert complete(directory) == complete(whole)[:2]
 
 
 def test_trial_that_failed_by_itself_is_not_continued(

@@ -110,7 +110,7 @@ def _add_data_flags(group: Any) -> None:
         type=two_or_more,
         default=7,
         metavar="N",
-        help="take the first N writers by name (default: %(default)s)",
+        help="take the first N writers by name (default: 7; with --demo all)",
     )
     group.add_argument(
         "--cache_dir",
@@ -179,8 +179,8 @@ def _add_limit_flags(group: Any) -> None:
     group.add_argument(
         "--continue_interrupted",
         action="store_true",
-        help="continue each interrupted trial from its last checkpoint, in a new trial, instead of "
-        "drawing anew",
+        help="continue each trial that was interrupted, killed or out of disk space from its last "
+        "checkpoint, in a new trial, instead of drawing anew",
     )
     group.add_argument(
         "--keep_checkpoints",

@@ -39,9 +39,10 @@ LESS_MEMORY = "a smaller batch (--fix batch_size=16), a smaller backbone, fewer 
 ADVICE = {
     Kind.TIMEOUT: "a longer --trial_timeout or fewer --epochs",
     Kind.OUT_OF_MEMORY: LESS_MEMORY,
-    Kind.KILLED: LESS_MEMORY,
+    Kind.KILLED: f"{LESS_MEMORY}; --continue_interrupted goes on with this one",
     Kind.NOT_FINITE: "lower learning rates: --space with a lower end, or --fix learning_rate=0.001",
-    Kind.DISK_FULL: "make room on the disk; the same command goes on",
+    Kind.DISK_FULL: "make room on the disk; the same command goes on, with --continue_interrupted "
+    "from this trial's last saved state",
     Kind.OTHER: "the traceback below and train.log; the same command goes on with other trials",
 }
 
@@ -67,6 +68,11 @@ class Cause:
     @property
     def is_interruption(self) -> bool:
         return self.kind in INTERRUPTIONS
+
+    @property
+    def is_resumable(self) -> bool:
+        """Tell whether its last saved state is worth going on from: the trial may well be sound."""
+        return self.is_interruption or self.kind in (Kind.DISK_FULL, Kind.KILLED)
 
     @property
     def advice(self) -> str:

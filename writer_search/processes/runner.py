@@ -275,7 +275,7 @@ class Runner:
             if limit is not None and now >= running.started + limit:
                 text = f"ran longer than --trial_timeout {limit:g} s"
                 running.stop(Cause(Kind.TIMEOUT, text))
-            if running.is_past_killing():
+            if running.kill_if_overdue():
                 self._remove(running)
                 undying.append((running, running.abandon()))
         return undying

@@ -132,7 +132,7 @@ class RunningTrial:
         self.calm *= 2
 
     def stop(self, cause: Cause) -> None:
-        """Tell it to save and end; see `is_past_killing`."""
+        """Tell it to save and end; see `kill_if_overdue`."""
         assert cause.kind in STOPS
         if self.stop_cause is None:
             now = time.monotonic()
@@ -142,8 +142,8 @@ class RunningTrial:
             self.kill_at = now + max(STOP_SECONDS, batches * slowest)
             self.child.order(STOP)
 
-    def is_past_killing(self) -> bool:
-        """Kill it where it was told to stop and has not ended in time; tell where that failed."""
+    def kill_if_overdue(self) -> bool:
+        """Kill it where it has not stopped in time; tell whether even that has not ended it."""
         now = time.monotonic()
         if now < self.kill_at:
             return False

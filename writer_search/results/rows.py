@@ -91,6 +91,11 @@ def state_of(row: Row) -> str:
     return row.state.lower()
 
 
+def is_resumable(attributes: Mapping[str, Any]) -> bool:
+    """Tell whether a failed trial is worth going on with, by its attributes."""
+    return bool(attributes.get("interrupted") or attributes.get("resumable"))
+
+
 def count_states(rows: Iterable[Row]) -> Counter[str]:
     """Count trials by their state for people."""
     return Counter(state_of(row) for row in rows)

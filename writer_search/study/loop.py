@@ -268,7 +268,7 @@ class Search:
         if isinstance(ended, float):
             self.recorder.end_complete(running, ended)
             return
-        if ended.cause.is_interruption and "continues" in running.trial.user_attrs:
+        if ended.cause.is_resumable and "continues" in running.trial.user_attrs:
             advanced = running.has_advanced and has_saved(running.job.trial_dir)
             running.trial.set_user_attr("advanced", advanced)
         self.end_failed(running.trial, ended.cause, running.epoch, running.seconds)

@@ -96,8 +96,8 @@ class Recorder:
         trial.set_user_attr("failure", str(cause))
         if cause.unsaved:
             self.unsaved.append(trial.number)
-        if cause.is_interruption:
-            trial.set_user_attr("interrupted", True)
+        if cause.is_resumable:
+            trial.set_user_attr("interrupted" if cause.is_interruption else "resumable", True)
         directory = trial_dir(self._plan.checkpoint_dir, trial.number)
         self.attempt(
             lambda: write_error_log(

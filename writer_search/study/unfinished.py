@@ -15,6 +15,7 @@ from writer_search.results.rows import (
     SECONDS,
     has_saved,
     home_of,
+    is_resumable,
     read_history,
     trained_seconds,
     trial_dir,
@@ -100,22 +101,24 @@ def epochs_before(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
 
 
 def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:
-    """Let a waiting trial follow each interrupted one, with its hyperparameters and seed.
+    """Let a waiting trial follow each one that was broken off, with its hyperparameters and seed.
 
     seeds: those of the trials to go on with; None: of all. Returns a line for each such trial.
     """
     lines = []
-    for trial in continuations(study.get_trials(deepcopy=False)):
+    trials = study.get_trials(deepcopy=False)
+    for trial in continuations(trials):
         if seeds is not None and trial.user_attrs["seed"] not in seeds:
             continue
         study.add_trial(trial)
         number = trial.user_attrs["continues"]
-        lines.append(f"trial {number} was interrupted: a new trial goes on with it")
+        how = "was interrupted" if trials[number].user_attrs.get("interrupted") else "had failed"
+        lines.append(f"trial {number} {how}: a new trial goes on with it")
     return lines
 
 
 def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
-    """Say in a line how many epochs interrupted trials have saved that nobody goes on with."""
+    """Say in a line how many epochs trials have saved that nobody goes on with."""
     saved = []
     for trial in continuations(study.get_trials(deepcopy=False)):
         number = trial.user_attrs["continues"]
@@ -125,7 +128,7 @@ def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     if not sum(saved):
         return []
     return [
-        f"{counted(len(saved), 'interrupted trial')} saved {counted(sum(saved), 'epoch')}: "
+        f"{counted(len(saved), 'unfinished trial')} saved {counted(sum(saved), 'epoch')}: "
         f"--continue_interrupted goes on with {'it' if len(saved) == 1 else 'them'}"
     ]
 
@@ -133,10 +136,11 @@ def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
 def continuations(
     trials: Sequence[FrozenTrial], state: TrialState = TrialState.WAITING
 ) -> Iterator[FrozenTrial]:
-    """Give a trial to follow each interrupted one, with its hyperparameters and seed.
+    """Give a trial to follow each one that was broken off, with its hyperparameters and seed.
 
-    Once for each interruption, but not after MAX_CONTINUATIONS in a row that brought it no further.
-    A trial that failed by itself is not followed.
+    That is: interrupted, killed, or without room on the disk; a trial that failed by itself is not
+    followed. Once for each break, but not after MAX_CONTINUATIONS in a row that brought it no
+    further.
     """
     # A fleet, whose trials run at once, starts no waiting one: it came with a copied study.
     waits = state == TrialState.WAITING
@@ -147,7 +151,7 @@ def continuations(
     }
     for trial in trials:
         attributes = trial.user_attrs
-        if trial.state != TrialState.FAIL or not attributes.get("interrupted"):
+        if trial.state != TrialState.FAIL or not is_resumable(attributes):
             continue
         if trial.number in followed or "seed" not in attributes:
             continue

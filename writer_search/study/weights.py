@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from writer_search.results.rows import UNFINISHED, Row, trial_dir
+from writer_search.results.rows import UNFINISHED, Row, is_resumable, trial_dir
 
 
 def remove_weights(
@@ -17,18 +17,18 @@ def remove_weights(
 ) -> None:
     """Delete the weights of finished trials that are not among the best `kept`.
 
-    An interrupted trial keeps its own until a trial that continues it has ended by itself.
+    A trial to go on with keeps its own until a trial that continues it has ended by itself.
     `removed` holds the trials that have none any more, and grows: what is not needed once is never
     needed again.
     """
     complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
     best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
     needed = {row.number for row in best} | set(running)
-    interrupted = {row.number for row in rows if row.attributes.get("interrupted")}
+    resumable = {row.number for row in rows if is_resumable(row.attributes)}
     for row in reversed(rows):  # a trial that is continued stands before the one that continues it
-        if row.state not in UNFINISHED and row.number not in interrupted:
-            interrupted.discard(row.attributes.get("continues"))
-    needed |= interrupted
+        if row.state not in UNFINISHED and row.number not in resumable:
+            resumable.discard(row.attributes.get("continues"))
+    needed |= resumable
     needed |= removed
     for row in rows:
         if row.state not in UNFINISHED and row.number not in needed:
