@@ -26,6 +26,7 @@ DATABASE = "optuna_study.db"
 BOUND = ("config.json", "history.jsonl", "metrics.json", "final_model.pth", "best_model.pth")
 FINISHED = ("COMPLETE", "PRUNED")
 MOST_CONTINUATIONS = 3
+NO_FAULT = ("killed by SIGKILL", "No space left")  # of a trial's own: it may be continued
 QUESTION = re.compile(r"\?\s*$|\[y/n\]|\(y/n\)", re.IGNORECASE | re.MULTILINE)
 
 # --------------------------------------------------------------------------------- what can be seen
@@ -176,7 +177,7 @@ def check_histories(directory: Path, trials: Sequence[Seen], epochs: int) -> lis
 
 
 def check_continuations(trials: Sequence[Seen], at_end: bool) -> list[str]:
-    """Each interrupted trial is followed once, but not after three in a row that saved no more."""
+    """What was broken off is followed once, but not after three in a row that saved no more."""
     wrong = []
     follows = Counter(trial.attributes.get("continues") for trial in trials)
     for trial in trials:
@@ -185,7 +186,9 @@ def check_continuations(trials: Sequence[Seen], at_end: bool) -> list[str]:
         lately = chain_of(trials, trial)[1:][-MOST_CONTINUATIONS:]
         in_vain = [seen for seen in lately if not seen.attributes.get("advanced")]
         was_last = len(in_vain) == MOST_CONTINUATIONS
-        is_due = bool(trial.attributes.get("interrupted")) and not was_last
+        failure = trial.attributes.get("failure", "")
+        is_due = trial.attributes.get("interrupted") or any(word in failure for word in NO_FAULT)
+        is_due = bool(is_due) and not was_last
         if follows[trial.number] > is_due or (at_end and follows[trial.number] != is_due):
             wrong.append(f"{follows[trial.number]} trials continue trial {trial.number}: {trial}")
     return wrong
