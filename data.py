@@ -15,10 +15,8 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -28,7 +26,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory, write_whole
 from writer_search.common.locks import builder_lock
@@ -45,6 +42,7 @@ from writer_search.lines.layout import (
     refuse_no_images,
     refuse_other_layouts,
 )
+from writer_search.lines.parallel import in_order
 from writer_search.lines.report import (
     MEASURED,
     NO_PAGE,
@@ -346,25 +344,18 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
     broken: dict[str, str] = {}
     checksum = 0
 
-    def read(line: LineFile) -> tuple[bytes, DecodedLine | str]:
-        """Give a file's digest, and what it shows. Not its contents: they would pile up."""
-        content = _read_file(data_root / line.path)
-        digest = hashlib.sha256(content).digest()[:16]
-        try:
-            return digest, decode_line(content, line_height)
-        except BrokenImageError as error:
-            return digest, str(error)
-
     def write_strip(file: Any) -> None:
         nonlocal checksum
         file.write(bytes(line_height))  # column 0: empty background
         checksum = zlib.crc32(bytes(line_height))
         # Threads: Pillow decodes and resizes without the interpreter's lock.
-        with warnings.catch_warnings(), _threads() as pool:
+        read = partial(_read_line, line_height)
+        paths = (data_root / line.path for line in lines)
+        with warnings.catch_warnings(), in_order(read, paths) as results:
             # `decode_line` refuses what is too large; filters are the process's, not a thread's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             decoded = tqdm(
-                pool.map(read, lines),
+                results,
                 "decoding lines",
                 len(lines),
                 leave=False,
@@ -393,6 +384,21 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
     write_whole(directory / "index.npz", lambda file: np.savez(file, **arrays))
 
 
+def _read_line(line_height: int, path: Path) -> tuple[bytes, DecodedLine | str]:
+    """Give a file's digest, and what it shows or what is wrong with it. Raises UserError."""
+    content = _read_file(path)
+    digest = hashlib.sha256(content).digest()[:16]
+    try:
+        return digest, decode_line(content, line_height)
+    except BrokenImageError as error:
+        return digest, str(error)
+    except MemoryError:
+        raise UserError(
+            f"{one_line(path)} cannot be decoded: out of memory; end other programs, and run the "
+            "same command again"
+        ) from None
+
+
 def _read_file(path: Path) -> bytes:
     """Read an image file. A failure is no property of the image, so it is not remembered.
 
@@ -405,16 +411,6 @@ def _read_file(path: Path) -> bytes:
             f"{one_line(path)} cannot be read ({one_line(error.strerror or error)}); make it "
             "readable or remove it, and run the same command again"
         ) from None
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """A pool that does not finish its work when an error or a signal ends its use."""
-    pool = ThreadPoolExecutor(usable_cores())
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _refuse_broken(lines: list[LineFile], broken: Mapping[str, str]) -> None:

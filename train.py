@@ -119,7 +119,7 @@ def train(
     each calling this function; what rank 0 raises, all raise. `sharing` trials share the device.
 
     Writes history.jsonl, latest_checkpoint.pth, best_model.pth, final_model.pth and, last,
-    metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError.
+    metrics.json into `trial_dir`. Raises DivergedError, CheckpointMismatchError, ValueError.
     """
     trial_dir.mkdir(parents=True, exist_ok=True)
     report = ranks.shared(report, Pruned, Stopped)
@@ -392,7 +392,8 @@ def _write_results(
 
 def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | None = None) -> bool:
     """Tell whether all epochs are done, or `patience` of them without a better value."""
-    if state.epoch >= min(config.epochs, last_epoch or config.epochs):
+    most = 1 if config.is_fitted else config.epochs
+    if state.epoch >= min(most, last_epoch or most):
         return True
     if state.best is None:
         return False

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from data import (
 )
 from writer_search.common.errors import UserError
 from writer_search.common.locks import builder_lock
+from writer_search.lines import parallel
 from writer_search.lines.decoding import INK_DEVIATION, BrokenImageError, decode_line
 from writer_search.lines.kinds import SUFFIXES
 from writer_search.lines.report import describe_report
@@ -1119,6 +1121,32 @@ def test_what_is_not_looked_at_is_counted_with_an_example(tmp_path: Path) -> Non
     assert not any("@eaDir" in line.path for line in lines)
 
 
+def test_lack_of_memory_is_no_property_of_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not remembered: the next command decodes the line."""
+    root = tmp_path / "root"
+    write_lines(root, two_writers())
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "resize", Mock(side_effect=MemoryError))
+        assert "cannot be decoded: out of memory" in refused(lambda: load(root, tmp_path / "cache"))
+    assert load(root, tmp_path / "cache").report["broken"] == {}
+
+
+def test_results_that_nobody_takes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "AHEAD", 10)
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        return -number
+
+    with parallel.in_order(work, range(1000)) as results:
+        assert [next(results) for _ in range(3)] == [0, -1, -2]
+        assert len(begun) <= 12
+        assert list(results) == [-number for number in range(3, 1000)]
+
+
 def test_no_line_images_says_what_is_there_instead(tmp_path: Path) -> None:
     for number in range(4):
         write_file(tmp_path / f"train/anna/p/{number}.pdf", b"%PDF")
@@ -1148,6 +1176,7 @@ LAYOUTS = {
     ),
     "too high": (["dataset/train/{w}/p/1.png", "dataset/val/{w}/q/1.png"], "give --data_root"),
     "much too high": (["a/b/train/{w}/p/1.png", "a/b/val/{w}/q/1.png"], "/a/b"),
+    "a writer called Dev": (["Dev/{w}/1.png", "Omar/{w}/1.png"], "there is no train beside it; if"),
     "eval": (["train/{w}/p/1.png", "eval/{w}/q/1.png"], "rename eval to val"),
     "writers too deep": (["all/{w}/p/1.png", "all/{w}/q/1.png"], "are the writers, give"),
     "writers too deep, split": (["train/all/{w}/p/1.png", "val/all/{w}/q/1.png"], "up a level"),

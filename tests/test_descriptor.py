@@ -229,6 +229,18 @@ def test_a_varied_line_has_thicker_or_thinner_strokes(stroke: float, sums: float
     assert varied.sum() == pytest.approx(sums)
 
 
+@pytest.mark.parametrize("variation", [1.0, 4.0])
+def test_slivers_of_one_column_are_described(data: LineSet, variation: float) -> None:
+    """In each size, and however many of them come together."""
+    narrow = replace(data, widths=np.ones_like(data.widths))
+    lines = Lines.of(narrow, "train", torch.from_numpy(data.strip))
+    config = replace(DESCRIPTOR, cohog_sizes=5, cohog_variation=variation)
+    model = WriterModel.of(config, len(data.writers)).eval()
+    described, _ = describe(model, lines, variation)
+    assert described.isfinite().all()
+    assert line_logits(model, config, lines, len(data.writers)).isfinite().all()
+
+
 # -------------------------------------------------------------------------------- the classifiers
 
 
@@ -244,8 +256,9 @@ def features() -> tuple[Tensor, Tensor]:
 
 
 def test_shrinkage_is_that_of_ledoit_and_wolf(features: tuple[Tensor, Tensor]) -> None:
-    for rows in (slice(None), slice(0, 7), slice(3, 5)):
-        centred = features[0][rows] - features[0][rows].mean(0)
+    """Of more channels than lines, and of fewer."""
+    for rows, channels in ((None, 60), (7, 60), (2, 60), (None, 20)):
+        centred = features[0][:rows, :channels] - features[0][:rows, :channels].mean(0)
         shrinkage, mean_variance = ledoit_wolf(centred)
         assert shrinkage == pytest.approx(
             ledoit_wolf_shrinkage(centred.numpy(), assume_centered=True), abs=1e-9
@@ -283,6 +296,19 @@ def test_a_writer_with_one_line_or_none_breaks_nothing(features: tuple[Tensor, T
         logits = fitted.logits(values[few])
         assert logits.isfinite().all()
         assert logits.argmax(1).tolist() == labels[few].tolist()
+
+
+def test_a_writer_with_one_line_makes_the_others_no_less_certain(
+    features: tuple[Tensor, Tensor],
+) -> None:
+    values, labels = features
+    pages = torch.zeros_like(labels)
+    whole = fit(DESCRIPTOR, values, labels, pages, 5)
+    lonely = torch.ones_like(labels, dtype=torch.bool)
+    lonely[13:15] = False  # of writer 1 there is one line left
+    fitted = fit(DESCRIPTOR, values[lonely], labels[lonely], pages[lonely], 5)
+    ratio = fitted.weight.norm() / whole.weight.norm()
+    assert 0.5 < ratio < 2
 
 
 def test_logits_are_as_sure_as_they_may_be() -> None:
@@ -450,6 +476,11 @@ def test_both_go_on_after_a_stop_to_the_same_model(
     assert train(both, data, tmp_path / "b", continue_from=tmp_path / "cut") == whole
     models = [saved_model(tmp_path / name) for name in ("whole", "b")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_more_epochs_than_one_fit_are_no_epochs(data: LineSet, tmp_path: Path) -> None:
+    train(replace(DESCRIPTOR, cohog_reach=2, epochs=20, patience=10), data, tmp_path)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("progress", [0.0, 1.0])

@@ -191,16 +191,36 @@ def test_final_model_trains_on_validation_lines_and_claims_nothing(
     )
 
 
+@pytest.mark.parametrize(("recorded", "taken"), [(2, 2), (64, 3)])
 def test_without_metrics_all_epochs_are_trained_on_the_recorded_threads(
-    search: Path, lines_root: Path, tmp_path: Path
+    recorded: int,
+    taken: int,
+    search: Path,
+    lines_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """As many as the trial had, where there are so many cores."""
+    monkeypatch.setattr(retraining, "usable_cores", lambda: 3)
     trial = tmp_path / "trial"
     trial.mkdir()
     record = json.loads((search / "trial_000" / "config.json").read_text())
-    (trial / "config.json").write_text(json.dumps({**record, "threads": 2}))
+    (trial / "config.json").write_text(json.dumps({**record, "threads": recorded}))
     assert again(trial, lines_root, tmp_path / "final", "--train_on", "train+val") == 0
     assert len(history_of(tmp_path / "final")) == 4, "patience needs validation"
-    assert torch.get_num_threads() == 2, "as many as the trial had"
+    assert torch.get_num_threads() == taken
+
+
+def test_final_model_can_be_trained_again(
+    search: Path, lines_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From its own record, which is of all lines that it was trained on and has no best epoch."""
+    final, same = tmp_path / "final", tmp_path / "same"
+    assert again(search / "trial_000", lines_root, final, "--train_on", "train+val") == 0
+    assert again(final, lines_root, same) == 0
+    assert "no honest validation value is left" in capfd.readouterr().out
+    assert_same_weights(same / "final_model.pth", final / "final_model.pth")
+    assert history_of(same) == history_of(final)
 
 
 def test_validation_lines_are_added_and_test_lines_are_not(data: LineSet) -> None:
@@ -227,9 +247,15 @@ def test_other_lines_are_refused_unless_asked_for(
     assert "holds other lines than the trial had" in problems
     assert not (tmp_path / "out").exists()
     assert again(trial, other, tmp_path / "out", "--other_data") == 0
-    printed = capfd.readouterr().out
+    printed, problems = capfd.readouterr()
     assert "4 writers" in printed
     assert "The trial had" not in printed
+    assert problems == ""
+    shutil.copy(line.with_name("line_099.png"), sorted((other / "val").rglob("*.png"))[0])
+    assert again(trial, other, tmp_path / "doubtful", "--other_data") == 0
+    assert "warning: 1 identical image stands in two splits" in capfd.readouterr().err
+    report = json.loads((tmp_path / "doubtful" / "data_report.json").read_text())
+    assert report["images_in_two_splits"] == 1
 
 
 def test_directory_of_something_else_is_refused(

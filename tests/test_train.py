@@ -186,6 +186,13 @@ def test_own_networks_train_without_what_takes_seconds_to_import() -> None:
     assert (ran.stdout.strip(), ran.stderr) == ("", "")
 
 
+def test_lines_of_another_height_are_refused(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="line_height=32, and the lines' is 16"):
+        train(changed(config, line_height=32), data, tmp_path)
+
+
 def test_smoothing_margin_and_scale_reach_the_loss(config: TrialConfig) -> None:
     logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     smooth = batch_loss(logits, changed(config, label_smoothing=0.15), labels)

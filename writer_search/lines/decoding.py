@@ -54,11 +54,11 @@ def decode_line(content: bytes, line_height: int) -> DecodedLine:
     gets the line's own paper colour. The paper is the median grey; ink is the distance from it
     towards the darker side (towards the lighter one where that has more contrast), divided by its
     own deviation, so that neither paper nor ink colour is a label.
-    Raises BrokenImageError.
+    Raises BrokenImageError, and MemoryError, which is no property of the image.
     """
     try:
         grey, size, version = _read_grey(content, line_height)
-    except BrokenImageError:
+    except (BrokenImageError, MemoryError):
         raise
     except UnidentifiedImageError:  # its message has but an object's address
         raise BrokenImageError(describe_content(content)) from None

@@ -105,7 +105,15 @@ def _refuse_misnamed_splits(data_root: Path, names: Sequence[str]) -> None:
     for name in names:
         meant = SPLIT_WORDS.get(name.casefold()) if len(name) > 2 else None
         if meant and name != meant and meant not in names:
-            raise UserError(f"--data_root {data_root}: rename {name} to {meant}")
+            raise UserError(
+                f"--data_root {data_root}: "
+                + (
+                    f"rename {one_line(name)} to {meant}"
+                    if "train" in (meant, *names)
+                    else f"{one_line(name)} looks like a split, and there is no train beside it; "
+                    "if it is a writer, give it another name"
+                )
+            )
     found = {
         name: meant
         for name in names

@@ -170,14 +170,17 @@ def _in_two_splits(kept: list[LineFile], key: Callable[[int], Any]) -> int:
     return sum(len(found) > 1 for found in splits.values())
 
 
-def describe_report(report: Mapping[str, Any]) -> list[str]:
-    """Put a data report's warnings into lines for people; empty when all is well."""
+def describe_report(report: Mapping[str, Any], file: str = "summary/data_report.json") -> list[str]:
+    """Put a data report's warnings into lines for people; empty when all is well.
+
+    file: where the report is.
+    """
     warned = []
     if report["broken"]:
         first, cause = next(iter(report["broken"].items()))
         warned.append(
             f"{counted(len(report['broken']), 'broken image')} left out, first {one_line(first)} "
-            f"({cause}); all are named in summary/data_report.json"
+            f"({cause}); all are named in {file}"
         )
     if without := report["writers_without_validation"]:
         names = one_line(", ".join(without))

@@ -23,6 +23,7 @@ NOISE_SHEET = 4  # images: noise is drawn for so many in an epoch, and each take
 NOISE_STEP = 10_007  # pixels that a batch's parts are shifted against those of the batch before
 # In which a descriptor sees a line, its own first: logarithms of a factor, at a variation of 1.
 SIZES = (0.0, 0.145, -0.145, 0.29, -0.29)
+LEAST_WIDTH = 4  # columns of a whole line with background, so that the smallest size has one
 STRIP_SHARE = 0.4  # of a device's free memory; what is larger stays on the host
 
 
@@ -145,7 +146,7 @@ def views(
     if crop_width is None:
         line = lines.widths.argsort(stable=True)
         offset = torch.zeros_like(line)
-        widths = lines.widths[line].cpu().tolist()
+        widths = lines.widths[line].clamp(min=LEAST_WIDTH).cpu().tolist()
     else:
         line, offset = windows(lines.widths, crop_width)
         widths = [crop_width] * len(line)

@@ -106,6 +106,8 @@ class Checkpoints:
     so that both advance together. The `with` block ends once all is written. Of ranks one writes.
 
     device: where the state is.   expected: its bytes, as far as they are known before the first.
+    Raises ValueError where the lines have another height than the configuration: a model would be
+    saved that is asked about others than it has learnt.
     """
 
     def __init__(
@@ -117,6 +119,9 @@ class Checkpoints:
         device: torch.device = CPU,
         expected: int = 0,
     ) -> None:
+        if data.line_height != config.line_height:
+            both = f"line_height={config.line_height}, and the lines' is {data.line_height}"
+            raise ValueError(f"{both}: give load_lines the configuration's")
         self._trial_dir, self._config, self._data = trial_dir, config, data
         self._is_writer = is_writer
         self.times = SaveTimes(expected / ASSUMED_RATE)

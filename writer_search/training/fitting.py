@@ -118,10 +118,11 @@ def fit(
     fold = _folds(labels.numpy(), pages.numpy())
     unseen, truth = [], []
     for number in range(FOLDS):
-        others, own = fold != number, fold == number
-        own &= torch.isin(labels, labels[others])  # a writer with one line cannot be told
+        own = fold == number
+        # A writer with one line cannot be told by others, and is not to be unknown to them.
+        own &= torch.isin(labels, labels[~own])
         if own.any():
-            unseen.append(fitted(others).logits(descriptions[own]))
+            unseen.append(fitted(~own).logits(descriptions[own]))
             truth.append(labels[own])
     whole = fitted(torch.ones_like(fold, dtype=torch.bool))
     if not unseen:
@@ -177,12 +178,13 @@ def ledoit_wolf(centred: Tensor) -> tuple[float, float]:
     """Give how much of the identity belongs into a covariance, and the mean variance.
 
     centred (lines, channels), float64. The closed form of Ledoit and Wolf 2004, with sums over
-    pairs of channels as sums over pairs of lines.
+    pairs of channels or of lines, whichever are fewer.
     """
     lines, channels = centred.shape
     squares = centred.square().sum(1)
     mean_variance = squares.sum() / (lines * channels)
-    of_covariance = (centred @ centred.T).square().sum() / lines**2
+    smaller = centred @ centred.T if lines < channels else centred.T @ centred  # as many squares
+    of_covariance = smaller.square().sum() / lines**2
     distance = of_covariance / channels - mean_variance.square()
     error = (squares.square().sum() / lines - of_covariance) / (lines * channels)
     error = min(error, distance)

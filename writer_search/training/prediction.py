@@ -170,6 +170,8 @@ def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, Decode
             return decode_line(path.read_bytes(), line_height)
         except (OSError, BrokenImageError) as error:
             return one_line(error, 150)
+        except MemoryError:
+            return "out of memory"
 
     with warnings.catch_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
         # `decode_line` refuses what is too large.

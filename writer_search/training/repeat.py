@@ -14,6 +14,7 @@ import torch
 
 from data import LineSet, find_lines, load_lines
 from model import WeightsUnavailableError, ensure_imagenet_weights
+from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.files import content_hash, read_json, remove_temporaries, write_json
 from writer_search.common.locks import DirectoryLock
@@ -22,6 +23,8 @@ from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import counted, duration, one_line, percent
 from writer_search.config import TrialConfig, half_batch
 from writer_search.lines.layout import SPLITS
+from writer_search.lines.report import describe_report
+from writer_search.lines.walk import LeftOut
 from writer_search.training.checkpoints import LATEST, CheckpointMismatchError, load_checked
 from writer_search.training.device_errors import is_out_of_memory
 from writer_search.training.outcomes import Stopped
@@ -29,7 +32,10 @@ from writer_search.training.outcomes import Stopped
 
 @dataclass(frozen=True)
 class Original:
-    """The trial that is trained again, as its config.json and metrics.json have it."""
+    """The trial that is trained again, as its config.json and metrics.json have it.
+
+    threads: no more than this machine has cores.
+    """
 
     config: TrialConfig
     data_fingerprint: str
@@ -39,6 +45,7 @@ class Original:
     settings: dict[str, Any]  # of its search
     value: float | None  # the best epoch's; None where metrics.json is not there
     best_epoch: int | None
+    train_on: str = "train"  # train+val: it was such a training itself, of so many epochs
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ def read_original(config_file: Path) -> Original:
         original = Original(
             config,
             str(found["data_fingerprint"]),
-            int(found["threads"]),
+            # More than there are cores would wait for one another: 19 times as long with 64 on 2.
+            min(int(found["threads"]), usable_cores()),
             _images_at_once(found, config),
             found["device"] != "cpu",
             dict(found["settings"]),
@@ -70,6 +78,9 @@ def read_original(config_file: Path) -> Original:
             None,
         )
         original.settings["data"]["writers"]
+        if found.get("train_on") == "train+val":
+            last = None if found["last_epoch"] is None else int(found["last_epoch"])
+            return replace(original, train_on="train+val", best_epoch=last)
     except OSError as error:
         raise UserError(f"--config cannot be read: {one_line(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,15 +115,22 @@ def find_data(wanted: Retraining, original: Original) -> LineSet:
     split = str(recorded.get("split", "given"))
     seed = int(split.rpartition(" ")[2]) if split.startswith("by seed ") else 0
     writers = None if wanted.other_data else int(recorded["writers"])
-    lines = find_lines(wanted.data_root, writers, seed)
-    data = load_lines(wanted.data_root, lines, original.config.line_height, wanted.cache_dir)
-    if data.fingerprint != original.data_fingerprint and not wanted.other_data:
+    left_out = LeftOut()
+    lines = find_lines(wanted.data_root, writers, seed, left_out)
+    data = load_lines(
+        wanted.data_root, lines, original.config.line_height, wanted.cache_dir, left_out
+    )
+    whole = with_validation_lines(data)
+    trained_on = whole if original.train_on == "train+val" else data
+    if trained_on.fingerprint != original.data_fingerprint and not wanted.other_data:
         raise UserError(
             f"--data_root {wanted.data_root} holds other lines than the trial had (fingerprint "
-            f"{data.fingerprint}, the trial's is {original.data_fingerprint}); give the same "
+            f"{trained_on.fingerprint}, the trial's is {original.data_fingerprint}); give the same "
             "lines, or --other_data to train on these"
         )
-    return data if wanted.train_on == "train" else with_validation_lines(data)
+    for warning in describe_report(data.report, "data_report.json"):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return data if wanted.train_on == "train" else whole
 
 
 def with_validation_lines(data: LineSet) -> LineSet:
@@ -131,6 +149,8 @@ def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object])
     Raises UserError, Interrupted.
     """
     original = read_original(wanted.config_file)
+    if original.train_on == "train+val":
+        wanted = replace(wanted, train_on="train+val")
     data = find_data(wanted, original)
     last_epoch = original.best_epoch if wanted.train_on == "train+val" else None
     device = device_like(wanted.device, original.on_gpu)
@@ -151,6 +171,7 @@ def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object])
     with DirectoryLock(wanted.output_dir), stop.deferred():
         remove_temporaries(wanted.output_dir)
         write_json(wanted.output_dir / "config.json", record)
+        write_json(wanted.output_dir / "data_report.json", data.report)
         for line in opening_lines(wanted, original, data, last_epoch, device, goes_on):
             print(line, flush=True)
         run(wanted, original, data, last_epoch, device, stop, train)
@@ -203,7 +224,7 @@ def run(
 
     images = original.micro_batch
     try:
-        while (images := fitting(train_with, images, original.config.batch_size)) is not None:
+        while (images := fitting(train_with, images, original.config)) is not None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             note_smaller(wanted.output_dir, images)
@@ -214,14 +235,14 @@ def run(
 
 
 def fitting(
-    train_with: Callable[[int | None], None], micro_batch: int | None, batch_size: int
+    train_with: Callable[[int | None], None], micro_batch: int | None, config: TrialConfig
 ) -> int | None:
     """Train; give the images at once to try next where memory ran out, None when it is done."""
     try:
         train_with(micro_batch)
     except (RuntimeError, MemoryError) as error:
-        smaller = half_batch(micro_batch or batch_size)
-        if not is_out_of_memory(error) or smaller is None:
+        smaller = half_batch(micro_batch or config.batch_size)
+        if config.is_fitted or not is_out_of_memory(error) or smaller is None:
             raise
         return smaller  # the error goes, and with it all that the training held
     return None
