@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
 from writer_search.results.page.snapshot import FINISHED, STOPPED, Standing
 from writer_search.results.rows import DATABASE
-from writer_search.results.status import read_status, show
+from writer_search.results.status import LOOKS_BETWEEN_TRIALS, read_status, show
 from writer_search.results.tables import closing_lines, keep_failing, write_summary
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     """Open or create the study, settle what a dead search left, print the banner."""
     from writer_search.results.events import Events
     from writer_search.results.report import ReportPage
-    from writer_search.study.banner import announce, banner, describe_run
+    from writer_search.study.banner import announce, banner, described_run
     from writer_search.study.draws import make_pruner
     from writer_search.study.loop import Search
     from writer_search.study.preparation import is_finished, prepare, recorded_settings
@@ -93,7 +94,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     )
     supply = LocalSupply(study, plan)
     rows = supply.rows()
-    study.set_user_attr("run", describe_run(args, plan, rows))
+    study.set_user_attr("run", described_run(args.n_trials, len(plan.slots), rows))
     database = str(args.checkpoint_dir / DATABASE)
     announce(args, plan, banner(args, database, None if is_new else rows), settled)
     page = ReportPage(args.checkpoint_dir, plan.data)
@@ -181,10 +182,8 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
     )
     lines += confirmed
     is_settled = is_settled and search.has_all and not (last.stop.name or last.recorder.gave_up)
-    if args.evaluate_test and is_settled and chosen and published:
-        lines += measured_on_test(search, chosen, published)
-    elif args.evaluate_test and not is_settled and search.stop.name is None:
-        lines.append("Not measured on the test lines yet: that follows when nothing is missing.")
+    if args.evaluate_test and search.stop.name is None:
+        lines += measured_on_test(search, chosen if is_settled else None, published)
     update_page(search, FINISHED if is_settled else STOPPED)
     print("\n".join([RULE, *lines, RULE]))
     if search.stop.name is not None:
@@ -221,8 +220,15 @@ def update_page(search: Search, state: str) -> None:
     search.page.write(search.rows, lambda: study.user_attrs, lambda: Standing(state))
 
 
-def measured_on_test(search: Search, chosen: Chosen, model_file: Path) -> list[str]:
-    """Measure the chosen model on the test lines, unless it has been; lines for people."""
+def measured_on_test(search: Search, chosen: Chosen | None, model_file: Path | None) -> list[str]:
+    """Measure the chosen model on the test lines, unless it has been; lines for people.
+
+    chosen: None as long as something is missing.   model_file: None where it is not there.
+    """
+    if chosen is None:
+        return ["Not measured on the test lines yet: that follows when nothing is missing."]
+    if model_file is None:
+        return [f"Not measured on the test lines: the model of {chosen.name} is not there."]
     from writer_search.processes.messages import TestQuestion
     from writer_search.processes.test_measurement import evaluate_test
 
@@ -304,20 +310,30 @@ def run_search(args: argparse.Namespace) -> int:
             live.begin("opening the study")
             search = open_search(args, plan, stop)
             with stop.deferred():
-                return run_and_tell(args, search)
+                return run_and_tell(args, search, args.checkpoint_dir)
 
 
-def run_and_tell(args: argparse.Namespace, search: Search) -> int:
-    """Search and conclude; whatever the end, tell --on_event of it."""
+def run_and_tell(args: argparse.Namespace, search: Search, where: Path | str) -> int:
+    """Search and conclude; whatever the end, tell --on_event of it.   where: the study is."""
     from writer_search.results.events import search_event
 
-    code = EXIT_USAGE  # what an error is that is none of the program's
+    code = EXIT_NOTHING_COMPLETE  # of an error that is the program's own
     try:
-        search.run()
-        code = conclude(args, search)
+        with told_when_unwritable(where):
+            search.run()
+            code = conclude(args, search)
     except Interrupted as error:
         code = error.exit_code if args.requeue_exit_code is None else args.requeue_exit_code
         raise
+    except UserError as error:
+        code = EXIT_USAGE
+        if (signalled := search.stop.name) is None:
+            raise
+        # The storage was away as well: the batch system is to queue the job again all the same.
+        print(hidden(told(error), args.storage), file=sys.stderr)
+        stopped = Interrupted(signalled, began=True, unsaved=search.recorder.unsaved)
+        code = stopped.exit_code if args.requeue_exit_code is None else args.requeue_exit_code
+        raise stopped from None
     finally:
         search.events.send(search_event(args.checkpoint_dir, search.rows, args.n_trials, code))
         search.events.close()
@@ -341,8 +357,8 @@ def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:
         with SharedLock(args.checkpoint_dir) as lock:
             live.begin("opening the study")
             search = open_shared_search(args, plan, stop, storage, lock, is_new)
-            with stop.deferred(), told_when_unwritable(shown_url(args.storage)):
-                return run_and_tell(args, search)
+            with stop.deferred():
+                return run_and_tell(args, search, shown_url(args.storage))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -373,6 +389,8 @@ def _main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return error.exit_code if requeue is None else requeue
+    except KeyboardInterrupt:  # of --status and --compare, which change nothing
+        return 128 + signal.SIGINT
     except Exception:
         if storage is None:
             raise
@@ -400,7 +418,8 @@ def saved_text(unsaved: Sequence[int]) -> str:
 def show_status(args: argparse.Namespace) -> int:
     """Print how the search stands: once, or until it ends. Raises UserError."""
     if args.storage is None:
-        show(lambda: read_status(args.checkpoint_dir), args.json, args.watch, sys.stdout)
+        read = partial(read_status, args.checkpoint_dir)
+        show(read, args.json, args.watch, sys.stdout)
         return EXIT_OK
     from writer_search.study.shared.status import shared_status
     from writer_search.study.shared.storage import find_study, opened_storage, shown_url
@@ -410,12 +429,8 @@ def show_status(args: argparse.Namespace) -> int:
         study = find_study(storage, args.study_name)
         if study is None:
             raise UserError(f"{where}: there is no such study")
-        show(
-            lambda: shared_status(study, where, args.checkpoint_dir),
-            args.json,
-            args.watch,
-            sys.stdout,
-        )
+        read = partial(shared_status, study, where, args.checkpoint_dir)
+        show(read, args.json, args.watch, sys.stdout, looks=LOOKS_BETWEEN_TRIALS)
     return EXIT_OK
 
 

@@ -339,7 +339,11 @@ def make_lines(
                     # Noise hardly compresses: level 6 takes 3.3 ms and 24 KB, level 1 2.3 ms and
                     # 26 KB a line (one core of a 2-core VM, 2026-11-23).
                     image.save(folder / f"line_{line:03d}.png", compress_level=1)
-        os.replace(complete, root)
+        try:
+            os.replace(complete, root)
+        except OSError:
+            if not root.exists():  # otherwise another command was quicker with the same lines
+                raise
 
 
 def generator(*entropy: int) -> np.random.Generator:

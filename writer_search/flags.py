@@ -23,6 +23,7 @@ from writer_search.flag_values import (
     whole_number,
 )
 
+CONFIRM_SEEDS = 3
 STUDY_NAME = "writer_identification"  # of the study, in its storage
 # What --help shows: what most people need, on one screen.
 COMMON = {
@@ -194,7 +195,8 @@ def _add_limit_flags(group: Any) -> None:
         "--requeue_exit_code",
         type=exit_code,
         metavar="N",
-        help="exit code after a signal, or before a Slurm job's end, for the batch system",
+        help="exit code, for the batch system, whenever the same command has more to do: after a "
+        "signal, before a Slurm job's end, or where trials are missing",
     )
     group.add_argument(
         "--on_event",
@@ -295,9 +297,8 @@ def _add_afterwards_flags(group: Any) -> None:
     group.add_argument(
         "--confirm_seeds",
         type=whole_number,
-        default=3,
         metavar="S",
-        help="new seeds for each of them (default: %(default)s)",
+        help=f"new seeds for each of them (default: {CONFIRM_SEEDS})",
     )
     group.add_argument(
         "--evaluate_test",
@@ -337,15 +338,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     args = parser.parse_args([underscored(word) for word in argv])
+    _check_status_flags(args)
     if args.compare:
         return args
-    _check_status_flags(args)
     if args.checkpoint_dir is None and not (args.status and args.storage):
         raise UserError("--checkpoint_dir is missing: say where the search is to be kept")
     if args.study_name is not None and args.storage is None:
         raise UserError("--study_name is of a study in a --storage: give that too")
-    if args.confirm_top is not None and args.storage is not None:
-        raise UserError("--confirm_top needs a search of its own: leave it out with --storage")
+    _check_confirmation(args)
     args.study_name = args.study_name or STUDY_NAME
     if args.demo:
         if args.data_root is not None:
@@ -357,6 +357,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.data_root is None and not (args.status or args.recover):
         raise UserError("--data_root is missing: say where the line images are")
     return args
+
+
+def _check_confirmation(args: argparse.Namespace) -> None:
+    if args.confirm_top is not None and args.storage is not None:
+        raise UserError("--confirm_top needs a search of its own: leave it out with --storage")
+    if args.confirm_seeds is not None and args.confirm_top is None:
+        raise UserError("--confirm_seeds is of a confirmation: give --confirm_top too")
+    args.confirm_seeds = args.confirm_seeds or CONFIRM_SEEDS
 
 
 def _check_status_flags(args: argparse.Namespace) -> None:

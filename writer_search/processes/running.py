@@ -163,7 +163,8 @@ class RunningTrial:
 
     def cause_of_end(self, kind: str, content: dict[str, Any]) -> Cause:
         """Say why it ended, from its last message or its death without one."""
-        epoch = int(self.progress) + 1  # the one under way
+        # The one under way, of which a validation is the end.
+        epoch = min(int(self.progress), self.epoch) + 1
         if kind == "stopped":
             return replace(self.stop_cause or TERMINATED, epoch=epoch)
         if kind in ("device_failed", "device_fault"):

@@ -25,10 +25,12 @@ class Chosen:
     directory: Path
 
     @property
+    def is_confirmed(self) -> bool:
+        return self.directory.parent.name == CONFIRM
+
+    @property
     def name(self) -> str:
-        where = (
-            f" ({CONFIRM}/{self.directory.name})" if self.directory.parent.name == CONFIRM else ""
-        )
+        where = f" ({CONFIRM}/{self.directory.name})" if self.is_confirmed else ""
         return f"trial {self.trial}{where}"
 
 

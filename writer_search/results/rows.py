@@ -59,7 +59,7 @@ class Row:
     @property
     def is_fitted(self) -> bool:
         """Tell a trial without epochs of training; see `TrialConfig.is_fitted`."""
-        return self.params.get("backbone") == COHOG
+        return self.params.get("backbone", self.attributes.get("backbone")) == COHOG
 
 
 def trial_dir(checkpoint_dir: Path, number: int) -> Path:

@@ -19,6 +19,7 @@ from writer_search.common.clock import seconds_since
 from writer_search.common.files import read_dict
 from writer_search.common.locks import is_locked
 from writer_search.common.text import duration, one_line, percent
+from writer_search.results.chosen import CONFIRM
 from writer_search.results.estimate import Range, finished_epochs, range_text, seconds_left
 from writer_search.results.rows import (
     STARTED_BY_CLOCK,
@@ -36,6 +37,7 @@ from writer_search.space import fixed_of
 STALLED_SECONDS = 300.0  # a running trial shows a sign of life at every batch
 SHOWN_TRIALS = 12  # finished ones in the table
 REFRESH_SECONDS = 2.0
+LOOKS_BETWEEN_TRIALS = 5  # of a shared search, of which a trial that runs is the only sign
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,15 @@ def read_status(checkpoint_dir: Path) -> Status:
     """Read how a search stands; changes nothing. Raises UserError."""
     rows, recorded = read_recorded(checkpoint_dir)
     active = is_locked(checkpoint_dir)
+    confirms = is_locked(checkpoint_dir / CONFIRM)
     run = recorded.get("run", {})
     settings = recorded.get("settings", {})
     epochs, patience = int(settings.get("epochs", 0)), int(settings.get("patience", 0))
     running = [_running(checkpoint_dir, row, active) for row in rows if row.state == "RUNNING"]
     left = None
-    if active:
-        timed = [(float(trial.epoch), trial.epoch_seconds) for trial in running]
+    if active and not confirms:
+        fitted = {row.number for row in rows if row.is_fitted}
+        timed = [(float(t.epoch), t.epoch_seconds) for t in running if t.number not in fitted]
         left = seconds_left(
             finished_epochs(rows),
             timed,
@@ -92,6 +96,8 @@ def read_status(checkpoint_dir: Path) -> Status:
         )
     holder = _holder(checkpoint_dir) if active else None
     runs = f"running ({holder})" if holder else "running" if active else "not running"
+    if confirms:
+        runs += f", confirms: see --checkpoint_dir {checkpoint_dir / CONFIRM} --status"
     return Status(
         heading=f"{checkpoint_dir}: {runs}",
         checkpoint_dir=checkpoint_dir,
@@ -265,20 +271,25 @@ def _running_time(trial: RunningStatus) -> str:
     return took + where + (f" | {trial.note}" if trial.note else "")
 
 
-def show(read: Callable[[], Status], as_json: bool, again: bool, stream: TextIO) -> None:
-    """Print how a search stands: as JSON, as a table, or again and again. Raises UserError."""
+def show(
+    read: Callable[[], Status], as_json: bool, again: bool, stream: TextIO, looks: int = 1
+) -> None:
+    """Print how a search stands: as JSON, as a table, or again and again. Raises UserError.
+
+    looks: so many in a row have to find nothing that runs before a search has ended.
+    """
     if again:
-        watch(read, stream)
+        watch(read, stream, looks)
     else:
         print(status_json(read()) if as_json else status_text(read()), file=stream)
 
 
-def watch(read: Callable[[], Status], stream: TextIO) -> None:
+def watch(read: Callable[[], Status], stream: TextIO, looks: int = 1) -> None:
     """Print the table again and again in place, until the search ends or Ctrl-C.
 
     Prints it once where the output is no terminal. Raises UserError.
     """
-    on_terminal, printed = stream.isatty(), 0
+    on_terminal, printed, idle = stream.isatty(), 0, 0
     try:
         while True:
             status = read()
@@ -292,7 +303,8 @@ def watch(read: Callable[[], Status], stream: TextIO) -> None:
             stream.write("\n".join(lines) + "\n")
             stream.flush()
             printed = len(lines)
-            if not (on_terminal and status.active):
+            idle = 0 if status.active else idle + 1
+            if not on_terminal or idle >= looks:
                 return
             time.sleep(REFRESH_SECONDS)
     except KeyboardInterrupt:

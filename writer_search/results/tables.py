@@ -12,6 +12,7 @@ from writer_search.common.files import read_json, write_json, write_text
 from writer_search.common.output import wrapped
 from writer_search.common.text import counted, one_line, percent, shown_value
 from writer_search.config import COHOG
+from writer_search.results.chosen import chosen_model
 from writer_search.results.rows import (
     UNFINISHED,
     Row,
@@ -73,16 +74,17 @@ def write_summary(checkpoint_dir: Path, rows: Sequence[Row], fixed: Mapping[str,
 
 
 def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
-    directory = trial_dir(Path(), best.number).name
+    home = home_of(best.attributes, checkpoint_dir)
+    directory = trial_dir(Path() if home == checkpoint_dir else home, best.number)
     return {
         "number": best.number,
         "value": best.value,
         "metric": "validation macro top-1 accuracy",
         "params": best.params,
-        "config": _config(home_of(best.attributes, checkpoint_dir) / directory),
+        "config": _config(trial_dir(home, best.number)),
         "seconds": best.seconds,
-        "directory": directory,
-        "model": f"{directory}/best_model.pth",
+        "directory": str(directory),
+        "model": str(directory / "best_model.pth"),
     }
 
 
@@ -178,8 +180,7 @@ def closing_lines(
         lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
         lines += hyperparameter_lines(best.params, space)
         lines += floor_lines(rows)
-        home = home_of(best.attributes, checkpoint_dir)
-        lines.append(f"Model: {model or trial_dir(home, best.number) / 'best_model.pth'}")
+        lines.append(_model_line(checkpoint_dir, rows, model))
     report = checkpoint_dir / "summary" / "report.html"
     if model is not None or report.exists():
         lines.append(f"Report: {report}")
@@ -188,14 +189,30 @@ def closing_lines(
         f"  trial {row.number} failed: {one_line(row.attributes['failure'], 160)}"
         for row in failed[-3:]
     ]
-    exhausted = exhausted and not any(is_worth_a_new_start(row, rows) for row in failed)
+    exhausted = exhausted and not any(is_worth_a_new_start(row, rows) for row in rows)
     return [*lines, next_line(count_complete(rows), n_trials, exhausted, active)]
 
 
+def _model_line(checkpoint_dir: Path, rows: Sequence[Row], copy: Path | None) -> str:
+    """Say where the model to use is, and whose it is where it is not the best trial's."""
+    chosen = chosen_model(checkpoint_dir, rows)
+    assert chosen is not None, "there is a best trial"
+    path = copy or chosen.directory / "best_model.pth"
+    whose = f" of the confirmed winner, {chosen.name}" if chosen.is_confirmed else ""
+    return f"Model{whose}: {path}{'' if path.exists() else ' (it is not there)'}"
+
+
 def is_worth_a_new_start(failed: Row, rows: Sequence[Row]) -> bool:
-    """Tell whether no trial has come to its end with the hyperparameters of one that failed."""
+    """Tell a trial that failed, or was interrupted, and has no other of its hyperparameters."""
+    if failed.state != "FAIL":
+        return False
     ended = (row for row in rows if row.state in ("COMPLETE", "PRUNED"))
     return all(row.params != failed.params for row in ended)
+
+
+def was_cut_short(rows: Sequence[Row]) -> bool:
+    """Tell whether an interrupted trial has hyperparameters that no other has."""
+    return any(is_worth_a_new_start(row, rows) for row in rows if state_of(row) == "interrupted")
 
 
 def next_line(complete: int, n_trials: int, exhausted: bool, active: bool) -> str:

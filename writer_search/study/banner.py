@@ -28,13 +28,13 @@ def announce(
     print(describe_plan(plan), flush=True)
 
 
-def describe_run(args: argparse.Namespace, plan: Plan, rows: Sequence[Row]) -> dict[str, int]:
+def described_run(n_trials: int, n_jobs: int, rows: Sequence[Row]) -> dict[str, int]:
     """Say what this run may still start, and from which trial on: for `--status`."""
     waiting = [row.number for row in rows if row.state == "WAITING"]
     return {
-        "n_trials": args.n_trials,
-        "n_jobs": len(plan.slots),
-        "to_start": max(0, args.n_trials - count_complete(rows)),
+        "n_trials": n_trials,
+        "n_jobs": n_jobs,
+        "to_start": max(0, n_trials - count_complete(rows)),
         "first_trial": min(waiting, default=len(rows)),
     }
 

@@ -23,12 +23,12 @@ from writer_search.processes.plan import Plan
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
 from writer_search.results.rows import DATABASE, Row, count_complete, rows_of
+from writer_search.study.banner import RULE, described_run
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study, record_settings
 from writer_search.study.supplies import LocalSupply
 from writer_search.study.unfinished import continue_interrupted, settle_unfinished
 
-RULE = "=" * 70
 SEED_WORD = 2**30  # keeps these seeds apart from those of draws
 
 
@@ -91,7 +91,10 @@ class Repeater:
                     state=TrialState.WAITING,
                     params=original.params,
                     distributions=original.distributions,
-                    user_attrs={"draw": number, "seed": seed},
+                    user_attrs={
+                        **{"draw": number, "seed": seed},
+                        **{n: v for n, v in original.user_attrs.items() if n == "backbone"},
+                    },
                 )
             )
         return study.ask()
@@ -157,7 +160,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     rows = rows_of(study.get_trials(deepcopy=False))
     missing = repeater.missing(rows)
     n_trials = count_complete(rows) + missing
-    study.set_user_attr("run", {"n_trials": n_trials, "n_jobs": len(plan.slots)})
+    study.set_user_attr("run", described_run(n_trials, len(plan.slots), rows))
     left = finished.deadline - time.monotonic()
     own = replace(
         plan,

@@ -142,7 +142,11 @@ class Drawer:
             state=state,
             params=drawn.params,
             distributions=drawn.distributions,
-            user_attrs={"draw": number, "seed": _seed(self._seed, number, 0, *self._salt)},
+            user_attrs={
+                **{"draw": number, "seed": _seed(self._seed, number, 0, *self._salt)},
+                # For who knows a trial by its parameters alone, which has none that is fixed.
+                **{n: v for n, v in self._space.fixed.items() if n == "backbone"},
+            },
         )
 
     def _draw_anew(self, number: int, draws: Draws) -> FrozenTrial:

@@ -32,6 +32,7 @@ from writer_search.results.page.snapshot import CONFIRMING, Standing
 from writer_search.results.progress import Progress
 from writer_search.results.report import ReportPage
 from writer_search.results.rows import Row, count_complete, has_saved, trial_dir
+from writer_search.results.tables import was_cut_short
 from writer_search.space import backbones_of
 from writer_search.study.draws import SpaceExhaustedError, config_of, warm_up_epochs
 from writer_search.study.outlook import Outlook
@@ -101,7 +102,8 @@ class Search:
     @property
     def has_all(self) -> bool:
         """Tell whether all wanted trials are complete, or all that the space has."""
-        return self.complete >= self.plan.n_trials or (self.exhausted and self.complete > 0)
+        has_drawn_all = self.exhausted and self.complete > 0 and not was_cut_short(self.rows)
+        return self.complete >= self.plan.n_trials or has_drawn_all
 
     # ----------------------------------------------------------------------------------- the story
 
@@ -274,7 +276,6 @@ class Search:
         self.end_failed(running.trial, ended.cause, running.epoch, running.seconds)
 
     def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:
-        """Record a trial that failed, or was interrupted, and that has no process any more."""
         if self.stop.name is not None and not cause.is_interruption:
             # Once a stop was asked for, whatever ends a trial is part of the stop.
             cause = Cause(Kind.SIGNAL, str(cause), traceback=cause.traceback)

@@ -162,8 +162,7 @@ def continuations(
             params=trial.params,
             distributions=trial.distributions,
             user_attrs={
-                "draw": attributes["draw"],
-                "seed": attributes["seed"],
+                **{n: attributes[n] for n in ("draw", "seed", "backbone") if n in attributes},
                 "continues": trial.number,
                 "continued": attributes.get("continued", 0) + 1,
             },

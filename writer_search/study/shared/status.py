@@ -32,9 +32,11 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     ]
     left = None
     if running:
+        fitted = {row.number for row in rows if row.is_fitted}
         progress = [
             unbroken(one.epoch, epochs_before(trials, trials[one.number]), one.epoch_seconds)
             for one in running
+            if one.number not in fitted
         ]
         to_start = max(0, n_trials - len(running) - count_complete(rows))
         left = seconds_left(
