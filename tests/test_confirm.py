@@ -18,10 +18,12 @@ from optuna.trial import TrialState, create_trial
 from test_search import Run, run, snapshot, trials_of
 from test_train import assert_same_weights
 
+from writer_search.common.locks import DirectoryLock
 from writer_search.processes import runner as runner_module
 from writer_search.results.chosen import chosen_model, read_confirmation
 from writer_search.results.confirmed import Candidate, describe, remove_other_weights, summarise
 from writer_search.results.rows import Row, read_database
+from writer_search.results.status import read_status
 from writer_search.study import loop as loop_module
 from writer_search.study.confirm import Repeater, RepetitionSupply, candidates_of, seeds_of
 from writer_search.study.store import open_study
@@ -83,6 +85,12 @@ def test_best_are_trained_again_and_the_winner_is_published(
     )
     assert [entry["trial"] for entry in found["candidates"]] == [r.number for r in ranked[:2]]
     trials = open_study(directory / "confirm").get_trials()
+    run = open_study(directory / "confirm").user_attrs["run"]
+    assert run == {"n_trials": 4, "n_jobs": 1, "to_start": 4, "first_trial": 0}
+    with DirectoryLock(directory), DirectoryLock(directory / "confirm"):
+        status = read_status(directory)
+    assert status.heading.endswith(f", confirms: see --checkpoint_dir {directory}/confirm --status")
+    assert status.left is None, "the trials of this directory are complete"
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 4
     originals = open_study(directory).get_trials()
     seeds = [t.user_attrs["seed"] for t in trials]
@@ -108,8 +116,16 @@ def test_best_are_trained_again_and_the_winner_is_published(
     after = snapshot(directory)
     assert all(after[n] == content for n, content in before.items() if n.startswith("trial_"))
 
+    (directory / winner["directory"] / "best_model.pth").rename(tmp_path / "away")
+    (directory / "summary" / "test_metrics.json").unlink()
+    assert confirm("--evaluate_test") == 0
+    told = f"\nNot measured on the test lines: the model of trial {winner['trial']} (confirm/"
+    assert told in capfd.readouterr().out
+    (tmp_path / "away").rename(directory / winner["directory"] / "best_model.pth")
+
     assert confirm("--evaluate_test") == 0
     printed = capfd.readouterr().out
+    assert f"\nModel of the confirmed winner, trial {winner['trial']} (confirm/" in printed
     assert "Completed runs: 4 of 4\n" in printed
     assert "| epoch " not in printed, "nothing is trained again"
     assert f"Winner: trial {winner['trial']}; " in printed

@@ -17,6 +17,7 @@ from test_search import Run, run
 from writer_search.processes import runner as runner_module
 from writer_search.results import events as events_module
 from writer_search.results.events import Events
+from writer_search.study.loop import Search
 
 __all__ = ["run"]  # the fixture
 EVENT = {"event": "trial"}
@@ -79,6 +80,19 @@ def test_end_by_a_signal_is_told_with_its_exit_code(
     assert run("--on_event", shlex.join(appending), "--requeue_exit_code", "99") == 99
     trial, end = told()
     assert (trial["state"], end["exit_code"]) == ("FAIL", 99)
+
+
+def test_error_of_the_program_itself_is_told_with_its_exit_code(
+    run: Run,
+    appending: list[str],
+    told: Callable[[], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Python ends with it."""
+    monkeypatch.setattr(Search, "loop", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--on_event", shlex.join(appending))
+    assert told()[-1]["exit_code"] == 1
 
 
 def test_command_that_fails_or_is_missing_is_a_warning(

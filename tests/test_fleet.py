@@ -575,6 +575,30 @@ def test_storage_that_stays_away_leaves_saved_trials(
     assert (tmp_path / "c" / "trial_000" / "latest_checkpoint.pth").exists()
 
 
+@pytest.mark.parametrize("flags", [(), ("--requeue_exit_code", "99")])
+def test_signal_during_an_outage_has_a_signal_s_exit_code(
+    flags: tuple[str, ...],
+    shared: tuple[Run, Flaky],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A batch system queues the job again by it."""
+    command, backend = shared
+    monkeypatch.setattr(storage_module, "HURRIED_SECONDS", 0.3)
+    hear_report = loop_module.Search.hear_report
+
+    def cut(self: Any, running: Any, report: Any) -> None:
+        backend.away = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        hear_report(self, running, report)
+
+    monkeypatch.setattr(loop_module.Search, "hear_report", cut)
+    assert command(*flags, n_trials="1", epochs="40") == (99 if flags else 143)
+    problems = capfd.readouterr().err
+    assert "cannot be reached" in problems
+    assert "stopped by SIGTERM" in problems
+
+
 def test_trial_that_another_has_recorded_is_given_up(
     shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

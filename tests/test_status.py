@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 from searches import make_search
+from test_search import Run, run
 
 from hyperparameter_search import main
 from writer_search.common import locks
@@ -28,7 +31,10 @@ from writer_search.results.estimate import (
 )
 from writer_search.results.rows import Row, trial_dir
 from writer_search.results.status import read_status, status_json, status_text, watch
+from writer_search.results.tables import closing_lines, was_cut_short, write_summary
 from writer_search.study.store import open_study
+
+__all__ = ["run"]  # the fixture
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,8 @@ def test_reading_changes_nothing_and_needs_no_permission(finished: Path) -> None
         (["--json"], "--json needs --status"),
         (["--watch"], "--watch needs --status"),
         (["--status", "--json", "--watch"], "exclude each other"),
+        (["--compare", "a", "--json"], "--json needs --status"),
+        (["--data_root", "a", "--confirm_seeds", "2"], "give --confirm_top too"),
     ],
 )
 def test_flags_that_do_not_fit(
@@ -167,6 +175,28 @@ def test_watch_refreshes_in_place_until_the_search_ends(
     assert seen[0].startswith(f"{directory}"[:59])
     assert len([line for line in seen if line.startswith(f"{number:5d}  ")]) == 1
     assert max(map(len, seen)) < 60, "a line that wraps could not be overwritten"
+
+
+def test_watch_of_a_shared_search_outlasts_the_moment_between_two_trials(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but a running trial tells that it runs."""
+    stopped, pauses = read_status(finished), []
+    assert not stopped.active
+    states = iter([True, False, True, False, False, True, False, False, False])
+    monkeypatch.setattr(status_module.time, "sleep", pauses.append)
+    watch(lambda: replace(stopped, active=next(states)), Terminal(), looks=3)
+    assert len(pauses) == 8
+
+
+def test_interrupt_of_a_look_is_no_traceback(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyperparameter_search.read_status", interrupted)
+    assert main(["--status", "--checkpoint_dir", str(finished)]) == 130
 
 
 def test_watch_ends_with_ctrl_c(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +250,58 @@ def test_what_is_fitted_at_once_says_nothing_of_epochs() -> None:
     started = ended - timedelta(seconds=9)
     row = Row(0, "COMPLETE", 0.9, {"backbone": "cohog"}, started, ended, {"epochs": 1})
     assert finished_epochs([row]) == []
+
+
+def test_search_of_descriptors_alone_is_foreseen_by_them(
+    run: Run,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A backbone that is fixed is no trial's own hyperparameter."""
+    assert run("--fix", "backbone=cohog", n_trials="3", epochs="100") == 0
+    assert "\nCoHOG + LDA, no training: " in capfd.readouterr().out
+    directory = tmp_path / "c"
+    rows = read_status(directory).rows
+    assert all(row.is_fitted for row in rows)
+    assert re.search(r"complete +1/1 ", status_text(read_status(directory)))
+    took = [row.seconds or 0.0 for row in rows]
+    study = open_study(directory)
+    study.set_user_attr("run", {"n_trials": 5, "n_jobs": 1, "to_start": 5, "first_trial": 0})
+    with locks.DirectoryLock(directory):
+        left = read_status(directory).left
+    assert left is not None
+    assert min(took) <= left[0] <= 2 * sum(took) / 3 <= left[1] <= 2 * max(took) + 1e-3
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_space_with_an_interrupted_configuration_is_not_exhausted(
+    is_interrupted: bool, tmp_path: Path
+) -> None:
+    rows = [
+        Row(0, "COMPLETE", 0.5, {"pooling": "gem"}, None, None),
+        Row(1, "FAIL", None, {"pooling": "avg"}, None, None, {"interrupted": is_interrupted}),
+    ]
+    assert was_cut_short(rows) is is_interrupted
+    *_, last = closing_lines(tmp_path, rows, 3, {}, exhausted=True)
+    assert last == "2 of 3 trials still missing: the same command runs them."
+    rows.append(Row(2, "COMPLETE", 0.4, {"pooling": "avg"}, None, None))
+    assert not was_cut_short(rows)
+    *_, last = closing_lines(tmp_path, rows, 3, {}, exhausted=True)
+    assert "the space has no other configuration" in last
+
+
+def test_best_trial_of_another_machine_is_named_where_it_is(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    owner = {"owner": {"checkpoint_dir": str(other)}}
+    (own / "summary").mkdir(parents=True)
+    for attributes, directory in (({}, "trial_003"), (owner, str(other / "trial_003"))):
+        row = Row(3, "COMPLETE", 0.5, {}, None, None, attributes)
+        write_summary(own, [row], {})
+        best = json.loads((own / "summary" / "best_trial.json").read_text())
+        assert (best["directory"], best["model"]) == (directory, f"{directory}/best_model.pth")
+    assert f"Model: {other / 'trial_003' / 'best_model.pth'} (it is not there)" in closing_lines(
+        own, [row], 1, {}
+    )
 
 
 def test_nothing_left_takes_no_time() -> None:

@@ -1,4 +1,7 @@
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +63,24 @@ def test_existing_root_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     make_lines(tmp_path, num_writers=1, pages_per_split={"": 1}, lines_per_page=1)
     assert contents(tmp_path) == {"note.txt": b"mine"}
+
+
+def test_two_commands_at_once_make_the_same_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one finds what it was about to put there."""
+    few: Any = {"num_writers": 1, "pages_per_split": {"": 1}, "lines_per_page": 1}
+    make_lines(tmp_path / "own", **few)
+    rename = os.replace
+
+    def late(source: Path, target: Path) -> None:
+        shutil.copytree(tmp_path / "own", target)
+        rename(source, target)
+
+    monkeypatch.setattr(demo.os, "replace", late)
+    make_lines(tmp_path / "lines", **few)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert sorted(names) == ["lines", "own"]
 
 
 def test_seed_decides_every_pixel(tmp_path: Path) -> None:

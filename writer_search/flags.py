@@ -111,7 +111,7 @@ def _add_data_flags(group: Any) -> None:
         type=two_or_more,
         default=7,
         metavar="N",
-        help="take the first N writers by name (default: 7; with --demo all)",
+        help="take the first N writers by name (default: 7; --demo: all)",
     )
     group.add_argument(
         "--cache_dir",
@@ -180,8 +180,8 @@ def _add_limit_flags(group: Any) -> None:
     group.add_argument(
         "--continue_interrupted",
         action="store_true",
-        help="continue each trial that was interrupted, killed or out of disk space from its last "
-        "checkpoint, in a new trial, instead of drawing anew",
+        help="continue each interrupted or killed trial from its last checkpoint, in a new one, "
+        "instead of drawing anew",
     )
     group.add_argument(
         "--keep_checkpoints",
@@ -351,6 +351,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if args.data_root is not None:
             raise UserError("--demo makes its own lines: leave out --data_root")
         args.data_root = args.checkpoint_dir / "demo_lines"
+        if args.space is not None and args.fix == DEMO["fix"]:
+            args.fix = []  # the user's ranges are not to be narrowed by what nobody has asked for
     if args.sampler == "gp" and args.pruner not in (None, "none"):
         raise UserError("--sampler gp learns nothing from pruned trials: use --pruner none")
     args.pruner = args.pruner or ("none" if args.sampler == "gp" else "median")

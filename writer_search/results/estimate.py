@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from writer_search.common.text import duration
+from writer_search.config import COHOG
 from writer_search.results.rows import Row
 
 # Student's t of an interval that holds 80 % (Abramowitz and Stegun, table 26.10), by degrees of
@@ -84,13 +86,23 @@ def _trials_to_come(
     return max(count * min(took) / 2, middle - error), min(most, middle + error)
 
 
-def finished_epochs(rows: Sequence[Row]) -> list[Timed]:
+def trains_nothing(space: Mapping[str, Any]) -> bool:
+    """Tell a search of descriptors alone, whose trials have one epoch.
+
+    space: the study's, as its settings have it.
+    """
+    return space.get("backbone") in (COHOG, {"choices": [COHOG]})
+
+
+def finished_epochs(rows: Sequence[Row], fitted: bool = False) -> list[Timed]:
     """Give (epochs, seconds) of the last complete or pruned trials, the last one first.
 
-    What is fitted at once has no epochs: it says nothing of those that are trained.
+    fitted: of those that are fitted at once, which say nothing of those that are trained.
     """
     ended = (
-        row for row in reversed(rows) if row.state in ("COMPLETE", "PRUNED") and not row.is_fitted
+        row
+        for row in reversed(rows)
+        if row.state in ("COMPLETE", "PRUNED") and row.is_fitted == fitted
     )
     timed = (
         unbroken(row.attributes.get("epochs", 0), row.attributes.get(BEFORE, 0), row.seconds or 0.0)

@@ -20,7 +20,13 @@ from writer_search.common.files import read_dict
 from writer_search.common.locks import is_locked
 from writer_search.common.text import duration, one_line, percent
 from writer_search.results.chosen import CONFIRM
-from writer_search.results.estimate import Range, finished_epochs, range_text, seconds_left
+from writer_search.results.estimate import (
+    Range,
+    finished_epochs,
+    range_text,
+    seconds_left,
+    trains_nothing,
+)
 from writer_search.results.rows import (
     STARTED_BY_CLOCK,
     Row,
@@ -84,13 +90,14 @@ def read_status(checkpoint_dir: Path) -> Status:
     running = [_running(checkpoint_dir, row, active) for row in rows if row.state == "RUNNING"]
     left = None
     if active and not confirms:
-        fitted = {row.number for row in rows if row.is_fitted}
-        timed = [(float(t.epoch), t.epoch_seconds) for t in running if t.number not in fitted]
+        fits = trains_nothing(settings.get("space", {}))
+        alike = {row.number for row in rows if row.is_fitted == fits}
+        timed = [(float(t.epoch), t.epoch_seconds) for t in running if t.number in alike]
         left = seconds_left(
-            finished_epochs(rows),
+            finished_epochs(rows, fits),
             timed,
             _to_start(run, rows),
-            epochs,
+            1 if fits else epochs,
             run.get("n_jobs", 1),
             patience,
         )

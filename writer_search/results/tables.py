@@ -11,7 +11,6 @@ from typing import Any
 from writer_search.common.files import read_json, write_json, write_text
 from writer_search.common.output import wrapped
 from writer_search.common.text import counted, one_line, percent, shown_value
-from writer_search.config import COHOG
 from writer_search.results.chosen import chosen_model
 from writer_search.results.rows import (
     UNFINISHED,
@@ -119,7 +118,7 @@ def floor_lines(rows: Sequence[Row]) -> list[str]:
     It is the first such trial's value: that of values known beforehand, not the best of many.
     """
     for row in rows:
-        is_floor = row.params.get("backbone") == COHOG and row.params.get("cohog_head") == "lda"
+        is_floor = row.is_fitted and row.params.get("cohog_head") == "lda"
         if is_floor and row.state == "COMPLETE" and row.value is not None:
             return [f"CoHOG + LDA, no training: {percent(row.value)} (trial {row.number})"]
     return []

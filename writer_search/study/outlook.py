@@ -13,6 +13,7 @@ from writer_search.results.estimate import (
     Timed,
     finished_epochs,
     seconds_left,
+    trains_nothing,
     unbroken,
 )
 from writer_search.results.page.snapshot import RUNNING, Standing, TrialProgress
@@ -28,13 +29,15 @@ class Outlook:
     def __init__(self, plan: Plan, supply: Supply, recorder: Recorder, runner: Runner) -> None:
         self._plan, self._supply = plan, supply
         self._recorder, self._runner = recorder, runner
+        # Of descriptors alone, which have one epoch; otherwise they say nothing of the others.
+        self._fits = trains_nothing(plan.settings["space"])
         self._judged: tuple[list[Row], tuple[Row | None, list[Timed]]] | None = None
 
     def finished(self) -> tuple[Row | None, list[Timed]]:
         """Give the best complete trial, and how long trials took; sought once for given rows."""
         rows = self._recorder.rows
         if self._judged is None or self._judged[0] is not rows:
-            self._judged = rows, (best_row(rows), finished_epochs(rows))
+            self._judged = rows, (best_row(rows), finished_epochs(rows, self._fits))
         return self._judged[1]
 
     def is_too_late(self) -> bool:
@@ -69,13 +72,13 @@ class Outlook:
         running = [
             unbroken(r.progress, min(r.begun, r.progress), seconds)
             for r, seconds in self._running()
-            if not r.job.config.is_fitted
+            if r.job.config.is_fitted == self._fits
         ]
         return seconds_left(
             self.finished()[1],
             running,
             self._supply.room,
-            self._plan.epochs,
+            1 if self._fits else self._plan.epochs,
             len(self._plan.slots),
             self._plan.patience,
         )

@@ -9,7 +9,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from writer_search.common.text import counted
-from writer_search.results.estimate import finished_epochs, seconds_left, unbroken
+from writer_search.results.estimate import (
+    finished_epochs,
+    seconds_left,
+    trains_nothing,
+    unbroken,
+)
 from writer_search.results.rows import count_complete, is_surplus, rows_of
 from writer_search.results.status import RunningStatus, Status, silence
 from writer_search.study.unfinished import epochs_before
@@ -32,15 +37,21 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     ]
     left = None
     if running:
-        fitted = {row.number for row in rows if row.is_fitted}
+        fits = trains_nothing(settings.get("space", {}))
+        alike = {row.number for row in rows if row.is_fitted == fits}
         progress = [
             unbroken(one.epoch, epochs_before(trials, trials[one.number]), one.epoch_seconds)
             for one in running
-            if one.number not in fitted
+            if one.number in alike
         ]
         to_start = max(0, n_trials - len(running) - count_complete(rows))
         left = seconds_left(
-            finished_epochs(rows), progress, to_start, epochs, len(running), patience
+            finished_epochs(rows, fits),
+            progress,
+            to_start,
+            1 if fits else epochs,
+            len(running),
+            patience,
         )
     return Status(
         heading=f"{where}: {counted(len(running), 'trial')} running",
