@@ -228,7 +228,7 @@ def measured_on_test(search: Search, chosen: Chosen | None, model_file: Path | N
     if chosen is None:
         return ["Not measured on the test lines yet: that follows when nothing is missing."]
     if model_file is None:
-        return [f"Not measured on the test lines: the model of {chosen.name} is not there."]
+        return [f"Not measured on the test lines: the model of {chosen.name} is not at hand."]
     from writer_search.processes.messages import TestQuestion
     from writer_search.processes.test_measurement import evaluate_test
 

@@ -1177,6 +1177,8 @@ LAYOUTS = {
     "too high": (["dataset/train/{w}/p/1.png", "dataset/val/{w}/q/1.png"], "give --data_root"),
     "much too high": (["a/b/train/{w}/p/1.png", "a/b/val/{w}/q/1.png"], "/a/b"),
     "a writer called Dev": (["Dev/{w}/1.png", "Omar/{w}/1.png"], "there is no train beside it; if"),
+    "capitals": (["Train/{w}/1.png", "Test/{w}/1.png"], "rename Test to test"),
+    "other words": (["training/{w}/1.png", "dev/{w}/1.png"], "rename dev to val"),
     "eval": (["train/{w}/p/1.png", "eval/{w}/q/1.png"], "rename eval to val"),
     "writers too deep": (["all/{w}/p/1.png", "all/{w}/q/1.png"], "are the writers, give"),
     "writers too deep, split": (["train/all/{w}/p/1.png", "val/all/{w}/q/1.png"], "up a level"),

@@ -219,6 +219,24 @@ def test_interrupted_trial_is_continued_once(
     assert a.trials()[3].params == a.trials()[0].params
 
 
+def test_killed_trial_is_continued_by_the_next_run_alone(member: Member, tmp_path: Path) -> None:
+    """In this one it would be killed again at once, as often as a search gives up after."""
+    fleet = member(4, continue_interrupted=True)
+    trial = fleet.claim()
+    trial_dir(tmp_path, 0).mkdir()
+    write_json(trial_dir(tmp_path, 0) / "config.json", {})
+    tell(fleet, trial, TrialState.FAIL, resumable=True)
+    for one, continues in ((fleet, None), (member(4, continue_interrupted=True), 0)):
+        claimed = one.claim()
+        assert claimed is not None
+        assert claimed.user_attrs.get("continues") == continues
+    # It found the disk full before it had written a file.
+    tell(fleet, claimed, TrialState.FAIL, resumable=True)
+    claimed = member(4, continue_interrupted=True).claim()
+    assert claimed is not None
+    assert claimed.user_attrs.get("continues") == 2, "what trial 0 has saved is within reach"
+
+
 def test_waiting_trial_of_a_copied_study_holds_nothing_up(member: Member, tmp_path: Path) -> None:
     """A local search made it to go on with an interrupted one; a fleet makes its own."""
     a = member(2, continue_interrupted=True)

@@ -125,6 +125,7 @@ def test_reading_changes_nothing_and_needs_no_permission(finished: Path) -> None
         (["--status", "--json", "--watch"], "exclude each other"),
         (["--compare", "a", "--json"], "--json needs --status"),
         (["--data_root", "a", "--confirm_seeds", "2"], "give --confirm_top too"),
+        (["--demo", "--space", "a"], "leave out --space"),
     ],
 )
 def test_flags_that_do_not_fit(
@@ -273,6 +274,15 @@ def test_search_of_descriptors_alone_is_foreseen_by_them(
     assert min(took) <= left[0] <= 2 * sum(took) / 3 <= left[1] <= 2 * max(took) + 1e-3
 
 
+def test_command_that_fails_again_ends_an_interruption() -> None:
+    rows = [
+        Row(0, "COMPLETE", 0.5, {"pooling": "gem"}, None, None),
+        Row(1, "FAIL", None, {"pooling": "avg"}, None, None, {"interrupted": True}),
+    ]
+    assert was_cut_short(rows)
+    assert not was_cut_short([*rows, Row(2, "FAIL", None, {"pooling": "avg"}, None, None)])
+
+
 @pytest.mark.parametrize("is_interrupted", [False, True])
 def test_space_with_an_interrupted_configuration_is_not_exhausted(
     is_interrupted: bool, tmp_path: Path
@@ -290,11 +300,16 @@ def test_space_with_an_interrupted_configuration_is_not_exhausted(
     assert "the space has no other configuration" in last
 
 
-def test_best_trial_of_another_machine_is_named_where_it_is(tmp_path: Path) -> None:
-    own, other = tmp_path / "own", tmp_path / "other"
+def test_best_trial_of_another_machine_is_named_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    monkeypatch.chdir(tmp_path)
+    own = Path("own")
+    itself = {"owner": {"checkpoint_dir": str(own.absolute())}}
     owner = {"owner": {"checkpoint_dir": str(other)}}
     (own / "summary").mkdir(parents=True)
-    for attributes, directory in (({}, "trial_003"), (owner, str(other / "trial_003"))):
+    for attributes, directory in ((itself, "trial_003"), (owner, str(other / "trial_003"))):
         row = Row(3, "COMPLETE", 0.5, {}, None, None, attributes)
         write_summary(own, [row], {})
         best = json.loads((own / "summary" / "best_trial.json").read_text())

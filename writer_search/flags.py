@@ -350,9 +350,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.demo:
         if args.data_root is not None:
             raise UserError("--demo makes its own lines: leave out --data_root")
+        if args.space is not None:
+            raise UserError("--demo has a small space of its own: leave out --space")
         args.data_root = args.checkpoint_dir / "demo_lines"
-        if args.space is not None and args.fix == DEMO["fix"]:
-            args.fix = []  # the user's ranges are not to be narrowed by what nobody has asked for
     if args.sampler == "gp" and args.pruner not in (None, "none"):
         raise UserError("--sampler gp learns nothing from pruned trials: use --pruner none")
     args.pruner = args.pruner or ("none" if args.sampler == "gp" else "median")

@@ -109,7 +109,7 @@ def _refuse_misnamed_splits(data_root: Path, names: Sequence[str]) -> None:
                 f"--data_root {data_root}: "
                 + (
                     f"rename {one_line(name)} to {meant}"
-                    if "train" in (meant, *names)
+                    if "train" in map(_meaning, names)
                     else f"{one_line(name)} looks like a split, and there is no train beside it; "
                     "if it is a writer, give it another name"
                 )

@@ -91,9 +91,14 @@ def state_of(row: Row) -> str:
     return row.state.lower()
 
 
+def is_interrupted(attributes: Mapping[str, Any]) -> bool:
+    """Tell whether a trial did not fail by itself, by its attributes."""
+    return bool(attributes.get("interrupted"))
+
+
 def is_resumable(attributes: Mapping[str, Any]) -> bool:
     """Tell whether a failed trial is worth going on with, by its attributes."""
-    return bool(attributes.get("interrupted") or attributes.get("resumable"))
+    return is_interrupted(attributes) or bool(attributes.get("resumable"))
 
 
 def count_states(rows: Iterable[Row]) -> Counter[str]:

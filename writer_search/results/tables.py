@@ -74,7 +74,8 @@ def write_summary(checkpoint_dir: Path, rows: Sequence[Row], fixed: Mapping[str,
 
 def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
     home = home_of(best.attributes, checkpoint_dir)
-    directory = trial_dir(Path() if home == checkpoint_dir else home, best.number)
+    is_own = home.absolute() == checkpoint_dir.absolute()
+    directory = trial_dir(Path() if is_own else home, best.number)
     return {
         "number": best.number,
         "value": best.value,
@@ -210,8 +211,9 @@ def is_worth_a_new_start(failed: Row, rows: Sequence[Row]) -> bool:
 
 
 def was_cut_short(rows: Sequence[Row]) -> bool:
-    """Tell whether an interrupted trial has hyperparameters that no other has."""
-    return any(is_worth_a_new_start(row, rows) for row in rows if state_of(row) == "interrupted")
+    """Tell whether an interrupted trial has hyperparameters with which none has ended by itself."""
+    ended = [row.params for row in rows if state_of(row) in ("complete", "pruned", "failed")]
+    return any(state_of(row) == "interrupted" and row.params not in ended for row in rows)
 
 
 def next_line(complete: int, n_trials: int, exhausted: bool, active: bool) -> str:

@@ -20,7 +20,14 @@ from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress
 from writer_search.results.report import ReportPage
-from writer_search.results.rows import SECONDS, Row, count_complete, trial_dir
+from writer_search.results.rows import (
+    SECONDS,
+    Row,
+    count_complete,
+    is_interrupted,
+    is_resumable,
+    trial_dir,
+)
 from writer_search.results.tables import SummaryFiles
 from writer_search.study.records import write_error_log, write_record
 from writer_search.study.supplies import Supply
@@ -93,9 +100,9 @@ class Recorder:
 
     def end_failed(self, trial: Trial, cause: Cause, epochs: int, seconds: float) -> None:
         """Record a trial that failed by itself, or that was interrupted, after so many epochs."""
-        trial.set_user_attr("failure", str(cause))
         if cause.unsaved:
             self.unsaved.append(trial.number)
+        trial.set_user_attr("failure", str(cause))
         if cause.is_resumable:
             trial.set_user_attr("interrupted" if cause.is_interruption else "resumable", True)
         directory = trial_dir(self._plan.checkpoint_dir, trial.number)
@@ -168,7 +175,10 @@ class Recorder:
         directory, kept = self._plan.checkpoint_dir, self._plan.kept_models
         if kept is not None:
             running, removed = set(self._runner.numbers), self._without_weights
-            self.attempt(lambda: remove_weights(directory, self.rows, kept, running, removed))
+            goes_on = is_resumable if self._plan.continues else is_interrupted
+            self.attempt(
+                lambda: remove_weights(directory, self.rows, kept, running, removed, goes_on)
+            )
 
     def attempt(self, write: Callable[[], Result]) -> Result | None:
         """Write or delete a file that is not worth the search: say so where it cannot be done."""

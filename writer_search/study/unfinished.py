@@ -171,7 +171,7 @@ def continuations(
 
 def _in_vain(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
     """Count the continuations in a row, up to this trial, that brought it no further."""
-    chain = [trial, *_continued_by(trials, trial)]
+    chain = [trial, *continued_by(trials, trial)]
     epochs = [link.user_attrs.get("epochs", 0) for link in chain]
     for number, link in enumerate(chain[:-1]):
         # Earlier versions noted whole epochs alone, as does who cannot see a trial's files.
@@ -180,7 +180,7 @@ def _in_vain(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
     return len(chain) - 1
 
 
-def _continued_by(
+def continued_by(
     trials: Sequence[FrozenTrial], trial: FrozenTrial | Trial
 ) -> Iterator[FrozenTrial]:
     """Give the trials that a trial goes on with, the last of them first."""
@@ -194,7 +194,7 @@ def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Tri
     """Give the directory of the newest checkpoint among the trials that this one continues."""
     if "continues" not in trial.user_attrs:
         return None  # most are new draws: no need to read all trials
-    for earlier in _continued_by(study.get_trials(deepcopy=False), trial):
+    for earlier in continued_by(study.get_trials(deepcopy=False), trial):
         directory = trial_dir(home_of(earlier.user_attrs, checkpoint_dir), earlier.number)
         if has_saved(directory):
             return directory

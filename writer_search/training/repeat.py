@@ -145,7 +145,7 @@ def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object])
 
     `train` is the function of train.py.
 
-    Writes what `train` does, and config.json, into the output directory.
+    Writes what `train` does, config.json and data_report.json into the output directory.
     Raises UserError, Interrupted.
     """
     original = read_original(wanted.config_file)

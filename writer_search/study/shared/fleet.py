@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from writer_search.common.locks import SharedLock, holder_is_dead
 from writer_search.results.rows import home_of, is_surplus, trial_dir
 from writer_search.study.draws import Drawer, params_key
-from writer_search.study.unfinished import continuations, settle
+from writer_search.study.unfinished import continuations, continued_by, settle
 
 SIGN_SECONDS = 60.0  # between two signs of life of a running trial
 SILENT_SECONDS = 300.0  # a trial without a new sign for so long is dead
@@ -105,10 +105,16 @@ class Fleet:
         return self._to_continue(trials) or self.drawer.new_draw(trials, TrialState.RUNNING)
 
     def _to_continue(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-        """Give a trial that goes on with an interrupted one; None where none waits for it."""
+        """Give a trial that goes on with an interrupted one; None where none waits for it.
+
+        What was killed, or had no room on the disk, is for a later run: here it may end so again.
+        """
         if self.continue_interrupted:
             for trial in continuations(trials, TrialState.RUNNING):
-                if self._is_within_reach(trials[trial.user_attrs["continues"]]):
+                earlier = trials[trial.user_attrs["continues"]]
+                is_due = earlier.user_attrs.get("interrupted") or earlier.number < self.first
+                chain = [earlier, *continued_by(trials, earlier)]
+                if is_due and any(self._is_within_reach(link) for link in chain):
                     return trial
         return None
 
