@@ -62,7 +62,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     """Open or create the study, settle what a dead search left, print the banner."""
     from writer_search.results.events import Events
     from writer_search.results.report import ReportPage
-    from writer_search.study.banner import announce, banner, described_run
+    from writer_search.study.banner import announce, banner, describe_run
     from writer_search.study.draws import make_pruner
     from writer_search.study.loop import Search
     from writer_search.study.preparation import is_finished, prepare, recorded_settings
@@ -94,7 +94,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     )
     supply = LocalSupply(study, plan)
     rows = supply.rows()
-    study.set_user_attr("run", described_run(args.n_trials, len(plan.slots), rows))
+    study.set_user_attr("run", describe_run(args.n_trials, len(plan.slots), rows))
     database = str(args.checkpoint_dir / DATABASE)
     announce(args, plan, banner(args, database, None if is_new else rows), settled)
     page = ReportPage(args.checkpoint_dir, plan.data)
@@ -319,25 +319,34 @@ def run_and_tell(args: argparse.Namespace, search: Search, where: Path | str) ->
 
     code = EXIT_NOTHING_COMPLETE  # of an error that is the program's own
     try:
-        with told_when_unwritable(where):
-            search.run()
-            code = conclude(args, search)
+        code = run_or_stop(args, search, where)
     except Interrupted as error:
         code = error.exit_code if args.requeue_exit_code is None else args.requeue_exit_code
         raise
-    except UserError as error:
+    except UserError:
         code = EXIT_USAGE
-        if (signalled := search.stop.name) is None:
-            raise
-        # The storage was away as well: the batch system is to queue the job again all the same.
-        print(hidden(told(error), args.storage), file=sys.stderr)
-        stopped = Interrupted(signalled, began=True, unsaved=search.recorder.unsaved)
-        code = stopped.exit_code if args.requeue_exit_code is None else args.requeue_exit_code
-        raise stopped from None
+        raise
     finally:
         search.events.send(search_event(args.checkpoint_dir, search.rows, args.n_trials, code))
         search.events.close()
     return code
+
+
+def run_or_stop(args: argparse.Namespace, search: Search, where: Path | str) -> int:
+    """Search and conclude. Raises Interrupted for a signal, also where another trouble came too.
+
+    A batch system is to queue the job again, though the storage was away at that moment.
+    """
+    try:
+        with told_when_unwritable(where):
+            search.run()
+            return conclude(args, search)
+    except UserError as error:
+        if search.stop.name is None:
+            raise
+        print(hidden(told(error), args.storage), file=sys.stderr)
+        unsaved = search.recorder.unsaved
+        raise Interrupted(search.stop.name, began=True, unsaved=unsaved) from None
 
 
 def run_shared_search(args: argparse.Namespace, stop: StopSignals) -> int:

@@ -219,7 +219,10 @@ STEPS_BETWEEN_RANKS = 4  # before ranks hear whether to go on
 SMALLEST_BATCH = 4  # images at once, below which a trial that is out of memory fails
 
 
-def half_batch(images: int) -> int | None:
-    """Give half of the images that are on a device at once; None when that is too little."""
+def half_batch(config: TrialConfig, images: int) -> int | None:
+    """Give half of the images that are on a device at once; None where that would not help.
+
+    It is too little, or the trial is a descriptor, which halves what it describes by itself.
+    """
     half = images // 2
-    return half if half >= SMALLEST_BATCH else None
+    return half if half >= SMALLEST_BATCH and not config.is_fitted else None

@@ -282,11 +282,9 @@ class Runner:
 
 
 def smaller_batch(job: Job) -> int | None:
-    """Give half of what a trial had on a device at once; None where that is too little to help."""
-    if job.config.is_fitted:  # it has halved what it describes at once by itself
-        return None
+    """Give half of what a trial had on a device at once; None where that would not help."""
     share = -(-job.config.batch_size // job.ranks)
-    return half_batch(min(share, job.micro_batch or share))
+    return half_batch(job.config, min(share, job.micro_batch or share))
 
 
 def _going_on(job: Job) -> Job:

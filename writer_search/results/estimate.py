@@ -59,6 +59,24 @@ def seconds_left(
     return low, max(low, high)
 
 
+def recorded_left(
+    rows: Sequence[Row],
+    running: Mapping[int, Timed],
+    to_start: int,
+    jobs: int,
+    settings: Mapping[str, Any],
+) -> Range | None:
+    """Estimate as `seconds_left` does, of a search that is known by its records alone.
+
+    running: by the trials' numbers.   settings: the study's.
+    """
+    fits = trains_nothing(settings.get("space", {}))
+    alike = [running[row.number] for row in rows if row.number in running and row.is_fitted == fits]
+    epochs, patience = (int(settings.get(name, 0)) for name in ("epochs", "patience"))
+    most = 1 if fits else epochs
+    return seconds_left(finished_epochs(rows, fits), alike, to_start, most, jobs, patience)
+
+
 def _rest(
     done: float, seconds: float, finished: Sequence[Timed], fewest: int, epochs: int
 ) -> Range:

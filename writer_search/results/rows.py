@@ -81,19 +81,19 @@ def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
     return Path(attributes.get("owner", {}).get("checkpoint_dir", checkpoint_dir))
 
 
+def is_interrupted(attributes: Mapping[str, Any]) -> bool:
+    """Tell whether a trial did not fail by itself, by its attributes."""
+    return bool(attributes.get("interrupted"))
+
+
 STATES = ("complete", "pruned", "interrupted", "failed", "running", "waiting")
 
 
 def state_of(row: Row) -> str:
     """Say a trial's state for people: what was interrupted has not failed by itself."""
     if row.state == "FAIL":
-        return "interrupted" if row.attributes.get("interrupted") else "failed"
+        return "interrupted" if is_interrupted(row.attributes) else "failed"
     return row.state.lower()
-
-
-def is_interrupted(attributes: Mapping[str, Any]) -> bool:
-    """Tell whether a trial did not fail by itself, by its attributes."""
-    return bool(attributes.get("interrupted"))
 
 
 def is_resumable(attributes: Mapping[str, Any]) -> bool:

@@ -20,13 +20,7 @@ from writer_search.common.files import read_dict
 from writer_search.common.locks import is_locked
 from writer_search.common.text import duration, one_line, percent
 from writer_search.results.chosen import CONFIRM
-from writer_search.results.estimate import (
-    Range,
-    finished_epochs,
-    range_text,
-    seconds_left,
-    trains_nothing,
-)
+from writer_search.results.estimate import Range, range_text, recorded_left
 from writer_search.results.rows import (
     STARTED_BY_CLOCK,
     Row,
@@ -86,21 +80,11 @@ def read_status(checkpoint_dir: Path) -> Status:
     confirms = is_locked(checkpoint_dir / CONFIRM)
     run = recorded.get("run", {})
     settings = recorded.get("settings", {})
-    epochs, patience = int(settings.get("epochs", 0)), int(settings.get("patience", 0))
     running = [_running(checkpoint_dir, row, active) for row in rows if row.state == "RUNNING"]
     left = None
     if active and not confirms:
-        fits = trains_nothing(settings.get("space", {}))
-        alike = {row.number for row in rows if row.is_fitted == fits}
-        timed = [(float(t.epoch), t.epoch_seconds) for t in running if t.number in alike]
-        left = seconds_left(
-            finished_epochs(rows, fits),
-            timed,
-            _to_start(run, rows),
-            1 if fits else epochs,
-            run.get("n_jobs", 1),
-            patience,
-        )
+        timed = {trial.number: (float(trial.epoch), trial.epoch_seconds) for trial in running}
+        left = recorded_left(rows, timed, _to_start(run, rows), run.get("n_jobs", 1), settings)
     holder = _holder(checkpoint_dir) if active else None
     runs = f"running ({holder})" if holder else "running" if active else "not running"
     if confirms:
@@ -111,7 +95,7 @@ def read_status(checkpoint_dir: Path) -> Status:
         active=active,
         holder=holder,
         n_trials=int(run.get("n_trials", 0)),
-        epochs=epochs,
+        epochs=int(settings.get("epochs", 0)),
         rows=rows,
         running=running,
         left=left,

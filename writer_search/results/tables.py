@@ -19,6 +19,7 @@ from writer_search.results.rows import (
     count_complete,
     count_states,
     home_of,
+    is_interrupted,
     state_of,
     trial_dir,
 )
@@ -128,7 +129,7 @@ def floor_lines(rows: Sequence[Row]) -> list[str]:
 def keep_failing(rows: Sequence[Row], most: int) -> bool:
     """Tell whether the last trials, `most` of them, all failed by themselves, over all runs."""
     ended = [row for row in rows if row.state not in UNFINISHED]
-    last = [row for row in ended if not row.attributes.get("interrupted")][-most:]
+    last = [row for row in ended if not is_interrupted(row.attributes)][-most:]
     return len(last) == most and all(row.state == "FAIL" for row in last)
 
 

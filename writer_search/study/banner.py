@@ -28,7 +28,7 @@ def announce(
     print(describe_plan(plan), flush=True)
 
 
-def described_run(n_trials: int, n_jobs: int, rows: Sequence[Row]) -> dict[str, int]:
+def describe_run(n_trials: int, n_jobs: int, rows: Sequence[Row]) -> dict[str, int]:
     """Say what this run may still start, and from which trial on: for `--status`."""
     waiting = [row.number for row in rows if row.state == "WAITING"]
     return {

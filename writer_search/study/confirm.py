@@ -22,8 +22,8 @@ from writer_search.common.locks import DirectoryLock
 from writer_search.processes.plan import Plan
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
-from writer_search.results.rows import DATABASE, Row, count_complete, rows_of
-from writer_search.study.banner import RULE, described_run
+from writer_search.results.rows import DATABASE, Row, count_complete, rows_of, state_of
+from writer_search.study.banner import RULE, describe_run
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study, record_settings
 from writer_search.study.supplies import LocalSupply
@@ -107,7 +107,7 @@ def seeds_of(rows: Sequence[Row], *states: str) -> set[int]:
         for row in rows
         if row.state in states
         and "seed" in row.attributes  # a database that was recovered has placeholders in its gaps
-        and not (row.state == "FAIL" and row.attributes.get("interrupted"))
+        and state_of(row) != "interrupted"
     }
 
 
@@ -160,7 +160,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     rows = rows_of(study.get_trials(deepcopy=False))
     missing = repeater.missing(rows)
     n_trials = count_complete(rows) + missing
-    study.set_user_attr("run", described_run(n_trials, len(plan.slots), rows))
+    study.set_user_attr("run", describe_run(n_trials, len(plan.slots), rows))
     left = finished.deadline - time.monotonic()
     own = replace(
         plan,

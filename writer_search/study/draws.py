@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from writer_search.common.errors import UserError
 from writer_search.common.text import counted
 from writer_search.config import COHOG, TrialConfig
+from writer_search.results.rows import is_interrupted
 from writer_search.space import Space, every_draw, first_trials, suggest
 
 STARTUP_TRIALS = 5
@@ -82,7 +83,7 @@ class Draws:
         self.taken.add(key)
         # An end takes two steps: one that is noted as interrupted may still be running. And what
         # failed in an earlier run may have been mended since: a full disk, a broken GPU.
-        interrupted = attributes.get("interrupted") and trial.state.is_finished()
+        interrupted = is_interrupted(attributes) and trial.state.is_finished()
         if not (interrupted or (trial.state == TrialState.FAIL and trial.number < first)):
             self.tried.add(key)
 

@@ -15,6 +15,7 @@ from writer_search.results.rows import (
     SECONDS,
     has_saved,
     home_of,
+    is_interrupted,
     is_resumable,
     read_history,
     trained_seconds,
@@ -40,7 +41,7 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
         if trial.state == TrialState.RUNNING:
             settled.append(settle(study, checkpoint_dir, trial))
         elif trial.state.is_finished() and not (directory / "trial.json").exists():
-            if trial.user_attrs.get("interrupted") and not (directory / "error.log").exists():
+            if is_interrupted(trial.user_attrs) and not (directory / "error.log").exists():
                 # Cut off, and its database damaged or lost besides.
                 epochs = trial.user_attrs.get("epochs") or None
                 write_error_log(directory, trial.user_attrs["failure"], epoch=epochs)
@@ -112,7 +113,7 @@ def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = Non
             continue
         study.add_trial(trial)
         number = trial.user_attrs["continues"]
-        how = "was interrupted" if trials[number].user_attrs.get("interrupted") else "had failed"
+        how = "was interrupted" if is_interrupted(trials[number].user_attrs) else "had failed"
         lines.append(f"trial {number} {how}: a new trial goes on with it")
     return lines
 

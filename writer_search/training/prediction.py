@@ -10,7 +10,6 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import WriterModel
-from writer_search.common.cores import usable_cores
 from writer_search.common.errors import UserError
 from writer_search.common.text import counted, one_line
 from writer_search.config import TrialConfig
 from writer_search.lines.decoding import BrokenImageError, DecodedLine, decode_line
+from writer_search.lines.parallel import in_order
 from writer_search.lines.report import doubt_of
 from writer_search.lines.walk import LeftOut, describe_left_out, walk
 from writer_search.training.batches import Lines
@@ -173,10 +172,10 @@ def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, Decode
         except MemoryError:
             return "out of memory"
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
+    with warnings.catch_warnings(), in_order(read, images) as results:
         # `decode_line` refuses what is too large.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return list(zip(images, pool.map(read, images), strict=True))
+        return list(zip(images, results, strict=True))
 
 
 def _side_by_side(

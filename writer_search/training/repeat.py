@@ -241,8 +241,8 @@ def fitting(
     try:
         train_with(micro_batch)
     except (RuntimeError, MemoryError) as error:
-        smaller = half_batch(micro_batch or config.batch_size)
-        if config.is_fitted or not is_out_of_memory(error) or smaller is None:
+        smaller = half_batch(config, micro_batch or config.batch_size)
+        if not is_out_of_memory(error) or smaller is None:
             raise
         return smaller  # the error goes, and with it all that the training held
     return None

@@ -24,7 +24,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from writer_search.common.locks import SharedLock, holder_is_dead
-from writer_search.results.rows import home_of, is_surplus, trial_dir
+from writer_search.results.rows import home_of, is_interrupted, is_surplus, trial_dir
 from writer_search.study.draws import Drawer, params_key
 from writer_search.study.unfinished import continuations, continued_by, settle
 
@@ -74,7 +74,7 @@ class Fleet:
         started = sum(
             trial.number >= self.first
             and not is_surplus(trial)
-            and not trial.user_attrs.get("interrupted")
+            and not is_interrupted(trial.user_attrs)
             for trial in trials
         )
         return max(0, min(self.n_trials - live, self.allowed - started))
@@ -112,7 +112,7 @@ class Fleet:
         if self.continue_interrupted:
             for trial in continuations(trials, TrialState.RUNNING):
                 earlier = trials[trial.user_attrs["continues"]]
-                is_due = earlier.user_attrs.get("interrupted") or earlier.number < self.first
+                is_due = is_interrupted(earlier.user_attrs) or earlier.number < self.first
                 chain = [earlier, *continued_by(trials, earlier)]
                 if is_due and any(self._is_within_reach(link) for link in chain):
                     return trial

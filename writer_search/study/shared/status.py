@@ -9,12 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from writer_search.common.text import counted
-from writer_search.results.estimate import (
-    finished_epochs,
-    seconds_left,
-    trains_nothing,
-    unbroken,
-)
+from writer_search.results.estimate import recorded_left, unbroken
 from writer_search.results.rows import count_complete, is_surplus, rows_of
 from writer_search.results.status import RunningStatus, Status, silence
 from writer_search.study.unfinished import epochs_before
@@ -27,7 +22,6 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     run = recorded.get("run", {})
     n_trials = int(run.get("n_trials", 0))
     settings = recorded.get("settings", {})
-    epochs, patience = int(settings.get("epochs", 0)), int(settings.get("patience", 0))
     rows = rows_of(trials)
     times = {row.number: row.seconds for row in rows}
     running = [
@@ -37,29 +31,19 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     ]
     left = None
     if running:
-        fits = trains_nothing(settings.get("space", {}))
-        alike = {row.number for row in rows if row.is_fitted == fits}
-        progress = [
-            unbroken(one.epoch, epochs_before(trials, trials[one.number]), one.epoch_seconds)
-            for one in running
-            if one.number in alike
-        ]
+        timed = {
+            n: unbroken(one.epoch, epochs_before(trials, trials[n]), one.epoch_seconds)
+            for n, one in ((one.number, one) for one in running)
+        }
         to_start = max(0, n_trials - len(running) - count_complete(rows))
-        left = seconds_left(
-            finished_epochs(rows, fits),
-            progress,
-            to_start,
-            1 if fits else epochs,
-            len(running),
-            patience,
-        )
+        left = recorded_left(rows, timed, to_start, len(running), settings)
     return Status(
         heading=f"{where}: {counted(len(running), 'trial')} running",
         checkpoint_dir=checkpoint_dir or Path(run.get("checkpoint_dir", ".")),
         active=bool(running),
         holder=None,
         n_trials=n_trials,
-        epochs=epochs,
+        epochs=int(settings.get("epochs", 0)),
         rows=rows,
         running=running,
         left=left,
