@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import alembic.util
+import faults
 import pytest
 import sqlalchemy
 import torch
@@ -17,7 +18,6 @@ from data import LineSet, find_lines, load_lines
 from writer_search.config import TrialConfig
 from writer_search.demo import make_lines
 from writer_search.study import store
-from writer_search.training.checkpoints import Checkpoints, SaveTimes
 
 LINE_HEIGHT = 16
 REAL_LINES = Path(__file__).parents[2] / "shared" / "data" / "latin_hands"
@@ -97,18 +97,7 @@ def config() -> TrialConfig:
 @pytest.fixture
 def save_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trials in this process save before each batch, and wait until that is on the disk."""
-    save, end_epoch = Checkpoints.save, Checkpoints.end_epoch
-
-    def save_and_wait(files: Checkpoints, contents: Any, **_: Any) -> None:
-        save(files, contents, at_once=True)
-
-    def end_and_wait(files: Checkpoints, *more: Any) -> None:
-        end_epoch(files, *more)
-        files.wait()
-
-    monkeypatch.setattr(SaveTimes, "is_due", lambda times: True)
-    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
-    monkeypatch.setattr(Checkpoints, "end_epoch", end_and_wait)
+    faults.save_each_batch(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -204,24 +204,17 @@ def on_fake_gpu(connection: Connection, job: Any) -> None:
     """
     import torch
 
-    from writer_search.processes import child as worker
-
-    save_each_batch()
-
-    def check(line: Any, progress: float) -> None:
+    def fail() -> None:
         by_cat = job.trial_dir.name == "trial_000" and (job.trial_dir.parent / "cat").exists()
-        if progress > 1 and (job.gpu.startswith("sick") or by_cat):
+        if job.gpu.startswith("sick") or by_cat:
             raise torch.AcceleratorError("CUDA error: unspecified launch failure")
-        real_check(line, progress)
 
-    real_check = worker.SearchLine.check
-    worker.SearchLine.check = check  # type: ignore[method-assign]
     open_fake_gpus(job)
-    worker.run_trial(connection, job)
+    _in_the_second_epoch(connection, job, fail)
 
 
-def save_each_batch() -> None:
-    """Let this process's trial save before each batch, and wait until that is on the disk."""
+def save_each_batch(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let trials in this process save before each batch, and wait until that is on the disk."""
     from writer_search.training.checkpoints import Checkpoints, SaveTimes
 
     save, end_epoch = Checkpoints.save, Checkpoints.end_epoch
@@ -233,9 +226,9 @@ def save_each_batch() -> None:
         end_epoch(files, *more)
         files.wait()  # no state is saved while the last epoch's files are being written
 
-    SaveTimes.is_due = lambda times: True  # type: ignore[method-assign,assignment]
-    Checkpoints.save = save_and_wait  # type: ignore[method-assign]
-    Checkpoints.end_epoch = end_and_wait  # type: ignore[method-assign]
+    put(SaveTimes, "is_due", lambda times: True)
+    put(Checkpoints, "save", save_and_wait)
+    put(Checkpoints, "end_epoch", end_and_wait)
 
 
 def killed_late(connection: Connection, job: Any) -> None:

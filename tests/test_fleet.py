@@ -617,28 +617,27 @@ def test_signal_during_an_outage_has_a_signal_s_exit_code(
     assert "stopped by SIGTERM" in problems
 
 
+def bury(trial: Any, study: optuna.Study) -> None:
+    """As another search does it."""
+    trial.set_user_attr("interrupted", True)
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
 def test_trial_that_another_has_recorded_is_given_up(
     shared: tuple[Run, Flaky], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command, backend = shared
     hear_report = loop_module.Search.hear_report
 
-    def bury(self: Any, running: Any, report: Any) -> None:
+    def late(self: Any, running: Any, report: Any) -> None:
         if running.number == 0:
-            running.trial.set_user_attr("interrupted", True)
-            self.supply.study.tell(0, state=TrialState.FAIL)
+            bury(running.trial, self.supply.study)
         hear_report(self, running, report)
 
-    monkeypatch.setattr(loop_module.Search, "hear_report", bury)
+    monkeypatch.setattr(loop_module.Search, "hear_report", late)
     assert command(n_trials="2") == 0
     assert "trial   0 | given up: " in capfd.readouterr().out
     assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
-
-
-def bury(trial: Any, study: optuna.Study) -> None:
-    """As another search does it."""
-    trial.set_user_attr("interrupted", True)
-    study.tell(trial.number, state=TrialState.FAIL)
 
 
 def test_storage_lost_before_a_trial_starts_is_not_its_failure(
