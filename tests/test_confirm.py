@@ -68,6 +68,16 @@ def values_by_seed(directory: Path) -> dict[int, float | None]:
     return {t.user_attrs["seed"]: t.value for t in trials if t.state == TrialState.COMPLETE}
 
 
+def check_status_meanwhile(directory: Path) -> None:
+    """What --status has to go on, and says, while four runs are to confirm a search."""
+    run = open_study(directory / "confirm").user_attrs["run"]
+    assert run == {"n_trials": 4, "n_jobs": 1, "to_start": 4, "first_trial": 0}
+    with DirectoryLock(directory), DirectoryLock(directory / "confirm"):
+        status = read_status(directory)
+    assert status.heading.endswith(f", confirms: see --checkpoint_dir {directory}/confirm --status")
+    assert status.left is None, "the trials of this directory are complete"
+
+
 def test_best_are_trained_again_and_the_winner_is_published(
     confirm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,12 +95,7 @@ def test_best_are_trained_again_and_the_winner_is_published(
     )
     assert [entry["trial"] for entry in found["candidates"]] == [r.number for r in ranked[:2]]
     trials = open_study(directory / "confirm").get_trials()
-    run = open_study(directory / "confirm").user_attrs["run"]
-    assert run == {"n_trials": 4, "n_jobs": 1, "to_start": 4, "first_trial": 0}
-    with DirectoryLock(directory), DirectoryLock(directory / "confirm"):
-        status = read_status(directory)
-    assert status.heading.endswith(f", confirms: see --checkpoint_dir {directory}/confirm --status")
-    assert status.left is None, "the trials of this directory are complete"
+    check_status_meanwhile(directory)
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 4
     originals = open_study(directory).get_trials()
     seeds = [t.user_attrs["seed"] for t in trials]
