@@ -429,7 +429,7 @@ def _refuse_broken(lines: list[LineFile], broken: Mapping[str, str]) -> None:
     if which or len(broken) > BROKEN_SHARE * len(lines):
         raise UserError(
             f"{len(broken)} of {len(lines)} line images are broken{which}, first {one_line(first)} "
-            f"({cause}); mend or remove them"
+            f"({cause}); fix or remove them"
         )
 
 

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told, told, why
+from writer_search.common.errors import OF_THE_PLACE, UserError, place_errors_told, said_by, told
 from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock, SharedLock
 from writer_search.common.output import lasting_output, live
@@ -41,7 +41,7 @@ from writer_search.results.compare import compare_text
 from writer_search.results.page.snapshot import FINISHED, STOPPED, Standing
 from writer_search.results.rows import DATABASE
 from writer_search.results.status import LOOKS_BETWEEN_TRIALS, read_status, show
-from writer_search.results.tables import closing_lines, keep_failing, write_summary
+from writer_search.results.tables import closing_lines, keep_failing, saved_text, write_summary
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -164,14 +164,16 @@ def confirm_best(args: argparse.Namespace, search: Search) -> tuple[Search, bool
 
 
 def conclude(args: argparse.Namespace, search: Search) -> int:
-    """Confirm, bring the summary up to date, say how all stands, and give the exit code."""
+    """Confirm, bring the summary up to date, and say how all stands; gives the exit code."""
     from writer_search.study.banner import RULE
 
     last, is_settled, confirmed = (
         (search, True, []) if args.confirm_top is None else confirm_best(args, search)
     )
     search.recorder.read()
-    rows, fixed = search.rows, search.plan.space.fixed
+    rows, fixed, study = search.rows, search.plan.space.fixed, search.supply.study
+    if search.exhausted:
+        study.set_user_attr("run", {**study.user_attrs["run"], "exhausted": True})
     search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows, fixed))
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
@@ -186,16 +188,24 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         lines += measured_on_test(search, chosen if is_settled else None, published)
     update_page(search, FINISHED if is_settled else STOPPED)
     print("\n".join([RULE, *lines, RULE]))
+    return exit_code(args, search, last)
+
+
+def exit_code(args: argparse.Namespace, search: Search, last: Search) -> int:
+    """Say why it ended early, if it did, and give the exit code. Raises Interrupted.
+
+    last: the search itself, or its confirmation.
+    """
     if search.stop.name is not None:
         raise Interrupted(search.stop.name, began=True, unsaved=last.recorder.unsaved)
     if last.recorder.gave_up:
         print(
-            f"error: stopped after {last.recorder.gave_up}; mend it, and the same command goes on",
+            f"error: stopped after {last.recorder.gave_up}; fix it, then run the same command",
             file=sys.stderr,
         )
         return EXIT_FAILURES
     if last.complete < last.plan.n_trials and (cause := last.runner.devices.why_none()):
-        print(f"error: {cause}; mend it, and the same command goes on", file=sys.stderr)
+        print(f"error: {cause}; fix it, then run the same command", file=sys.stderr)
         return EXIT_FAILURES
     if last.complete < last.plan.n_trials and last.outlook.is_too_late():
         print(
@@ -207,7 +217,7 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
             return int(args.requeue_exit_code)
     if not search.complete:
         return EXIT_NOTHING_COMPLETE
-    has_more = not search.has_all or not last.has_all  # the last one may be a confirmation
+    has_more = not search.has_all or not last.has_all
     is_in_vain = keep_failing(last.rows, args.max_consecutive_failed_trials)
     if args.requeue_exit_code is not None and has_more and not is_in_vain:
         return int(args.requeue_exit_code)
@@ -226,9 +236,9 @@ def measured_on_test(search: Search, chosen: Chosen | None, model_file: Path | N
     chosen: None as long as something is missing.   model_file: None where it is not there.
     """
     if chosen is None:
-        return ["Not measured on the test lines yet: that follows when nothing is missing."]
+        return ["Not measured on the test lines yet: that follows once nothing is missing."]
     if model_file is None:
-        return [f"Not measured on the test lines: the model of {chosen.name} is not at hand."]
+        return [f"Not measured on the test lines: the model of {chosen.name} is not there."]
     from writer_search.processes.messages import TestQuestion
     from writer_search.processes.test_measurement import evaluate_test
 
@@ -268,10 +278,9 @@ def told_when_unwritable(place: Path | str) -> Iterator[None]:
     except (StorageInternalError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in OF_THE_PLACE:
             raise
-        said = why(error) if isinstance(error, OSError) else one_line(error.__cause__ or error)
         raise UserError(
-            f"{place} cannot be written: {said}; what was recorded is safe; mend it, and the same "
-            "command goes on"
+            f"{place} cannot be written: {said_by(error)}; what was recorded is safe; fix it, then "
+            "run the same command"
         ) from None
 
 
@@ -414,14 +423,6 @@ def hidden(text: str, storage: str | None) -> str:
     from writer_search.study.shared.storage import hide_password
 
     return hide_password(text, storage)
-
-
-def saved_text(unsaved: Sequence[int]) -> str:
-    """Say whether all running trials saved their state when they were stopped."""
-    if not unsaved:
-        return "everything is saved"
-    trials = ", ".join(map(str, unsaved))
-    return f"trial {trials} did not stop in time: only its last saved state, if any, is there"
 
 
 def show_status(args: argparse.Namespace) -> int:

@@ -392,7 +392,7 @@ def _write_results(
 
 def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | None = None) -> bool:
     """Tell whether all epochs are done, or `patience` of them without a better value."""
-    most = 1 if config.is_fitted else config.epochs
+    most = config.most_epochs
     if state.epoch >= min(most, last_epoch or most):
         return True
     if state.best is None:

@@ -144,6 +144,20 @@ def test_user_s_command_has_the_user_s_time_zone(
     assert (tmp_path / "zone").read_text() == str(zone)
 
 
+@pytest.mark.usefixtures("_own_zone")
+@pytest.mark.parametrize("zone", ["Asia/Riyadh", "America/New_York"])
+def test_times_are_read_right_in_any_zone(zone: str, tmp_path: Path) -> None:
+    """--status runs in the user's zone, and the search has counted in UTC."""
+    study = open_study(tmp_path)
+    began = datetime.now(UTC)
+    study.ask()
+    os.environ["TZ"] = zone
+    time.tzset()
+    (row,) = read_status(tmp_path).rows
+    assert row.started is not None
+    assert abs(row.started - began) < timedelta(seconds=10)
+
+
 HOUR_THAT_COMES_TWICE = """
 import sys
 from datetime import UTC, datetime

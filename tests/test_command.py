@@ -341,7 +341,9 @@ def test_study_that_cannot_be_written_ends_the_search_in_one_line(
     code, printed, problems = command.finish()
     assert code == 2, printed + problems
     last = problems.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'c'} cannot be written: ")
+    start_of_it = f"error: {tmp_path / 'c'} cannot be written: "
+    assert last.startswith(start_of_it)
+    assert "[SQL" not in last
     assert "what was recorded is safe" in last
     assert "Traceback" not in problems
     code, printed, problems = start("--epochs", "15").finish()

@@ -276,7 +276,7 @@ def test_shared_search_is_refused_at_once(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--confirm_top", "1", "--storage", "postgresql://nowhere/x") == 2
-    assert capfd.readouterr().err.startswith("error: --confirm_top needs a search of its own")
+    assert capfd.readouterr().err.startswith("error: --confirm_top does not work with --storage")
     assert not (tmp_path / "c").exists()
 
 
@@ -331,8 +331,18 @@ def test_result_by_hand() -> None:
         "The ranking did not hold. The search's best value was 8.00 points too high."
     )
     # (0.02² · 2 + 0.01² · 2) / 2, its root twice: 4.47 points, and the lead is 2.
-    assert "2.00 points, is within twice its standard error (2.24)" in text[-1]
+    assert "2.00 points, is less than twice its standard error (2.24)" in text[-1]
     assert summarise(candidates, [], search) is None
+
+
+def test_second_that_failed_once_may_have_the_higher_mean() -> None:
+    search = [row(0, 0.9), row(1, 0.8)]
+    candidates = [Candidate(search[0], (1, 2)), Candidate(search[1], (3, 4, 5))]
+    runs = [row(0, 0.90, 1), row(1, 0.91, 2), row(2, 0.95, 3), row(3, 0.96, 4)]
+    found = summarise(candidates, [*runs, row(4, None, 5, "FAIL")], search)
+    assert found is not None
+    assert found["winner"]["trial"] == 0
+    assert describe(found)[-1] == "  trial 1 has a higher mean, but failed with some of its seeds"
 
 
 def test_candidates_keep_their_seeds_when_more_are_asked_for() -> None:
@@ -398,3 +408,7 @@ def test_confirmation_of_fewer_trials_is_out_of_date(tmp_path: Path) -> None:
     chosen = chosen_model(tmp_path, extended)
     assert chosen is not None
     assert (chosen.trial, chosen.directory) == (1, tmp_path / "trial_001")
+    # The runs of a confirmation, looked at by themselves, are not confirmed by anything.
+    chosen = chosen_model(tmp_path / "confirm", rows)
+    assert chosen is not None
+    assert not chosen.is_confirmed

@@ -162,7 +162,7 @@ def test_gpu_on_which_a_trial_runs_is_not_set_aside_for_another(
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE"] * 4
     printed, problems = capfd.readouterr()
     assert problems == ""
-    assert "GPU exclusive has no room beside the trials there" in printed
+    assert "GPU exclusive has no room for another trial" in printed
     assert len(started.on["exclusive"]) > 4
 
 
@@ -307,9 +307,9 @@ def test_without_a_gpu_that_opens_auto_is_the_cpu(gpus_found: Any) -> None:
     assert gpus_found("old", device="cpu") == ((), [])
     why = "no GPU can be used, the search runs on the CPU: GPU old: driver too old"
     assert gpus_found("old") == ((), [why])
-    with pytest.raises(UserError, match="--device cuda: GPU old: driver too old; mend"):
+    with pytest.raises(UserError, match="--device cuda: GPU old: driver too old; fix"):
         gpus_found("old", device="cuda")
-    with pytest.raises(UserError, match="GPU full: CUDA error: out of memory; mend or free it"):
+    with pytest.raises(UserError, match="GPU full: CUDA error: out of memory; fix or free it"):
         gpus_found("old", "full")
 
 
@@ -326,7 +326,7 @@ def test_retraining_takes_the_cpu_where_the_gpu_does_not_open(
     """torch of tests has no CUDA: a GPU that is counted does not open."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert device_like("auto", on_gpu=True) == torch.device("cpu")
-    assert "warning: the trial had a GPU, here it cannot be used" in capfd.readouterr().err
+    assert "warning: the trial ran on a GPU; here it cannot be used" in capfd.readouterr().err
     with pytest.raises(UserError, match="--device cuda:0: it cannot be used"):
         device_like("cuda:0", on_gpu=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -136,11 +137,13 @@ def test_command_that_hangs_holds_nothing_up(
         hanging.look()
     assert time.monotonic() - started < 5
     assert hanging.seconds_to_next_deadline() > 50
+    assert len(hanging._calls) == 2
+    hanging.send({**EVENT, "event": "search"})  # the end is told all the same
     processes = [call.process for call in hanging._calls]
-    assert len(processes) == 2
     hanging.close()
-    assert [process.poll() for process in processes] == [-9, -9]
-    lines = capfd.readouterr().err.splitlines()
+    assert [process.poll() for process in processes] == [-9, -9, -9]
+    *lines, last = capfd.readouterr().err.splitlines()
+    assert last.endswith("search: took too long and was ended")
     assert lines[0].endswith("not run: 2 of them are still running")
     assert [line.partition("trial: ")[2] for line in lines[1:]] == [
         "took too long and was ended",
@@ -148,16 +151,29 @@ def test_command_that_hangs_holds_nothing_up(
     ]
 
 
+def has_processes(group: int) -> bool:
+    """Tell whether a process of the group lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_command_that_runs_too_long_is_ended_meanwhile(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(events_module, "LIMIT_SECONDS", 0.1)
-    hanging = Events(python("import time; time.sleep(600)"))
+    hanging = Events(("sh", "-c", "sleep 600; true"))
     hanging.send(EVENT)
     (call,) = hanging._calls
     time.sleep(hanging.seconds_to_next_deadline() + 0.01)
     hanging.look()
     assert call.process.poll() == -9
+    deadline = time.monotonic() + 10
+    while has_processes(call.process.pid):
+        assert time.monotonic() < deadline, "what it has started is ended, too"
+        time.sleep(0.01)
     assert "took too long and was ended" in capfd.readouterr().err
 
 

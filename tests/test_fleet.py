@@ -454,10 +454,10 @@ def test_password_is_found_and_hidden(url: str, shown: str, secrets: set[str] | 
     [
         ("postgresql+psycopg://me:s3cr%40t@127.0.0.1:1/lines", "cannot be used: "),
         ("postgresql+psycopg://me:s3cr@t/x:y@host/lines", "no URL of a storage|cannot be used"),
-        ("postgresql+psycopg://me:s3cr@t@host:port/lines", "is no URL of a storage"),
-        ("nosuch://me:s3cr@t@host/lines", "is no URL of a storage"),
+        ("postgresql+psycopg://me:s3cr@t@host:port/lines", "is not the URL of a storage"),
+        ("nosuch://me:s3cr@t@host/lines", "is not the URL of a storage"),
         ("sqlite:///x.db", "SQLite is for one search and the default without --storage"),
-        ("grpc://127.0.0.1:13000", "is no URL of a storage"),
+        ("grpc://127.0.0.1:13000", "is not the URL of a storage"),
         ("mysql://me:s3cr%40t@host/lines", "only PostgreSQL is supported|no URL of a storage"),
     ],
 )
@@ -475,7 +475,7 @@ def test_storage_that_cannot_be_used_is_told_in_a_line(
 
 def test_study_name_needs_a_storage(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("--study_name", "x") == 2
-    assert "--study_name is of a study in a --storage" in capfd.readouterr().err
+    assert "--study_name needs --storage" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------ the whole command

@@ -358,7 +358,7 @@ def test_search_asks_for_the_kind_of_its_device(
         lambda d: settings | {"tier": "gpu"} if (settings := standing(d)) else None,
     )
     assert run("--device", "auto", n_trials="2") == 2
-    assert "begun on a GPU, and none is visible here" in capfd.readouterr().err
+    assert "started on a GPU, and none is visible here" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("is_native", [False, True])

@@ -425,7 +425,7 @@ def test_all_right_is_not_certain(tmp_path: Path) -> None:
     metrics["best"] |= confusion([[15, 0], [15, 0]])
     write_json(path, metrics)
     text = page_of(tmp_path)
-    assert "Its standard error cannot be told" in text
+    assert "Its standard error is not known" in text
     assert "all recognised" not in text
 
 

@@ -386,5 +386,7 @@ def test_weights_that_cannot_be_had_are_no_fault_of_the_directory(
         raise WeightsUnavailableError("no network")
 
     monkeypatch.setattr(retraining, "ensure_imagenet_weights", offline)
-    with pytest.raises(UserError, match="ImageNet weights of resnet18 cannot be had: no network"):
+    with pytest.raises(
+        UserError, match="ImageNet weights of resnet18 are not available: no network"
+    ):
         retraining.fetch_weights(replace(config, backbone="resnet18", pretrained=True))

@@ -27,6 +27,7 @@ from writer_search.processes import running as running_module
 from writer_search.processes.messages import Job
 from writer_search.processes.running import Report, RunningTrial
 from writer_search.results.rows import read_history
+from writer_search.results.status import read_status, status_text
 from writer_search.space import default_space, every_draw, narrow
 from writer_search.study import draws
 from writer_search.study import loop as loop_module
@@ -266,7 +267,7 @@ def test_the_last_of_a_finite_space_is_drawn() -> None:
     trials = study.get_trials()
     last = drawer.new_draw(trials)
     assert last.params == left
-    with pytest.raises(SpaceExhaustedError, match=f"{len(every)} configurations and no other"):
+    with pytest.raises(SpaceExhaustedError, match=f"all of its {len(every)} configurations have"):
         drawer.new_draw([*trials, last])
 
 
@@ -286,7 +287,7 @@ def test_finite_space_is_drawn_once_and_then_ends(
     drawn = [p["pooling"] for p in params_of(directory)]
     assert sorted(drawn) == ["attention", "avg", "gem"]
     printed = capfd.readouterr().out
-    assert "the space is exhausted: 3 configurations and no other" in printed
+    assert "the space is exhausted: all of its 3 configurations have been drawn" in printed
     assert "3 of 5 trials still missing: the same command runs them." in printed
 
     monkeypatch.setattr(runner_module, "ChildProcess", RealChild)
@@ -295,7 +296,11 @@ def test_finite_space_is_drawn_once_and_then_ends(
     assert [state for _, state, _ in trials_of(directory)][1:] == ["FAIL", "COMPLETE", "COMPLETE"]
     printed = capfd.readouterr().out
     assert "the space is exhausted" in printed
-    assert "2 of 5 trials still missing, but the space has no other configuration" in printed
+    said = "2 of 5 trials still missing, but the space has no other configuration"
+    assert said in printed
+    assert said in status_text(read_status(directory)), "it is remembered"
+    report = (directory / "summary" / "report.html").read_text()
+    assert "The space has no other configuration." in report
 
 
 @pytest.mark.parametrize(
@@ -426,7 +431,7 @@ def test_trial_that_even_sigkill_does_not_end_is_left_behind(
     assert states == (["FAIL"] if loop_fails else ["FAIL", "COMPLETE"])
     log = (tmp_path / "c" / "trial_000" / "error.log").read_text()
     assert ("the search failed" if loop_fails else "longer than --trial_timeout 8 s") in log
-    assert "did not end, not even by SIGKILL: it hangs in a driver" in log
+    assert "did not end, even after SIGKILL: it probably hangs in a driver" in log
     assert len(looks) < 100
 
 
@@ -703,6 +708,7 @@ def test_second_search_in_one_directory_is_refused(
     ("more", "replaced", "said"),
     [
         ([], {"n_trials": "0"}, "'0' is not a whole number of 1 or more"),
+        ([], {"checkpoint_dir": ""}, "the path is empty: is a variable not set?"),
         ([], {"n_trials": "-1"}, "n_trials"),
         ([], {"n_trials": "x"}, "'x' is not a whole number"),
         (["--fix", "nonsense=1"], {}, "--fix nonsense: unknown hyperparameter"),

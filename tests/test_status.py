@@ -31,7 +31,12 @@ from writer_search.results.estimate import (
 )
 from writer_search.results.rows import Row, trial_dir
 from writer_search.results.status import read_status, status_json, status_text, watch
-from writer_search.results.tables import closing_lines, was_cut_short, write_summary
+from writer_search.results.tables import (
+    closing_lines,
+    floor_lines,
+    was_cut_short,
+    write_summary,
+)
 from writer_search.study.store import open_study
 
 __all__ = ["run"]  # the fixture
@@ -122,9 +127,9 @@ def test_reading_changes_nothing_and_needs_no_permission(finished: Path) -> None
     [
         (["--json"], "--json needs --status"),
         (["--watch"], "--watch needs --status"),
-        (["--status", "--json", "--watch"], "exclude each other"),
+        (["--status", "--json", "--watch"], "cannot be combined"),
         (["--compare", "a", "--json"], "--json needs --status"),
-        (["--data_root", "a", "--confirm_seeds", "2"], "give --confirm_top too"),
+        (["--data_root", "a", "--confirm_seeds", "2"], "--confirm_seeds needs --confirm_top"),
         (["--demo", "--space", "a"], "leave out --space"),
     ],
 )
@@ -265,6 +270,7 @@ def test_search_of_descriptors_alone_is_foreseen_by_them(
     rows = read_status(directory).rows
     assert all(row.is_fitted for row in rows)
     assert re.search(r"complete +1/1 ", status_text(read_status(directory)))
+    assert not floor_lines(rows[1:], read_status(directory).space), "of the first draw alone"
     took = [row.seconds or 0.0 for row in rows]
     study = open_study(directory)
     study.set_user_attr("run", {"n_trials": 5, "n_jobs": 1, "to_start": 5, "first_trial": 0})
@@ -314,9 +320,20 @@ def test_best_trial_of_another_machine_is_named_where_it_is(
         write_summary(own, [row], {})
         best = json.loads((own / "summary" / "best_trial.json").read_text())
         assert (best["directory"], best["model"]) == (directory, f"{directory}/best_model.pth")
-    assert f"Model: {other / 'trial_003' / 'best_model.pth'} (it is not there)" in closing_lines(
-        own, [row], 1, {}
-    )
+    model = other / "trial_003" / "best_model.pth"
+    assert f"Model: {model} (it is not there)" in closing_lines(own, [row], 1, {})
+    stale = own / "summary" / "best_model.pth"
+    stale.write_text("of a trial that was best")
+    said = f"Model: {model} (it is not there; {stale} is another trial's)"
+    assert said in closing_lines(own, [row], 1, {})
+
+
+def test_floor_is_told_where_its_head_is_fixed() -> None:
+    first = {"draw": 0}
+    row = Row(0, "COMPLETE", 0.9, {"backbone": "cohog"}, None, None, first)
+    space = {"cohog_head": "lda", "backbone": {"choices": ["cohog", "tiny"]}}
+    assert floor_lines([row], space) == ["CoHOG + LDA, no training: 90.00% (trial 0)"]
+    assert floor_lines([row], {**space, "cohog_head": "softmax"}) == []
 
 
 def test_nothing_left_takes_no_time() -> None:

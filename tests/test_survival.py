@@ -215,7 +215,7 @@ def test_trial_that_was_killed_or_had_no_room_is_continued(
 ) -> None:
     """It has failed, and counts as that; what it has saved is not lost."""
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: fault}))
-    flags = ("--keep_checkpoints", "best", "--continue_interrupted")
+    flags = ("--keep_checkpoints", "best")
     assert run(*flags, n_trials="2") == 0
     directory = tmp_path / "c"
     assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE", "FAIL"]
@@ -227,7 +227,7 @@ def test_trial_that_was_killed_or_had_no_room_is_continued(
     assert run(n_trials="1") == 0
     told = "1 unfinished trial saved 1 epoch: --continue_interrupted goes on with it"
     assert told in capfd.readouterr().out
-    assert run(*flags, n_trials="2") == 0
+    assert run(*flags, "--continue_interrupted", n_trials="2") == 0
     printed = capfd.readouterr().out
     assert "trial 1 had failed: a new trial goes on with it" in printed
     assert "trial   2 | epoch  1/2" not in printed, "no epoch is trained twice"

@@ -139,8 +139,8 @@ def test_progress_is_one_line_above_which_others_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = on_terminal(monkeypatch)
-    progress = Progress(2, 12, 30)
-    progress.start(7)
+    progress = Progress(2, 12)
+    progress.start(7, 30)
     assert terminal.screen == ["trial 7 | epoch 0.0/30 | 2/12 complete"]
     progress.epoch(7, 12, 30, facts())
     line = "trial 7 | epoch 12.0/30 | val 80.66% | best 81.29% (trial 4) | left 1h52m-2h10m"
@@ -148,7 +148,7 @@ def test_progress_is_one_line_above_which_others_stay(
     assert len(line) < 80
     progress.line("trial   7 | out of memory: started again")
     assert terminal.screen == ["trial   7 | out of memory: started again", line]
-    progress.start(8)
+    progress.start(8, 30)
     assert terminal.screen[1:] == [
         "trial 7 | epoch 12.0/30 | val 80.66%",
         "trial 8 | epoch 0.0/30",
@@ -167,8 +167,8 @@ def test_progress_is_one_line_above_which_others_stay(
 
 @pytest.mark.parametrize("columns", [70, 80, 100, 120])
 def test_progress_keeps_what_matters_in_any_width(columns: int) -> None:
-    progress = Progress(0, 1000, 100)
-    progress.start(123)
+    progress = Progress(0, 1000)
+    progress.start(123, 100)
     progress.epoch(123, 100, 100, facts(1.0, (47 * 3600 + 59 * 60, 5 * 86400)))
     (line,) = progress.lines(columns)
     assert len(line) < columns
@@ -178,8 +178,8 @@ def test_progress_keeps_what_matters_in_any_width(columns: int) -> None:
 
 
 def test_epoch_in_a_log_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(0, 2, 30)
-    progress.start(7)
+    progress = Progress(0, 2)
+    progress.start(7, 30)
     progress.advance(7, 0.5)
     progress.epoch(7, 3, 30, facts())
     assert capfd.readouterr().out == (
@@ -228,12 +228,19 @@ def test_interrupted_is_no_failure() -> None:
         (0, 1, False, False, "1 of 1 trial still missing: the same command runs it."),
         (1, 4, False, True, "3 of 4 trials still to run."),
         (1, 4, True, False, "3 of 4 trials still missing, but the space has no other"),
-        (7, 4, False, False, "7 trials complete, and --n_trials 4 asks for no more"),
+        (
+            7,
+            4,
+            False,
+            False,
+            "7 trials complete, more than --n_trials 4 asks for: a number above 7",
+        ),
         (4, 4, False, False, "All trials are complete: the same command with a higher"),
+        (0, None, False, False, "The same command goes on."),  # rebuilt, and no run since
     ],
 )
 def test_what_comes_next(
-    complete: int, wanted: int, exhausted: bool, active: bool, said: str
+    complete: int, wanted: int | None, exhausted: bool, active: bool, said: str
 ) -> None:
     assert next_line(complete, wanted, exhausted, active).startswith(said)
 
@@ -290,7 +297,7 @@ def test_finished_search_needs_no_torch(
     assert "importing torch" not in printed
     assert "All trials are complete" in printed
     assert run(n_trials="1") == 0
-    assert "2 trials complete, and --n_trials 1 asks for no more" in capfd.readouterr().out
+    assert "2 trials complete, more than --n_trials 1 asks for" in capfd.readouterr().out
     with pytest.raises(AssertionError, match="it asks the machine"):
         run(n_trials="3")
 
@@ -432,15 +439,15 @@ def test_changed_settings_are_told_by_their_flags(tmp_path: Path) -> None:
         "--epochs: 4 in the study, 6 now",
         "--fix backbone: tiny in the study, resnet18 now",
         "--fix or --space learning_rate: 0.0005 to 0.005 (log) in the study, 0.003 now",
-        "from this follow: the lines' fingerprint, the number of train lines, the number of val "
-        "lines, precision of resnet18, precision of tiny",
+        "changed as a consequence: the lines' fingerprint, the number of train lines, the number "
+        "of val lines, precision of resnet18, precision of tiny",
     ]
 
 
 def test_what_follows_from_weights_and_lines_is_told_last(tmp_path: Path) -> None:
     first, last = changes_told(settings(weights="imagenet"), tmp_path)
     assert first == "--weights: none in the study, imagenet now"
-    assert last == "from this follow: backbone_lr_mult, learning_rate, pretrained"
+    assert last == "changed as a consequence: backbone_lr_mult, learning_rate, pretrained"
     data = {**settings()["data"], "fingerprint": "def"}
     assert changes_told(settings(data=data), tmp_path) == [
         "--data_root (fingerprint of the lines): abc in the study, def now"
@@ -510,8 +517,8 @@ def test_certainty_of_few_lines(right: list[int], expected: float) -> None:
     ("certain", "marks", "said"),
     [
         (0.6, 1, "1 of 2 lines unsure: below 60.0 %, fewer than nine of ten"),
-        (0.0, 0, "0 of 2 lines unsure: at every probability nine of ten"),
-        (NEVER, 2, "2 of 2 lines unsure: at no probability were nine of ten"),
+        (0.0, 0, "0 of 2 lines unsure: however unsure it was, nine of ten"),
+        (NEVER, 2, "2 of 2 lines unsure: however sure it was, fewer than nine"),
         (None, 0, "How often such guesses are wrong is not known"),
     ],
 )
@@ -537,7 +544,7 @@ def test_model_says_what_it_is_unsure_of(
     flags = ["--model", model, "--device", "cpu"]
     assert train_main(["--predict", str(lines_root / "val"), *flags]) == 0
     printed = capfd.readouterr().out
-    found = re.search(r"(\d+) of 12 lines unsure: (below|at)", printed)
+    found = re.search(r"(\d+) of 12 lines unsure: (below|however)", printed)
     assert found is not None
     assert printed.count("  unsure\n") == int(found[1])
     assert int(found[1]) > 0

@@ -183,6 +183,11 @@ class TrialConfig:
         """Tell a trial that is fitted in one step from one that is trained in epochs."""
         return self.backbone == COHOG
 
+    @property
+    def most_epochs(self) -> int:
+        """Say how many epochs it trains at most: one where it is fitted."""
+        return 1 if self.is_fitted else self.epochs
+
     def to_dict(self) -> dict[str, Value]:
         """Give all that this backbone reads."""
         values: dict[str, Value] = asdict(self)

@@ -52,6 +52,12 @@ def number_of_jobs(text: str) -> int:
     return number
 
 
+def path(text: str) -> Path:
+    if not text:  # which would be the working directory
+        raise argparse.ArgumentTypeError("the path is empty: is a variable not set?")
+    return Path(text)
+
+
 def time_span(text: str) -> float:
     """Read a time in seconds: 90, or with units, 90s, 45m, 2h, 1h30m, 1d."""
     parts = re.fullmatch(TIME, text.strip().lower())

@@ -16,6 +16,7 @@ from writer_search.flag_values import (
     exit_code,
     kept_checkpoints,
     number_of_jobs,
+    path,
     seed_number,
     time_span,
     two_or_more,
@@ -56,7 +57,7 @@ ranges.json names hyperparameters and what to search for each; the others keep t
    "crop_width": {"choices": [256, 512]}}
 
 exit codes: 0 finished | 1 no trial is complete | 2 a mistake in the command or the
-data | 3 too many trials failed in a row | 130, 143, ... stopped by a signal, everything saved
+data | 3 too many trials failed in a row | 130, 143, ... stopped by a signal, after saving
 """
 
 
@@ -99,7 +100,7 @@ def build_parser(everything: bool = False) -> Parser:
 def _add_data_flags(group: Any) -> None:
     group.add_argument(
         "--data_root",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="line images: {train,val,test}/<writer>/[<book>/]<page>/line_001.png, or the same "
         "without train, val and test: then split by --seed, pages and books kept whole",
@@ -115,19 +116,20 @@ def _add_data_flags(group: Any) -> None:
     )
     group.add_argument(
         "--cache_dir",
-        type=Path,
+        type=path,
         default=None,
         metavar="DIR",
         help="where decoded lines are kept for later searches (default: the user's cache)",
     )
-    group.add_argument(
-        "--demo", action="store_true", help="make synthetic lines and search on them, small"
-    )
+    group.add_argument("--demo", action="store_true", help="run a small search on synthetic lines")
 
 
 def _add_search_flags(group: Any) -> None:
     group.add_argument(
-        "--checkpoint_dir", type=Path, metavar="DIR", help="everything the search writes"
+        "--checkpoint_dir",
+        type=path,
+        metavar="DIR",
+        help="directory for all that the search writes",
     )
     group.add_argument(
         "--n_trials",
@@ -137,25 +139,32 @@ def _add_search_flags(group: Any) -> None:
         help="the total of complete trials wanted; raise it to extend (default: %(default)s)",
     )
     group.add_argument(
-        "--sampler", choices=("tpe", "random", "gp"), default="tpe", help="(default: %(default)s)"
+        "--sampler",
+        choices=("tpe", "random", "gp"),
+        default="tpe",
+        help="how hyperparameters are drawn (default: %(default)s)",
     )
     group.add_argument(
         "--pruner",
         choices=("median", "percentile", "halving", "none"),
-        help="(default: median; with --sampler gp none)",
+        help="how poor trials are ended early (default: median; with --sampler gp none)",
     )
     group.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="(default: %(default)s)"
+        "--seed",
+        type=seed_number,
+        default=0,
+        metavar="N",
+        help="of the draws and the automatic split (default: %(default)s)",
     )
     group.add_argument(
         "--fix",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="hold a hyperparameter fixed (repeatable)",
+        help="fix a hyperparameter (repeatable)",
     )
     group.add_argument(
-        "--space", type=Path, metavar="FILE.json", help="ranges of your own; see the examples"
+        "--space", type=path, metavar="FILE.json", help="ranges of your own; see the examples"
     )
 
 
@@ -164,8 +173,8 @@ def _add_limit_flags(group: Any) -> None:
         "--timeout",
         type=time_span,
         metavar="TIME",
-        help="start no trial after so long: 2h, 90m, 1h30m, 1d, or seconds; Slurm time limits are "
-        "respected automatically",
+        help="start no trial after this time: 2h, 90m, 1h30m, 1d, or seconds; Slurm time limits "
+        "are respected automatically",
     )
     group.add_argument(
         "--trial_timeout", type=time_span, metavar="TIME", help="end a trial that runs longer"
@@ -175,12 +184,12 @@ def _add_limit_flags(group: Any) -> None:
         type=whole_number,
         default=5,
         metavar="N",
-        help="stop when so many fail in a row (default: %(default)s)",
+        help="stop when this many trials fail in a row (default: %(default)s)",
     )
     group.add_argument(
         "--continue_interrupted",
         action="store_true",
-        help="continue each interrupted or killed trial from its last checkpoint, in a new one, "
+        help="continue interrupted or killed trials from their last checkpoint, as new trials, "
         "instead of drawing anew",
     )
     group.add_argument(
@@ -195,8 +204,8 @@ def _add_limit_flags(group: Any) -> None:
         "--requeue_exit_code",
         type=exit_code,
         metavar="N",
-        help="exit code, for the batch system, whenever the same command has more to do: after a "
-        "signal, before a Slurm job's end, or where trials are missing",
+        help="exit code while there is more to do (after a signal, before a Slurm job's end, or "
+        "while trials are missing), so that a batch system can queue the job again",
     )
     group.add_argument(
         "--on_event",
@@ -213,20 +222,20 @@ def _add_training_flags(group: Any) -> None:
         type=whole_number,
         default=100,
         metavar="N",
-        help="most epochs of a trial (default: %(default)s)",
+        help="maximum epochs of a trial (default: %(default)s)",
     )
     group.add_argument(
         "--patience",
         type=whole_number,
         default=20,
         metavar="N",
-        help="end a trial after so many epochs without a better value (default: %(default)s)",
+        help="end a trial after N epochs without a better value (default: %(default)s)",
     )
     group.add_argument(
         "--weights",
         choices=("auto", "imagenet", "none"),
         default="auto",
-        help="ImageNet weights to start from; auto: when at hand or downloadable "
+        help="ImageNet weights to start from; auto: if they are there or can be downloaded "
         "(default: %(default)s)",
     )
 
@@ -254,22 +263,21 @@ def _add_machine_flags(group: Any) -> None:
         "--n_jobs",
         type=number_of_jobs,
         metavar="N",
-        help="trials at once (default: one per GPU; one without a GPU)",
+        help="trials that run at once (default: one per GPU; one without a GPU)",
     )
     group.add_argument(
         "--gpus_per_trial",
         type=whole_number,
         default=1,
         metavar="N",
-        help="GPUs that train one trial together; on the CPU so many processes "
-        "(default: %(default)s)",
+        help="GPUs that train one trial together; on the CPU, processes (default: %(default)s)",
     )
 
 
 def _add_looking_flags(group: Any) -> None:
     group.add_argument(
         "--compare",
-        type=Path,
+        type=path,
         nargs="+",
         metavar="DIR",
         help="print several searches side by side, ranked where their lines and metric are the "
@@ -278,11 +286,11 @@ def _add_looking_flags(group: Any) -> None:
     group.add_argument(
         "--status", action="store_true", help="print the state of the search and exit; reads only"
     )
-    group.add_argument("--json", action="store_true", help="with --status: for programs")
+    group.add_argument("--json", action="store_true", help="with --status: print JSON")
     group.add_argument(
         "--watch",
         action="store_true",
-        help="with --status: again and again in place, until the search ends or Ctrl-C",
+        help="with --status: update it in place until the search ends or Ctrl-C",
     )
 
 
@@ -292,13 +300,13 @@ def _add_afterwards_flags(group: Any) -> None:
         type=whole_number,
         metavar="K",
         help="when the trials are complete, train the best K configurations again with new seeds "
-        "and take the winner from the means",
+        "and choose the winner by their means",
     )
     group.add_argument(
         "--confirm_seeds",
         type=whole_number,
         metavar="S",
-        help=f"new seeds for each of them (default: {CONFIRM_SEEDS})",
+        help=f"new seeds for each configuration (default: {CONFIRM_SEEDS})",
     )
     group.add_argument(
         "--evaluate_test",
@@ -344,7 +352,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.checkpoint_dir is None and not (args.status and args.storage):
         raise UserError("--checkpoint_dir is missing: say where the search is to be kept")
     if args.study_name is not None and args.storage is None:
-        raise UserError("--study_name is of a study in a --storage: give that too")
+        raise UserError("--study_name needs --storage")
     _check_confirmation(args)
     args.study_name = args.study_name or STUDY_NAME
     if args.demo:
@@ -363,9 +371,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_confirmation(args: argparse.Namespace) -> None:
     if args.confirm_top is not None and args.storage is not None:
-        raise UserError("--confirm_top needs a search of its own: leave it out with --storage")
+        raise UserError("--confirm_top does not work with --storage")
     if args.confirm_seeds is not None and args.confirm_top is None:
-        raise UserError("--confirm_seeds is of a confirmation: give --confirm_top too")
+        raise UserError("--confirm_seeds needs --confirm_top")
     args.confirm_seeds = args.confirm_seeds or CONFIRM_SEEDS
 
 
@@ -373,4 +381,4 @@ def _check_status_flags(args: argparse.Namespace) -> None:
     if (args.json or args.watch) and not args.status:
         raise UserError(f"--{'json' if args.json else 'watch'} needs --status")
     if args.json and args.watch:
-        raise UserError("--json and --watch exclude each other: a program asks again by itself")
+        raise UserError("--json and --watch cannot be combined")

@@ -409,6 +409,8 @@ def _checked(where: str, name: str, value: Any) -> Value:
 
 def _parse_rule(name: str, description: Any) -> Rule:
     where = f"--space: {name}"
+    if name in FIXED_ONLY:
+        raise UserError(f"{where} is the same in all trials: give it by --fix {name}=...")
     if name not in _searchable():
         raise UserError(f"{where}: unknown hyperparameter; known: {_names()}")
     if not isinstance(description, dict):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from writer_search.common.errors import UserError, told
 from writer_search.common.place import open_standard_streams, require_directories
-from writer_search.flag_values import Parser, add_version, device_name, underscored
+from writer_search.flag_values import Parser, add_version, device_name, path, underscored
 
 TRAIN_ON = ("train", "train+val")
 TRAIN_EPILOG = """\
@@ -23,8 +22,9 @@ examples:
     python train.py --config runs/a/trial_007/config.json --data_root lines --output_dir final \\
         --train_on train+val
 
-exit codes: 0 done | 1 some images could not be read, or the training failed |
-2 a mistake in the command, or no image could be read | 130, 143, ... stopped by a signal
+exit codes: 0 done | 1 some images could not be read or files were left out, or the
+training failed | 2 a mistake in the command, or no image could be read | 130, 143, ...
+stopped by a signal
 """
 
 
@@ -56,16 +56,16 @@ def build_train_parser() -> Parser:
 def _add_use_flags(use: Any) -> None:
     use.add_argument(
         "--predict",
-        type=Path,
+        type=path,
         nargs="+",
         metavar="IMAGE_OR_DIR",
         help="line images, or directories of them; a directory that holds images is a page",
     )
     use.add_argument(
         "--model",
-        type=Path,
+        type=path,
         metavar="FILE.pth",
-        help="a best_model.pth or final_model.pth; it holds all that its use needs",
+        help="a best_model.pth or final_model.pth; it contains all that it needs",
     )
     form = use.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
@@ -75,31 +75,34 @@ def _add_use_flags(use: Any) -> None:
 def _add_again_flags(group: Any) -> None:
     group.add_argument(
         "--config",
-        type=Path,
+        type=path,
         metavar="FILE.json",
         help="the config.json of a trial: its hyperparameters, seed, threads and data",
     )
     group.add_argument(
-        "--data_root", type=Path, metavar="DIR", help="the lines that the trial was trained on"
+        "--data_root", type=path, metavar="DIR", help="the lines that the trial was trained on"
     )
     group.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="what the training writes, as a trial does"
+        "--output_dir",
+        type=path,
+        metavar="DIR",
+        help="directory for the training's files, the same as a trial's",
     )
     group.add_argument(
         "--train_on",
         choices=TRAIN_ON,
         default="train",
-        help="train+val: for the final model; then no epoch is chosen, and nothing validates it "
-        "(default: %(default)s)",
+        help="train+val: also on the validation lines, for a final model; then no epoch is chosen, "
+        "and there is no validation value (default: %(default)s)",
     )
     group.add_argument(
         "--other_data",
         action="store_true",
-        help="train on all writers of --data_root, though they are not the trial's lines",
+        help="accept lines other than the trial's, and train on all writers of --data_root",
     )
     group.add_argument(
         "--cache_dir",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="where decoded lines are kept (default: the user's cache)",
     )

@@ -1,4 +1,4 @@
-"""Mistakes that the user can mend, told in one line."""
+"""Mistakes that the user can fix, told in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from writer_search.common.text import one_line
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, in one line: what is wrong, the value, what to do.
+    """A mistake that the user can fix, in one line: what is wrong, the value, what to do.
 
     details: further lines, printable as they are, where there is a list to be told.
     """
@@ -25,6 +25,13 @@ def told(error: UserError) -> str:
     """Give an error as it is printed: one line, and its details below."""
     details = (f"  {line}" for line in error.details)
     return "\n".join([f"error: {one_line(error, 1000)}", *details])
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Give the database's own word: Optuna wraps it in one that says less, SQLAlchemy in SQL."""
+    cause = error.__cause__ or error
+    original = getattr(cause, "orig", None)
+    return original if isinstance(original, BaseException) and str(original) else cause
 
 
 # What a path, a disk or its permissions are at fault for, and no program.
@@ -58,6 +65,11 @@ def why(error: OSError) -> str:
     return one_line(f"{error.strerror or error}{where}{limit}")
 
 
+def said_by(error: BaseException) -> str:
+    """Give in one line what the system, or the database, has said."""
+    return why(error) if isinstance(error, OSError) else one_line(root_of(error))
+
+
 @contextmanager
 def place_errors_told() -> Iterator[None]:
     """Turn errors of a path, a disk, its permissions or a limit into the user's mistake."""
@@ -67,11 +79,11 @@ def place_errors_told() -> Iterator[None]:
         if "can't start new thread" not in str(error):  # Python's word, without a number
             raise
         limit = why(BlockingIOError(errno.EAGAIN, str(error)))
-        raise UserError(f"{limit}; mend it, and the same command goes on") from None
+        raise UserError(f"{limit}; fix it, then run the same command") from None
     except OSError as error:
         if "AF_UNIX path too long" in str(error):  # it has no number, and names no path
             raise UserError("the path in TMPDIR is too long: set TMPDIR to a shorter one") from None
         require_working_directory()
         if error.errno not in OF_THE_PLACE:
             raise
-        raise UserError(f"{why(error)}; mend it, and the same command goes on") from None
+        raise UserError(f"{why(error)}; fix it, then run the same command") from None

@@ -81,8 +81,8 @@ def require_short_path(directory: Path) -> None:
     most = LONGEST_PATH - len(LONGEST_NAME)
     if length > most:
         raise UserError(
-            f"--checkpoint_dir: its path has {length} bytes, and SQLite opens no database where it "
-            f"has more than {most}: give a shorter one"
+            f"--checkpoint_dir: its path has {length} bytes, and SQLite allows {most} here: "
+            "give a shorter one"
         )
 
 

@@ -35,7 +35,9 @@ def refuse_other_layouts(data_root: Path) -> None:
         name for name in names if {"train"} < _splits_among(_directories(data_root / name))
     ]
     if (below := _splits_below(data_root, names)) is not None:
-        raise UserError(f"--data_root {data_root} is too high: give --data_root {one_line(below)}")
+        raise UserError(
+            f"--data_root {data_root} is a level too high: give --data_root {one_line(below)}"
+        )
     if not with_splits:
         return
     if 2 * len(with_splits) >= len(names):

@@ -185,7 +185,8 @@ def describe_report(report: Mapping[str, Any], file: str = "summary/data_report.
     if without := report["writers_without_validation"]:
         names = one_line(", ".join(without))
         warned.append(
-            f"{counted(len(without), 'writer')} without validation lines, not in the mean: {names}"
+            f"{counted(len(without), 'writer')} without validation lines, not included in the "
+            f"mean: {names}"
         )
     for one, several, name in (
         ("page stands", "pages stand", "pages_in_two_splits"),
@@ -200,8 +201,8 @@ def describe_report(report: Mapping[str, Any], file: str = "summary/data_report.
     if without := report.get("writers_without_pages"):
         warned.append(
             f"{counted(len(without), 'writer has', 'writers have')} lines without page "
-            f"directories, first {one_line(without[0])}: their pages are not known, so that nobody "
-            "can tell whether a page stands in two splits, and page accuracy is not measured"
+            f"directories, first {one_line(without[0])}: their pages are not known, so a page in "
+            "two splits would not be noticed, and page accuracy is not measured"
         )
     warned += [
         f"{found['count']} {kind}, first {one_line(found['first'])}"

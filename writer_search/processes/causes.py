@@ -34,16 +34,25 @@ INTERRUPTIONS = {
 }
 # Asked for by the search: whatever then ends the trial is part of the stop.
 STOPS = INTERRUPTIONS | {Kind.TIMEOUT}
-NOTHING_TO_DO = "nothing to do: the same command goes on with new trials"
-LESS_MEMORY = "a smaller batch (--fix batch_size=16), a smaller backbone, fewer trials at once"
+THE_SAME_COMMAND = (
+    "the same command; with --continue_interrupted it continues this trial from its last state"
+)
+LESS_MEMORY = (
+    "fewer trials at once (--n_jobs); in a fresh --checkpoint_dir: a smaller batch "
+    "(--fix batch_size=16) or a smaller backbone"
+)
 ADVICE = {
-    Kind.TIMEOUT: "a longer --trial_timeout or fewer --epochs",
+    Kind.SEARCH_FAILED: "fix what the search has reported, then run the same command",
+    Kind.NO_DEVICE: "look at the GPUs (nvidia-smi), then run the same command",
+    Kind.TIMEOUT: "a longer --trial_timeout; or fewer --epochs, in a fresh --checkpoint_dir",
     Kind.OUT_OF_MEMORY: LESS_MEMORY,
-    Kind.KILLED: f"{LESS_MEMORY}; --continue_interrupted goes on with this one",
-    Kind.NOT_FINITE: "lower learning rates: --space with a lower end, or --fix learning_rate=0.001",
+    Kind.KILLED: f"{LESS_MEMORY}; --continue_interrupted continues this trial",
+    Kind.NOT_FINITE: "lower learning rates, in a fresh --checkpoint_dir: --space with a lower end, "
+    "or --fix learning_rate=0.001",
     Kind.DISK_FULL: "make room on the disk; the same command goes on, with --continue_interrupted "
     "from this trial's last saved state",
-    Kind.OTHER: "the traceback below and train.log; the same command goes on with other trials",
+    Kind.OTHER: "see the traceback or the log below, and train.log; the search goes on with other "
+    "trials",
 }
 
 
@@ -76,7 +85,7 @@ class Cause:
 
     @property
     def advice(self) -> str:
-        return NOTHING_TO_DO if self.is_interruption else ADVICE.get(self.kind, ADVICE[Kind.OTHER])
+        return ADVICE.get(self.kind, THE_SAME_COMMAND)
 
     def __str__(self) -> str:
         where = "in" if self.kind is Kind.NOT_FINITE else "at"

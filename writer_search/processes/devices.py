@@ -167,6 +167,6 @@ def refuse_other_kind(
     is_of_gpu = recorded is not None and recorded["tier"] == "gpu"
     if is_of_gpu and device == "auto" and machine["tier"] != "gpu":
         raise UserError(
-            "this search was begun on a GPU, and none is visible here: look at nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES; or give --device cpu to go on without, many times slower"
+            "this search was started on a GPU, and none is visible here: look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES; or give --device cpu to go on without one, many times slower"
         )

@@ -157,7 +157,7 @@ def _decide_weights(question: MachineQuestion, tier: str) -> tuple[str, str]:
         return "imagenet", ""
     if question.weights == "imagenet":
         raise UserError(
-            f"--weights imagenet: {why}; mend that, or begin a "
+            f"--weights imagenet: {why}; fix that, or begin a "
             "search with --weights none or other backbones"
         )
     return "none", why

@@ -260,7 +260,7 @@ def _cause_of_no_start(error: EOFError | OSError, code: int | None) -> OSError:
 def exit_text(code: int | None) -> str:
     """Say how a process that left no word ended."""
     if code is None:
-        return "did not end, not even by SIGKILL: it hangs in a driver"
+        return "did not end, even after SIGKILL: it probably hangs in a driver"
     if code == -signal.SIGKILL:
         return "killed by SIGKILL (by hand, or by the system's out-of-memory killer)"
     if code < 0:

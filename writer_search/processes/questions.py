@@ -90,5 +90,5 @@ def find_gpus(device: str) -> tuple[tuple[Gpu, ...], list[str]]:
         return working, [f"GPU {e} cannot be used and is left out: {c}" for e, c in causes.items()]
     why = "; ".join(f"GPU {entry}: {cause}" for entry, cause in causes.items())
     if device != "auto" or BUSY.search(why):
-        raise UserError(f"--device {device}: {why}; mend or free it, or give --device cpu")
+        raise UserError(f"--device {device}: {why}; fix or free it, or give --device cpu")
     return (), [f"no GPU can be used, the search runs on the CPU: {why}"]

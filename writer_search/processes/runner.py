@@ -209,7 +209,7 @@ class Runner:
         self._displace(running)
         if any(gpu in other.opened for other in self.running.values()):
             self.devices.full(gpu)
-            how = "has no room beside the trials there, one of which has to end first"
+            how = "has no room for another trial until one of those there has ended"
             self._say(running, f"GPU {gpu} {how}: {one_line(cause)}")
             return
         self._say(running, f"GPU {gpu} failed at the start: {one_line(cause)}")

@@ -112,7 +112,7 @@ class RunningTrial:
     def is_last_epoch(self) -> bool:
         """Tell whether it ends by itself after the epochs that it has done."""
         config = self.job.config
-        return self.epoch >= config.epochs or self.epoch - self.best_epoch >= config.patience
+        return self.epoch >= config.most_epochs or self.epoch - self.best_epoch >= config.patience
 
     def note_progress(self, progress: float) -> None:
         self.heard = time.monotonic()

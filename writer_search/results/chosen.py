@@ -23,10 +23,7 @@ class Chosen:
 
     trial: int
     directory: Path
-
-    @property
-    def is_confirmed(self) -> bool:
-        return self.directory.parent.name == CONFIRM
+    is_confirmed: bool
 
     @property
     def name(self) -> str:
@@ -49,19 +46,24 @@ def chosen_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Chosen | None:
     confirmation = read_confirmation(checkpoint_dir, rows)
     if confirmation is not None:
         winner = confirmation["winner"]
-        return Chosen(winner["trial"], checkpoint_dir / winner["directory"])
+        return Chosen(winner["trial"], checkpoint_dir / winner["directory"], True)
     best = best_row(rows)
     if best is None:
         return None
     home = home_of(best.attributes, checkpoint_dir)
-    return Chosen(best.number, trial_dir(home, best.number))
+    return Chosen(best.number, trial_dir(home, best.number), False)
+
+
+def best_copy(checkpoint_dir: Path) -> Path:
+    """Give the file that a user takes as the search's model."""
+    return checkpoint_dir / "summary" / "best_model.pth"
 
 
 def publish(checkpoint_dir: Path, chosen: Chosen | None) -> Path | None:
     """Copy the chosen model to summary/best_model.pth; None when there is none."""
     if chosen is None or not (chosen.directory / "best_model.pth").exists():
         return None
-    target = checkpoint_dir / "summary" / "best_model.pth"
+    target = best_copy(checkpoint_dir)
     with open(chosen.directory / "best_model.pth", "rb") as model:
         write_whole(target, lambda file: shutil.copyfileobj(model, file))
     return target

@@ -88,8 +88,7 @@ def why_not_ranked(searches: Sequence[Compared]) -> list[str]:
             counts = f"{_lines(search)} of {_writers(search)} writers"
             reasons.append(
                 f"{search.name} has other lines than {first.name} (fingerprint {search.lines}, "
-                f"not {first.lines}; {counts}): its values are no better or worse, but of another "
-                "task"
+                f"not {first.lines}; {counts}): the values cannot be compared"
             )
     return reasons
 

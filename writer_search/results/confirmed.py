@@ -139,11 +139,13 @@ def _tie(candidates: Sequence[dict[str, Any]]) -> list[str]:
     second = others[0]
     error = math.sqrt(sum(e["deviation"] ** 2 / len(e["runs"]) for e in (first, second)))
     lead = first["mean"] - second["mean"]
+    if lead < 0:
+        return [f"  trial {second['trial']} has a higher mean, but failed with some of its seeds"]
     if lead > 2 * error:
         return []
     return [
-        f"  its lead over trial {second['trial']}, {100 * lead:.2f} points, is within twice its "
-        f"standard error ({100 * error:.2f}): as good as equal"
+        f"  its lead over trial {second['trial']}, {100 * lead:.2f} points, is less than twice "
+        f"its standard error ({100 * error:.2f}): take both as equal"
     ]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from writer_search.results.rows import Row, best_row, count_states
 LIMIT_SECONDS = 60.0  # a command that runs longer is ended
 LAST_SECONDS = 10.0  # so long the end of a search waits for what still runs
 AT_ONCE = 8  # a command that hangs must not fill the machine
+LAST = "search"  # the event at a search's end, which is always told
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Events:
         if self._command is None:
             return
         self.look()
-        if len(self._calls) >= AT_ONCE:
+        if len(self._calls) >= AT_ONCE and event["event"] != LAST:
             self._warn(event["event"], f"not run: {AT_ONCE} of them are still running")
             return
         errors = None
@@ -90,7 +93,7 @@ class Events:
             self._calls.remove(call)
             with call.errors:
                 if code is None:
-                    call.process.kill()
+                    os.killpg(call.process.pid, signal.SIGKILL)  # what it has started, too
                     call.process.wait()
                     self._warn(call.event, "took too long and was ended")
                 elif code:
@@ -138,7 +141,7 @@ def search_event(
 ) -> dict[str, Any]:
     """Describe the end of a search, or of this run of it."""
     return {
-        "event": "search",
+        "event": LAST,
         **_common(checkpoint_dir, rows, n_trials),
         "exit_code": exit_code,
     }
@@ -146,15 +149,15 @@ def search_event(
 
 def _common(checkpoint_dir: Path, rows: Sequence[Row], n_trials: int) -> dict[str, Any]:
     best = best_row(rows)
-    states, ended = [row.state for row in rows], count_states(rows)
+    states = count_states(rows)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         "n_trials": n_trials,
-        "complete": states.count("COMPLETE"),
-        "pruned": states.count("PRUNED"),
-        "failed": states.count("FAIL"),
-        "interrupted": ended["interrupted"],  # of those that failed
+        "complete": states["complete"],
+        "pruned": states["pruned"],
+        "failed": states["failed"] + states["interrupted"],
+        "interrupted": states["interrupted"],  # of those that failed
         "best": None
         if best is None
         else {"number": best.number, "value": best.value, "params": best.params},

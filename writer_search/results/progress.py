@@ -47,8 +47,8 @@ class _Running:
 class Progress:
     """Shows trials and their epochs. One process prints all, so that nothing is torn."""
 
-    def __init__(self, complete: int, n_trials: int, epochs: int) -> None:
-        self._complete, self._n_trials, self._epochs = complete, n_trials, epochs
+    def __init__(self, complete: int, n_trials: int) -> None:
+        self._complete, self._n_trials = complete, n_trials
         self._running: dict[int, _Running] = {}
         self._facts: EpochFacts | None = None  # the last ones
         self._shown = 0.0  # when, by time.monotonic()
@@ -59,8 +59,9 @@ class Progress:
         print(text, flush=True)
         self._show()
 
-    def start(self, number: int) -> None:
-        self._running[number] = _Running(self._epochs)
+    def start(self, number: int, epochs: int) -> None:
+        """Tell a trial's start.   epochs: at most"""
+        self._running[number] = _Running(epochs)
         self._show()
 
     def advance(self, number: int, epochs: float) -> None:
@@ -79,8 +80,8 @@ class Progress:
             self.line(f"trial {number:3d} | epoch {epoch:2d}/{epochs} | {facts.line()}")
 
     def end(self, number: int, facts: str, complete: int) -> None:
-        """Tell a trial's end."""
-        del self._running[number]
+        """Tell a trial's end; it may not even have been started."""
+        self._running.pop(number, None)
         self._complete = complete
         self.line(f"trial {number:3d} | {facts}")
 

@@ -29,6 +29,7 @@ from writer_search.results.rows import (
     read_history,
     read_recorded,
     state_of,
+    trained_seconds,
     trial_dir,
 )
 from writer_search.results.tables import closing_lines
@@ -65,12 +66,13 @@ class Status:
     checkpoint_dir: Path
     active: bool  # whether a search runs: on this machine, or any that shares the study
     holder: str | None  # pid, host and start of the one on this machine
-    n_trials: int
+    n_trials: int | None  # None where no run has begun since the study was made, or rebuilt
     epochs: int
     rows: Sequence[Row]
     running: Sequence[RunningStatus]
     left: Range | None  # seconds; None when it cannot be known, or nothing runs
     space: Mapping[str, Any] = field(default_factory=dict)  # the study's, as its settings have it
+    exhausted: bool = False  # the last run has found no other configuration
 
 
 def read_status(checkpoint_dir: Path) -> Status:
@@ -94,12 +96,13 @@ def read_status(checkpoint_dir: Path) -> Status:
         checkpoint_dir=checkpoint_dir,
         active=active,
         holder=holder,
-        n_trials=int(run.get("n_trials", 0)),
+        n_trials=run.get("n_trials"),
         epochs=int(settings.get("epochs", 0)),
         rows=rows,
         running=running,
         left=left,
         space=settings.get("space", {}),
+        exhausted=bool(run.get("exhausted")),
     )
 
 
@@ -122,10 +125,9 @@ def _running(checkpoint_dir: Path, row: Row, active: bool) -> RunningStatus:
     history = read_history(directory)
     values = [float(epoch["macro_top1"]) for epoch in history]
     best = max(values, default=None)
-    took = sum(float(epoch.get("seconds", 0.0)) for epoch in history)
+    took = trained_seconds(history)
     silent = _seconds_silent(directory) if active else None
-    stalled = silent is not None and silent > STALLED_SECONDS
-    note = silence(silent) if active else "cut off: the next start records it as interrupted"
+    quiet = silence(silent)
     return RunningStatus(
         number=row.number,
         epoch=len(history),
@@ -135,8 +137,8 @@ def _running(checkpoint_dir: Path, row: Row, active: bool) -> RunningStatus:
         seconds=_seconds_since_start(directory, row) if active else took,
         epoch_seconds=took,
         silent_seconds=silent,
-        stalled=stalled,
-        note=note,
+        stalled=bool(quiet),
+        note=quiet if active else "cut off: the next start records it as interrupted",
     )
 
 
@@ -217,19 +219,23 @@ def status_text(status: Status) -> str:
         lines += ["", *_table(status), ""]
     if status.active:
         lines.append(f"Time left: {range_text(status.left)}")
-    where, rows, wanted = status.checkpoint_dir, status.rows, status.n_trials
-    lines += closing_lines(where, rows, wanted, status.space, active=status.active)
+    lines += closing_lines(
+        *(status.checkpoint_dir, status.rows, status.n_trials, status.space),
+        exhausted=status.exhausted,
+        active=status.active,
+    )
     return "\n".join(lines)
 
 
 def _table(status: Status) -> list[str]:
     lines = ["trial  state        epochs    value     best  time"]
+    most = {row.number: 1 if row.is_fitted else status.epochs for row in status.rows}
     for trial in status.running:
         lines.append(
             _line(
                 trial.number,
                 "running" if status.active else "cut off",
-                f"{trial.epoch}/{status.epochs}",
+                f"{trial.epoch}/{most[trial.number]}",
                 _value(trial.value),
                 _value(trial.best),
                 _running_time(trial),
@@ -241,7 +247,7 @@ def _table(status: Status) -> list[str]:
     )
     for row in finished[:SHOWN_TRIALS]:
         took = "" if row.seconds is None else duration(row.seconds)
-        epochs = f"{row.attributes.get('epochs', 0)}/{1 if row.is_fitted else status.epochs}"
+        epochs = f"{row.attributes.get('epochs', 0)}/{most[row.number]}"
         lines.append(_line(row.number, state_of(row), epochs, "", _value(row.value), took))
     if len(finished) > SHOWN_TRIALS:
         lines.append(f"       and {len(finished) - SHOWN_TRIALS} more: summary/trials.csv has all")

@@ -11,7 +11,7 @@ from typing import Any
 from writer_search.common.files import read_json, write_json, write_text
 from writer_search.common.output import wrapped
 from writer_search.common.text import counted, one_line, percent, shown_value
-from writer_search.results.chosen import chosen_model
+from writer_search.results.chosen import best_copy, chosen_model
 from writer_search.results.rows import (
     UNFINISHED,
     Row,
@@ -114,14 +114,16 @@ def _csv_line(cells: Sequence[Any]) -> str:
     return text.getvalue()
 
 
-def floor_lines(rows: Sequence[Row]) -> list[str]:
+def floor_lines(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
     """Say what the descriptor alone reaches, which a network has to beat; nothing without it.
 
-    It is the first such trial's value: that of values known beforehand, not the best of many.
+    It is the value of the first draw, whose hyperparameters were known beforehand: not the best of
+    many.   space: the study's, as its settings have it.
     """
     for row in rows:
-        is_floor = row.is_fitted and row.params.get("cohog_head") == "lda"
-        if is_floor and row.state == "COMPLETE" and row.value is not None:
+        is_first = row.is_fitted and row.attributes.get("draw") == 0
+        is_lda = row.params.get("cohog_head", space.get("cohog_head")) == "lda"
+        if is_first and is_lda and row.state == "COMPLETE" and row.value is not None:
             return [f"CoHOG + LDA, no training: {percent(row.value)} (trial {row.number})"]
     return []
 
@@ -161,7 +163,7 @@ def count_line(rows: Sequence[Row]) -> str:
 def closing_lines(
     checkpoint_dir: Path,
     rows: Sequence[Row],
-    n_trials: int,
+    n_trials: int | None,
     space: Mapping[str, Any],
     *,
     model: Path | None = None,
@@ -170,8 +172,9 @@ def closing_lines(
 ) -> list[str]:
     """Say how the search stands: counts, the best trial, where things are, what comes next.
 
-    space: the study's, as its settings have it.   model: summary/best_model.pth, where it is of
-    these trials.   active: the search runs.
+    n_trials: None where nobody knows any more how many are wanted.   space: the study's, as its
+    settings have it.   model: summary/best_model.pth, where it is of these trials.   exhausted: the
+    space has no other configuration.   active: the search runs.
     """
     lines = [count_line(rows)]
     best = best_row(rows)
@@ -180,7 +183,7 @@ def closing_lines(
     else:
         lines.append(f"Best trial: {best.number}, validation macro top-1 {percent(best.value)}")
         lines += hyperparameter_lines(best.params, space)
-        lines += floor_lines(rows)
+        lines += floor_lines(rows, space)
         lines.append(_model_line(checkpoint_dir, rows, model))
     report = checkpoint_dir / "summary" / "report.html"
     if model is not None or report.exists():
@@ -200,7 +203,11 @@ def _model_line(checkpoint_dir: Path, rows: Sequence[Row], copy: Path | None) ->
     assert chosen is not None, "there is a best trial"
     path = copy or chosen.directory / "best_model.pth"
     whose = f" of the confirmed winner, {chosen.name}" if chosen.is_confirmed else ""
-    return f"Model{whose}: {path}{'' if path.exists() else ' (it is not there)'}"
+    if path.exists():
+        return f"Model{whose}: {path}"
+    stale = best_copy(checkpoint_dir)
+    other = f"; {stale} is another trial's" if stale.exists() else ""
+    return f"Model{whose}: {path} (it is not there{other})"
 
 
 def is_worth_a_new_start(failed: Row, rows: Sequence[Row]) -> bool:
@@ -217,8 +224,18 @@ def was_cut_short(rows: Sequence[Row]) -> bool:
     return any(state_of(row) == "interrupted" and row.params not in ended for row in rows)
 
 
-def next_line(complete: int, n_trials: int, exhausted: bool, active: bool) -> str:
+def saved_text(unsaved: Sequence[int]) -> str:
+    """Say whether all running trials saved their state when they were stopped."""
+    if not unsaved:
+        return "everything is saved"
+    trials = ", ".join(map(str, unsaved))
+    return f"trial {trials} did not stop in time: only its last saved state, if any, is there"
+
+
+def next_line(complete: int, n_trials: int | None, exhausted: bool, active: bool) -> str:
     """Say what comes next: by itself, or by the same command."""
+    if n_trials is None:
+        return "The same command goes on."
     missing = n_trials - complete
     if missing > 0 and exhausted:
         return (
@@ -234,7 +251,7 @@ def next_line(complete: int, n_trials: int, exhausted: bool, active: bool) -> st
         )
     if missing < 0:
         return (
-            f"{counted(complete, 'trial')} complete, and --n_trials {n_trials} asks for no more: "
-            "a number above that extends the search."
+            f"{counted(complete, 'trial')} complete, more than --n_trials {n_trials} asks for: "
+            f"a number above {complete} extends the search."
         )
     return "All trials are complete: the same command with a higher --n_trials extends."

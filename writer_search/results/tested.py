@@ -30,13 +30,13 @@ def describe(found: dict[str, Any]) -> list[str]:
     if has_intervals and unit == "lines":
         lines.append(
             ("  every writer has one test page" if found["pages"] else "  pages are not known")
-            + ": lines were resampled, how writers vary from page to page is in no interval, and "
-            "they are too narrow"
+            + ": lines were resampled; the intervals leave out how writers vary from page to page, "
+            "and are too narrow"
         )
     elif has_intervals and found["writers_with_one_page"]:
         lines.append(
             f"  {counted(found['writers_with_one_page'], 'writer has', 'writers have')} one test "
-            "page: how they vary from page to page is in no interval, which makes them too narrow"
+            "page: the intervals leave out how they vary from page to page, and are too narrow"
         )
     if found.get("lines_not_counted"):
         lines.append(

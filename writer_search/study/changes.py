@@ -50,12 +50,12 @@ def refuse_changes(
         if n not in follows
     ]
     if follows:
-        details.append(f"from this follow: {', '.join(_named(n) for n in follows)}")
+        details.append(f"changed as a consequence: {', '.join(_named(n) for n in follows)}")
     command = _recorded_command(checkpoint_dir)
     if command is not None:
         details.append(f"the study was last run by: {command}")
     raise UserError(
-        "this search was started with other settings, and its trials could not be compared with "
+        "this search was started with other settings, so its trials could not be compared with "
         "new ones; give the old settings, or a fresh --checkpoint_dir",
         details,
     )

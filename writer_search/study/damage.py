@@ -79,7 +79,7 @@ def find_damage(checkpoint_dir: Path) -> str | None:
             return "is empty beside trial directories" if numbers else None
         # A flipped version of the format is told as a file that nobody may write, or open.
         if content[:16] != MAGIC or not {content[18], content[19]} <= {1, 2}:
-            return "is damaged (it is no database)"
+            return "is damaged (it is not a SQLite database)"
         problem = _check(database)
         known = read_brief(database).numbers
     except (sqlite3.DatabaseError, ValueError, OSError) as error:  # its words may be broken text
@@ -103,7 +103,7 @@ def read_brief(database: Path) -> Brief:
             return Brief()  # killed before Optuna had made its tables
         for (version,) in connection.execute("SELECT version_num FROM alembic_version"):
             if not re.fullmatch(r"v\d+\.\d+\.\d+\.[a-z]", str(version), re.ASCII):
-                raise ValueError("its version is none")
+                raise ValueError("its schema version is invalid")
         states = dict(connection.execute("SELECT number, state FROM trials").fetchall())
         settings = connection.execute(
             "SELECT value_json FROM study_user_attributes WHERE key = 'settings'"

@@ -82,7 +82,7 @@ class Draws:
         key = params_key(trial.params)
         self.taken.add(key)
         # An end takes two steps: one that is noted as interrupted may still be running. And what
-        # failed in an earlier run may have been mended since: a full disk, a broken GPU.
+        # failed in an earlier run may have been fixed since: a full disk, a broken GPU.
         interrupted = is_interrupted(attributes) and trial.state.is_finished()
         if not (interrupted or (trial.state == TrialState.FAIL and trial.number < first)):
             self.tried.add(key)
@@ -161,7 +161,9 @@ class Drawer:
             for params in every_draw(self._space):
                 if params_key(params) not in passed_over:
                     return self._draw(number, REDRAWS, params)
-        raise SpaceExhaustedError(f"{counted(len(draws.taken), 'configuration')} and no other")
+        raise SpaceExhaustedError(
+            f"all of its {counted(len(draws.taken), 'configuration')} have been drawn"
+        )
 
     def _learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Take in the trials that have finished since the last draw; returns the unfinished ones.

@@ -82,7 +82,7 @@ class Search:
     def __post_init__(self) -> None:
         plan = self.plan
         rows = self.supply.rows()
-        self.progress = Progress(count_complete(rows), plan.n_trials, plan.epochs)
+        self.progress = Progress(count_complete(rows), plan.n_trials)
         self.runner = Runner(plan, self.progress, partial(write_config, plan))
         self.recorder = Recorder(
             plan, self.supply, rows, self.runner, self.progress, self.events, self.page
@@ -170,9 +170,9 @@ class Search:
             return
         if trial is None:
             return
-        self.progress.start(trial.number)
         try:
             config = config_of(trial, plan.space, plan.settings, plan.seed)
+            self.progress.start(trial.number, config.most_epochs)
             directory = trial_dir(plan.checkpoint_dir, trial.number)
             earlier = checkpoint_to_continue(self.supply.study, plan.checkpoint_dir, trial)
             self.runner.start(trial, config, directory, earlier)
@@ -256,7 +256,7 @@ class Search:
         running.child.order(PRUNE if running.pruned else STOP if running.stop_cause else CONTINUE)
         if not report.again:
             facts = self.outlook.epoch_facts(value, report.metrics)
-            self.progress.epoch(running.number, epoch, config.epochs, facts)
+            self.progress.epoch(running.number, epoch, config.most_epochs, facts)
 
     # ----------------------------------------------------------------------------------------- ends
 

@@ -86,7 +86,7 @@ class Outlook:
     def standing(self) -> Standing:
         """Say how the search stands, for its page."""
         running = [
-            TrialProgress(r.number, r.epoch, r.job.config.epochs, r.best)
+            TrialProgress(r.number, r.epoch, r.job.config.most_epochs, r.best)
             for r, _ in self._running()
         ]
         return Standing(RUNNING, self._time_left(), running)

@@ -83,8 +83,8 @@ def recorded_settings(
     database = args.checkpoint_dir / DATABASE
     if not isinstance(settings, dict) or not {"tier", "weights", "precision"} <= settings.keys():
         raise UserError(
-            f"{database} was begun by another version of this program: its settings cannot be "
-            "compared; go on with that version, or give a fresh --checkpoint_dir"
+            f"{database} was begun by another version of this program, so its settings cannot "
+            "be compared; use that version, or give a fresh --checkpoint_dir"
         )
     return settings
 

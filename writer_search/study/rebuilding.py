@@ -48,7 +48,7 @@ class Rebuilt:
         states = Counter(self.trials[number].state.name for number in numbers)
         counts = ", ".join(f"{states[name]} {name}" for name in sorted(states))
         lost = ", ".join(map(str, self.lost[:9])) + (", ..." if len(self.lost) > 9 else "")
-        gone = f"; without a trace, and so failed: trial {lost}" if lost else ""
+        gone = f"; without any record, counted as failed: trial {lost}" if lost else ""
         return f"{len(numbers)} trials from their directories: {counts}{gone}"
 
 

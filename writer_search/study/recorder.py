@@ -24,8 +24,6 @@ from writer_search.results.rows import (
     SECONDS,
     Row,
     count_complete,
-    is_interrupted,
-    is_resumable,
     trial_dir,
 )
 from writer_search.results.tables import SummaryFiles
@@ -136,7 +134,7 @@ class Recorder:
         """Say that another search has recorded a trial of this one."""
         self._progress.end(
             number,
-            "given up: this search had shown no sign of life, and another one has recorded it",
+            "given up: this search was silent for too long, and another one has recorded it",
             self.complete,
         )
 
@@ -175,10 +173,7 @@ class Recorder:
         directory, kept = self._plan.checkpoint_dir, self._plan.kept_models
         if kept is not None:
             running, removed = set(self._runner.numbers), self._without_weights
-            goes_on = is_resumable if self._plan.continues else is_interrupted
-            self.attempt(
-                lambda: remove_weights(directory, self.rows, kept, running, removed, goes_on)
-            )
+            self.attempt(lambda: remove_weights(directory, self.rows, kept, running, removed))
 
     def attempt(self, write: Callable[[], Result]) -> Result | None:
         """Write or delete a file that is not worth the search: say so where it cannot be done."""

@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from sqlalchemy.engine import URL
 
 from writer_search.common.environment import count_in_utc
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, root_of
 from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
 from writer_search.results.rows import DATABASE, OtherVersionError
@@ -59,9 +59,9 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
         study.get_trials(deepcopy=False)
         add_value_column(database)
     except Exception as error:  # nearly anything, where contents make no sense
-        cause = f"{database} cannot be used ({one_line(error.__cause__ or error)})"
+        cause = f"{database} cannot be used ({one_line(root_of(error))})"
         if is_unwritable(error):
-            raise UserError(f"{cause}; mend that, and the same command goes on") from None
+            raise UserError(f"{cause}; fix that, then run the same command") from None
         if type(error) is RuntimeError:  # Optuna's word on another version of its tables
             raise OtherVersionError(f"{database}: {one_line(error)}") from None
         raise DamagedError(f"{cause}; --recover rebuilds it from the trial directories") from None

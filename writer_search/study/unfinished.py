@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from writer_search.common.files import remove_temporaries
 from writer_search.common.text import counted
+from writer_search.processes.causes import THE_SAME_COMMAND
 from writer_search.results.estimate import BEFORE
 from writer_search.results.rows import (
     SECONDS,
@@ -83,7 +84,7 @@ def settle(
         directory,
         cause,
         epoch=epochs or None,
-        advice="nothing to do: the search goes on with new draws",
+        advice=THE_SAME_COMMAND,
     )
     handle.set_user_attr("epochs", epochs)
     handle.set_user_attr("failure", cause)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from writer_search.results.rows import UNFINISHED, Row, is_resumable, trial_dir
 
@@ -15,19 +14,17 @@ def remove_weights(
     kept: int,
     running: Collection[int],
     removed: set[int],
-    goes_on: Callable[[Mapping[str, Any]], bool] = is_resumable,
 ) -> None:
     """Delete the weights of finished trials that are not among the best `kept`.
 
-    A trial to go on with keeps its own until a trial that continues it has ended by itself;
-    `goes_on` tells one by its attributes.
-    `removed` holds the trials that have none any more, and grows: what is not needed once is never
-    needed again.
+    A trial that is worth going on with keeps its own until one that continues it has ended by
+    itself. `removed` holds the trials that have none any more, and grows: what is not needed once
+    is never needed again.
     """
     complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
     best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
     needed = {row.number for row in best} | set(running)
-    resumable = {row.number for row in rows if goes_on(row.attributes)}
+    resumable = {row.number for row in rows if is_resumable(row.attributes)}
     for row in reversed(rows):  # a trial that is continued stands before the one that continues it
         if row.state not in UNFINISHED and row.number not in resumable:
             resumable.discard(row.attributes.get("continues"))

@@ -246,9 +246,9 @@ def certainty_text(predictions: Predictions) -> str:
     unsure = sum(guess.unsure is True for guess in predictions.lines)
     which = f"{unsure} of {counted(len(predictions.lines), 'line')} unsure: "
     if predictions.sure_from > 1:
-        return f"{which}at no probability were nine of ten validation lines right."
+        return f"{which}however sure it was, fewer than nine of ten validation lines were right."
     if predictions.sure_from == 0:
-        return f"{which}at every probability nine of ten validation lines or more were right."
+        return f"{which}however unsure it was, nine of ten validation lines were right."
     return (
         f"{which}below {100 * predictions.sure_from:.1f} %, fewer than nine of ten validation "
         "lines were right."

@@ -263,8 +263,8 @@ def fetch_weights(config: TrialConfig) -> None:
         ensure_imagenet_weights(config.backbone)
     except WeightsUnavailableError as error:
         raise UserError(
-            f"ImageNet weights of {config.backbone} cannot be had: {one_line(error)}; the trial "
-            "began from them: mend that, and the same command goes on"
+            f"ImageNet weights of {config.backbone} are not available: {one_line(error)}; the "
+            "trial started from them: fix that, then run the same command"
         ) from None
 
 
@@ -277,7 +277,7 @@ def device_like(name: str, on_gpu: bool) -> torch.device:
     if name == "auto":
         why = "there is none" if count == 0 else on_gpu and why_unusable("cuda")
         if on_gpu and why:
-            print(f"warning: the trial had a GPU, here {why}: the CPU it is", file=sys.stderr)
+            print(f"warning: the trial ran on a GPU; here {why}: using the CPU", file=sys.stderr)
         return torch.device("cuda" if on_gpu and not why else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:

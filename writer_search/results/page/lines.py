@@ -90,11 +90,11 @@ def wrong_lines(shown: Snapshot, pictures: LinePictures) -> str:
     told = (
         f"{len(wrong)} of {count(len(shown.predictions), 'validation line')} wrong. "
         + (
-            f"The {min(MOST_LINES, len(wrong))} surest mistakes, the surest first. "
+            f"The {min(MOST_LINES, len(wrong))} most confident mistakes, most confident first. "
             if wrong
             else ""
         )
-        + "Probabilities are the model's own. A click on a writer shows that writer's lines alone. "
+        + "Probabilities are the model's own. Click on a writer to see that writer's lines alone. "
         f"All lines are in <code>{text(shown.files.directory(shown.best).name)}/{FILE}</code>."
     )
     bar = (

@@ -13,7 +13,7 @@ from typing import Any
 from writer_search.common.files import read_dict
 from writer_search.common.provenance import pasted
 from writer_search.common.text import duration, percent, shown_value
-from writer_search.results.chosen import read_confirmation
+from writer_search.results.chosen import chosen_model, read_confirmation
 from writer_search.results.confirmed import describe as describe_confirmation
 from writer_search.results.confusion import confusion_of
 from writer_search.results.estimate import range_text
@@ -70,13 +70,15 @@ def head(shown: Snapshot) -> str:
 def _counts(shown: Snapshot) -> str:
     states = count_states(shown.rows)
     told = {state: f"{states[state]} {state}" for state in STATES if states[state]}
-    if wanted := shown.recorded.get("run", {}).get("n_trials"):
+    run = shown.recorded.get("run", {})
+    if wanted := run.get("n_trials"):
         told = {"complete": ""} | told  # the first, also when there is none
         told["complete"] = f"{states['complete']} complete of {wanted} wanted"
     spent = sum(row.seconds or 0.0 for row in shown.rows if row.ended)
     return (
         f"{count(len(shown.rows), 'trial')}{': ' if told else ''}{', '.join(told.values())}"
         f". {duration(spent)} of training."
+        + (" The space has no other configuration." if run.get("exhausted") else "")
     )
 
 
@@ -94,14 +96,14 @@ def best_trial(shown: Snapshot) -> str:
             "of each writer's pages on average.</p>"
         )
     parts.append(f"<p>{_how_sure(shown, best)}</p>")
-    parts += [f"<p>{text(line)}</p>" for line in floor_lines(shown.rows)]
+    parts += [f"<p>{text(line)}</p>" for line in floor_lines(shown.rows, shown.space)]
     parts.append(_hyperparameters(shown, best))
     model = shown.files.directory(best) / "best_model.pth"
     if os.path.exists(model):  # also where nobody may look
         parts.append(f"<p>Its model: <code>{text(model)}</code></p>")
     parts += [
         section("Confirmed with new seeds", _confirmation(shown)),
-        section("Test lines", _test(read_dict(shown.checkpoint_dir / "summary/test_metrics.json"))),
+        section("Test lines", _test(shown)),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -127,17 +129,17 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
     value = best.value or 0.0
     lines, error = standard_error(shown.metrics)
     if not lines:
-        return "How sure that is cannot be told: the trial left no count of its validation lines."
+        return "Its standard error is not known: the trial left no count of its validation lines."
     if error == 0 and any(true != guessed for true, guessed, _ in shown.confusion[1]):
         return (
-            f"Measured on {count(lines, 'validation line')}. Its standard error cannot be told: "
+            f"Measured on {count(lines, 'validation line')}. Its standard error is not known: "
             "each writer's lines are all right, or all wrong."
         )
     if error == 0:
         return (
             f"Measured on {count(lines, 'validation line')}, all recognised. Even so, up to "
-            f"{300 / lines:.1f} points of mistakes in new lines of the same kind would be no "
-            "surprise (95 %, rule of three)."
+            f"{min(100.0, 300 / lines):.1f} points of mistakes in new lines of the same kind would "
+            "be no surprise (95 %, rule of three)."
         )
     ties = sum((row.value or 0.0) >= value - error for row in shown.complete)
     others = ""
@@ -148,8 +150,8 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
         )
     return (
         f"Measured on {count(lines, 'validation line')}: standard error "
-        f"{100 * error:.1f} points.{others} It was chosen for this value, so that new lines will "
-        "on average show a lower one."
+        f"{100 * error:.1f} points.{others} It was chosen for this value, so expect a "
+        "lower one on new lines."
     )
 
 
@@ -183,10 +185,17 @@ def _confirmation(shown: Snapshot) -> str:
         return ""
 
 
-def _test(found: dict[str, Any]) -> str:
+def _test(shown: Snapshot) -> str:
     """Show what the chosen model was measured at on the test lines, where it was."""
+    found = read_dict(shown.checkpoint_dir / "summary/test_metrics.json")
+    chosen = chosen_model(shown.checkpoint_dir, shown.rows)
     try:
-        return _lines(describe(found))
+        lines = describe(found)
+        if chosen is not None and chosen.trial != found["trial"]:
+            lines.append(
+                f"  That was an earlier choice; now it is {chosen.name}, not measured yet."
+            )
+        return _lines(lines)
     except (KeyError, TypeError, ValueError, AttributeError):
         return ""  # not measured, or by another version
 
@@ -209,7 +218,7 @@ def how_to_go_on(shown: Snapshot) -> str:
         if isinstance(command, list) and command:
             line = pasted(list(map(str, command)))
             return (
-                f"<pre>{text(line, 10**5)}</pre>\n<p>The same command goes on where the search "
+                f"<pre>{html.escape(line)}</pre>\n<p>The same command goes on where the search "
                 "stopped, and runs the trials that are still missing. With a higher "
                 "<code>--n_trials</code>, the total of complete trials, it extends the search.</p>"
             )

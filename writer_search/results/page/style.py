@@ -133,10 +133,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.firstChild.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending";
       sort(table, column, down);
-      kept.sort[name] = [column, down];
+      kept.sort[name] = [head.textContent, down];  // columns come and go
     });
-  const order = kept.sort[name];
-  if (order && order[0] < heads.length) sort(table, order[0], order[1]);
+  const [title, down] = kept.sort[name] ?? [];
+  const column = heads.findIndex((head) => head.textContent === title);
+  if (column >= 0) sort(table, column, down);
 }
 
 const bar = document.querySelector(".filter");
@@ -177,19 +178,17 @@ const state = document.querySelector("[data-written]");
 if (state) {
   const minutes = () => (Date.now() / 1000 - state.dataset.written) / 60;
   const late = document.getElementById("late");
+  const warn = () => {
+    late.hidden = minutes() <= 10;
+    late.querySelector("span").textContent = Math.round(minutes());
+  };
   const look = () => {
-    if (minutes() > 10) {
-      late.hidden = false;
-      late.querySelector("span").textContent = Math.round(minutes());
-    }
+    warn();
     const busy = document.hidden || String(getSelection()) !== "";
     if (!busy) location.reload();
   };
   // An old page, maybe one that was sent: looking seldom is enough.
   setInterval(look, 1000 * (minutes() > 60 ? 300 : state.dataset.every));
-  if (minutes() > 10) {
-    late.hidden = false;
-    late.querySelector("span").textContent = Math.round(minutes());
-  }
+  warn();
 }
 """

@@ -123,17 +123,11 @@ class Axes:
         inside = f"<title>{shown(title)}</title>" if title else ""
         self.marks.append(f"<{element}>{inside}</{name}>" if inside else f"<{element}/>")
 
-    def frame(
-        self,
-        x_name: str,
-        y_name: str,
-        x_ticks: Sequence[tuple[float, str]],
-        y_unit: str = "",
-    ) -> None:
+    def frame(self, x_name: str, y_name: str, x_ticks: Sequence[tuple[float, str]]) -> None:
         """Draw grid, labels and names, beneath what comes later."""
         for value in nice_ticks(*self.y, most=5):
             self.line([(self.x[0], value), (self.x[1], value)], "g", 1)
-            self.write(self.left - 6, self.at_y(value) + 4, f"{value:g}{y_unit}", "end")
+            self.write(self.left - 6, self.at_y(value) + 4, f"{value:g}", "end")
         floor = self.height - self.bottom
         for value, label in x_ticks:
             x = min(self.at_x(value), self.width - 4 - 3.2 * len(label))  # within the picture

@@ -20,7 +20,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     trials = study.get_trials(deepcopy=False)
     recorded = study.user_attrs
     run = recorded.get("run", {})
-    n_trials = int(run.get("n_trials", 0))
+    n_trials = run.get("n_trials")
     settings = recorded.get("settings", {})
     rows = rows_of(trials)
     times = {row.number: row.seconds for row in rows}
@@ -35,7 +35,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
             n: unbroken(one.epoch, epochs_before(trials, trials[n]), one.epoch_seconds)
             for n, one in ((one.number, one) for one in running)
         }
-        to_start = max(0, n_trials - len(running) - count_complete(rows))
+        to_start = max(0, (n_trials or 0) - len(running) - count_complete(rows))
         left = recorded_left(rows, timed, to_start, len(running), settings)
     return Status(
         heading=f"{where}: {counted(len(running), 'trial')} running",
@@ -48,6 +48,7 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
         running=running,
         left=left,
         space=settings.get("space", {}),
+        exhausted=bool(run.get("exhausted")),
     )
 
 
@@ -67,7 +68,7 @@ def _running(trial: FrozenTrial, seconds: float | None) -> RunningStatus:
         silent_seconds=silent,
         stalled=bool(silence(silent)),
         host=None if owner is None else str(owner["host"]),
-        note="of no search that lives" if owner is None else silence(silent),
+        note="its search is no longer running" if owner is None else silence(silent),
     )
 
 

@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, root_of
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
 
@@ -28,6 +28,7 @@ PATIENCE_SECONDS = 300.0  # so long an outage in the middle of a search is waite
 HURRIED_SECONDS = 5.0  # the same once a signal has asked for the end
 SETTINGS_SECONDS = 60.0  # so long a study may stand without settings while its creator lives
 RACES = 20  # processes that make the tables at once see each other's half-made ones
+PASSING = ("already exists", "too many", "starting up")  # in a server's words, what soon passes
 KEEPALIVE = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -92,7 +93,7 @@ def _open_database(url: str) -> RDBStorage:
         dialect = make_url(url).get_dialect()
     except (exc.ArgumentError, ValueError, ImportError):
         raise UserError(
-            f"--storage {shown} is no URL of a storage: expected for example {EXAMPLE}; "
+            f"--storage {shown} is not the URL of a storage: expected, for example, {EXAMPLE}; "
             "special characters in a password are written as %40"
         ) from None
     if dialect.name == "sqlite":
@@ -114,24 +115,18 @@ def _open_database(url: str) -> RDBStorage:
             ) from None
         except (exc.SQLAlchemyError, StorageInternalError, RuntimeError, AssertionError) as error:
             if attempt == RACES - 1 or not _may_be_a_race(error):
-                cause = hide_password(one_line(_cause(error)), url)
+                cause = hide_password(one_line(root_of(error)), url)
                 raise UserError(f"--storage {shown} cannot be used: {cause}") from None
         time.sleep(random.uniform(0.1, 0.6))
     raise AssertionError("unreachable")
 
 
 def _may_be_a_race(error: BaseException) -> bool:
-    """Tell what another process that makes the tables at this moment may have caused."""
-    cause = _cause(error)
-    return not isinstance(cause, exc.OperationalError) or "exist" in str(cause)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Optuna wraps the database's word in one of its own that says less."""
-    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
-        error = error.__cause__
-    original = getattr(error, "orig", None)
-    return original if isinstance(original, BaseException) and str(original) else error
+    """Tell what others that make the tables or begin at this moment may have caused."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return not isinstance(cause, exc.OperationalError) or any(
+        words in str(cause) for words in PASSING
+    )
 
 
 # ---------------------------------------------------------------------------------------- patience
@@ -174,7 +169,7 @@ class PatientStorage:
 
     def _wait(self, began: float | None, pause: float, error: Exception) -> float:
         now = time.monotonic()
-        cause = hide_password(one_line(_cause(error)), self._url)
+        cause = hide_password(one_line(root_of(error)), self._url)
         if began is None:
             began = now
             print(
