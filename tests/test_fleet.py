@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,11 +36,13 @@ from writer_search.study.shared import storage as storage_module
 from writer_search.study.shared import supply as shared_supply
 from writer_search.study.shared.fleet import Fleet
 from writer_search.study.shared.storage import (
+    RACES,
     PatientStorage,
     StorageUnreachableError,
     create_shared_study,
     hide_password,
     is_outage,
+    opened_storage,
     secrets_of,
     shown_url,
 )
@@ -323,6 +326,35 @@ def test_free_lock_on_the_same_host_tells_at_once(member: Member, tmp_path: Path
     assert not holder_is_dead(tmp_path / "of-another-host.lock")
     with DirectoryLock(tmp_path), pytest.raises(UserError, match="in use by another search"):
         SharedLock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("said", "attempts"),
+    [
+        ("connection failed: Connection refused", 1),
+        ('database "lines" does not exist', 1),
+        ("sorry, too many clients already", RACES),
+        ('relation "studies" already exists', RACES),
+    ],
+)
+def test_what_soon_passes_alone_is_tried_again(
+    said: str, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def refuse(url: str, **_: Any) -> None:
+        tried.append(url)
+        raise OperationalError("", {}, Exception(said))
+
+    monkeypatch.setattr("writer_search.study.shared.storage.RDBStorage", refuse)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    url = "postgresql+psycopg://me@host/lines"
+    with (
+        pytest.raises(UserError, match=f"cannot be used: {said}"),
+        opened_storage(url),
+    ):
+        pass
+    assert tried == [url] * attempts
 
 
 # ---------------------------------------------------------------------------------------- outages
