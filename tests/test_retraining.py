@@ -221,6 +221,8 @@ def test_final_model_can_be_trained_again(
     assert "no honest validation value is left" in capfd.readouterr().out
     assert_same_weights(same / "final_model.pth", final / "final_model.pth")
     assert history_of(same) == history_of(final)
+    assert again(final, lines_root, tmp_path / "trial", "--train_on", "train") == 0
+    assert history_of(tmp_path / "trial") == history_of(search / "trial_000")
 
 
 def test_validation_lines_are_added_and_test_lines_are_not(data: LineSet) -> None:

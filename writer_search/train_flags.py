@@ -91,9 +91,8 @@ def _add_again_flags(group: Any) -> None:
     group.add_argument(
         "--train_on",
         choices=TRAIN_ON,
-        default="train",
         help="train+val: also on the validation lines, for a final model; then no epoch is chosen, "
-        "and there is no validation value (default: %(default)s)",
+        "and there is no validation value (default: as the training of --config)",
     )
     group.add_argument(
         "--other_data",

@@ -55,7 +55,7 @@ class Retraining:
     config_file: Path
     data_root: Path
     output_dir: Path
-    train_on: str
+    train_on: str | None  # None: as the original was
     other_data: bool
     cache_dir: Path
     device: str  # auto is the kind that the trial had
@@ -149,8 +149,7 @@ def retrain(wanted: Retraining, stop: StopSignals, train: Callable[..., object])
     Raises UserError, Interrupted.
     """
     original = read_original(wanted.config_file)
-    if original.train_on == "train+val":
-        wanted = replace(wanted, train_on="train+val")
+    wanted = replace(wanted, train_on=wanted.train_on or original.train_on)
     data = find_data(wanted, original)
     last_epoch = original.best_epoch if wanted.train_on == "train+val" else None
     device = device_like(wanted.device, original.on_gpu)
