@@ -117,6 +117,12 @@ def best_row(rows: Sequence[Row]) -> Row | None:
     return max(complete, key=lambda row: (row.value, -row.number), default=None)
 
 
+def best_first(rows: Iterable[Row]) -> list[Row]:
+    """Give the complete trials, the best first, the earliest of equals before."""
+    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
+    return sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))
+
+
 # ----------------------------------------------------------------------------- reading a database
 
 

@@ -22,7 +22,7 @@ from writer_search.common.locks import DirectoryLock
 from writer_search.processes.plan import Plan
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
-from writer_search.results.rows import DATABASE, Row, count_complete, rows_of, state_of
+from writer_search.results.rows import DATABASE, Row, best_first, count_complete, rows_of, state_of
 from writer_search.study.banner import RULE, describe_run
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study, record_settings
@@ -34,11 +34,9 @@ SEED_WORD = 2**30  # keeps these seeds apart from those of draws
 
 def candidates_of(rows: Sequence[Row], top: int, seeds: int, seed: int) -> list[Candidate]:
     """Give the best configurations, best first. A seed depends on the trial and its number only."""
-    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
-    best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:top]
     return [
         Candidate(row, tuple(_seed(seed, SEED_WORD, row.number, i) for i in range(seeds)))
-        for row in best
+        for row in best_first(rows)[:top]
     ]
 
 

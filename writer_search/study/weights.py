@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from writer_search.results.rows import UNFINISHED, Row, is_resumable, trial_dir
+from writer_search.results.rows import UNFINISHED, Row, best_first, is_resumable, trial_dir
 
 
 def remove_weights(
@@ -21,9 +21,7 @@ def remove_weights(
     itself. `removed` holds the trials that have none any more, and grows: what is not needed once
     is never needed again.
     """
-    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
-    best = sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))[:kept]
-    needed = {row.number for row in best} | set(running)
+    needed = {row.number for row in best_first(rows)[:kept]} | set(running)
     resumable = {row.number for row in rows if is_resumable(row.attributes)}
     for row in reversed(rows):  # a trial that is continued stands before the one that continues it
         if row.state not in UNFINISHED and row.number not in resumable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from writer_search.common.text import percent
 from writer_search.results.confusion import Pairs
@@ -32,7 +33,7 @@ def writers_table(shown: Snapshot) -> str:
         return ""
     names, pairs = shown.confusion
     lines, mistakes = _by_writer(names, pairs)
-    pages = Counter(writer for writer, _ in _pages(shown))
+    pages = Counter(page.writer for page in _pages(shown))
     order = sorted(shares.items(), key=lambda item: (item[1], item[0]))
     columns = [Column("writer"), Column("lines", True), Column("accuracy", True)]
     columns += [
@@ -143,16 +144,36 @@ def _matrix(names: list[str], pairs: Pairs, lines: Mapping[str, int]) -> str:
     )
 
 
-def _pages(shown: Snapshot) -> dict[tuple[str, str], list[int | str]]:
-    """Count by page: lines, right ones, and whom the page is taken for."""
-    found: dict[tuple[str, str], list[int | str]] = {}
+@dataclass
+class Page:
+    """A validation page: its lines, how many of them are right, and whom all together name."""
+
+    writer: str
+    name: str
+    guess: str
+    lines: int = 0
+    right: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.right / self.lines
+
+    @property
+    def is_right(self) -> bool:
+        return self.guess == self.writer
+
+
+def _pages(shown: Snapshot) -> list[Page]:
+    """Count by page, the hardest first."""
+    found: dict[tuple[str, str], Page] = {}
     for line in shown.predictions:
         if not line.page:
             continue  # it is not known
-        entry = found.setdefault((line.writer, line.page), [0, 0, line.page_guess])
-        entry[0] = int(entry[0]) + 1
-        entry[1] = int(entry[1]) + line.is_right
-    return found
+        new = Page(line.writer, line.page, line.page_guess)
+        page = found.setdefault((line.writer, line.page), new)
+        page.lines += 1
+        page.right += line.is_right
+    return sorted(found.values(), key=lambda page: (page.is_right, page.share))
 
 
 def pages_table(shown: Snapshot) -> str:
@@ -160,21 +181,16 @@ def pages_table(shown: Snapshot) -> str:
     pages = _pages(shown)
     if not pages:
         return ""
-    order = sorted(
-        pages.items(),
-        key=lambda item: (item[0][0] == item[1][2], int(item[1][1]) / int(item[1][0])),
-    )
-    wrong = sum(writer != entry[2] for (writer, _), entry in order)
+    wrong = sum(not page.is_right for page in pages)
     rows = []
-    for (writer, page), (lines, right, guess) in order[:MOST_PAGES]:
-        share = int(right) / int(lines)
-        verdict = "right" if guess == writer else f"taken for {name(guess)}"
+    for page in pages[:MOST_PAGES]:
+        verdict = "right" if page.is_right else f"taken for {name(page.guess)}"
         rows.append(
             "<tr>"
-            + cell(name(page))
-            + cell(pick(writer))
-            + cell(str(lines), int(lines), number=True)
-            + cell(percent(share) + share_bar(share), share, number=True)
+            + cell(name(page.name))
+            + cell(pick(page.writer))
+            + cell(str(page.lines), page.lines, number=True)
+            + cell(percent(page.share) + share_bar(page.share), page.share, number=True)
             + cell(verdict)
             + "</tr>"
         )
@@ -182,7 +198,7 @@ def pages_table(shown: Snapshot) -> str:
     told = f"{wrong} of {count(len(pages), 'page')} taken for another writer"
     if isinstance(macro, float):
         told += f"; page accuracy {percent(macro)} (mean of writers)"
-    left = len(order) - len(rows)
+    left = len(pages) - len(rows)
     more = soft(f"{count(left, 'easier page')} not shown.") if left else ""
     columns = [Column("page"), Column("writer"), Column("lines", True)]
     columns += [Column("lines right", True), Column("by all lines together")]
