@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from glob import escape
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -180,7 +181,7 @@ def _scan_split(data_root: Path, split: str, left_out: LeftOut) -> Iterator[Line
     entries = sorted(os.scandir(top), key=lambda entry: entry.name)
     _note_images(entries, left_out)
     # A link back up would give a writer the lines of all.
-    above = frozenset(identity_of(data_root / part) for part in ("", split))
+    above = [identity_of(data_root / part) for part in ("", split)]
     for writer in directories_of_lines(entries, left_out):
         for directory, images in walk(Path(writer.path), left_out, above):
             page = directory.relative_to(writer.path).as_posix()
@@ -314,21 +315,28 @@ def _cache_key(data_root: Path, lines: list[LineFile], line_height: int) -> str:
 def _decode_into(entry: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:
     """Fill a temporary directory beside `entry`, then put it in place."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with builder_lock(entry.with_name(f".{entry.name}.lock")) as is_alone:
+    with builder_lock(entry.with_name(f".{entry.name}.lock")):
         if not _damage_of(entry):  # another process built it while this one waited
             return
-        mark = "tmp" if is_alone else f"{socket.gethostname()}.{os.getpid()}.tmp"
-        temporary = entry.with_name(f".{entry.name}.{mark}")
-        rmtree(temporary, ignore_errors=True)  # of a builder that died
+        # By host and process: where locks do not reach other hosts, several may build it at once.
+        own = f".{entry.name}.{socket.gethostname()}"
+        temporary = entry.with_name(f"{own}.{os.getpid()}.tmp")
+        for left in entry.parent.glob(f"{escape(own)}.*.tmp"):
+            if left == temporary or not _is_alive(left.name.split(".")[-2]):
+                rmtree(left, ignore_errors=True)  # of a builder that died
         temporary.mkdir()
         try:
             _write_entry(temporary, data_root, lines, line_height)
-            if is_alone or _damage_of(entry):
+            if _damage_of(entry):
                 rmtree(entry, ignore_errors=True)  # what a purge left; who reads it has it open
                 os.replace(temporary, entry)
             sync_directory(entry.parent)
         finally:
             rmtree(temporary, ignore_errors=True)
+
+
+def _is_alive(pid: str) -> bool:
+    return not pid.isdigit() or Path("/proc", pid).exists()
 
 
 def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_height: int) -> None:

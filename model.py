@@ -289,6 +289,9 @@ class WriterModel(nn.Module):
             for module in self.backbone.modules():
                 if type(module) is nn.BatchNorm2d and module.momentum is not None:
                     module.__class__ = UncountedBatchNorm2d
+                    # MobileNet's 0.01 is for long trainings: here its statistics would still be
+                    # those of the start when it validates.
+                    module.momentum = max(module.momentum, 0.1)
             self.pool = POOLINGS[pooling](channels)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale if loss == "cosface" else 1.0

@@ -9,7 +9,9 @@ import os
 import pickle
 import random
 import shutil
+import socket
 import struct
+import subprocess
 import threading
 import warnings
 import zlib
@@ -350,6 +352,18 @@ def test_a_loop_of_links_is_survived(tmp_path: Path, target: str) -> None:
     before = find_lines(tmp_path)
     (tmp_path / "train" / "anna" / "train_page" / "loop").symlink_to(target)
     assert find_lines(tmp_path) == before
+
+
+def test_pages_that_link_to_each_other_stand_once(tmp_path: Path) -> None:
+    """And under their own names, whatever link is met first."""
+    write_lines(tmp_path, two_writers())
+    write_lines(tmp_path, ["train/anna/another/line_001.png"])
+    before = find_lines(tmp_path)
+    (tmp_path / "train" / "anna" / "another" / "next").symlink_to("../train_page")
+    (tmp_path / "train" / "anna" / "train_page" / "next").symlink_to("../another")
+    left_out = LeftOut()
+    assert find_lines(tmp_path, left_out=left_out) == before
+    assert left_out.report()["links to directories that were read already"]["count"] == 2
 
 
 def test_a_link_to_itself_is_survived_or_named(tmp_path: Path) -> None:
@@ -899,11 +913,35 @@ def test_builder_that_waited_for_a_removed_lock_takes_a_new_one(tmp_path: Path) 
 def test_what_a_dead_builder_left_does_not_matter(root: Path, tmp_path: Path) -> None:
     load(root, tmp_path / "cache")
     (name,) = entries(tmp_path / "cache")
-    os.replace(tmp_path / "cache" / name, tmp_path / "cache" / f".{name}.tmp")
-    (tmp_path / "cache" / f".{name}.tmp" / "strip.u8").write_bytes(b"half")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    half = tmp_path / "cache" / f".{name}.{socket.gethostname()}.{ended.pid}.tmp"
+    os.replace(tmp_path / "cache" / name, half)
+    (half / "strip.u8").write_bytes(b"half")
+    other = tmp_path / "cache" / f".{name}.another_host.{ended.pid}.tmp"
+    other.mkdir()
     data = load(root, tmp_path / "cache")
-    assert entries(tmp_path / "cache") == [name]
+    assert {*entries(tmp_path / "cache")} == {name, other.name}, "who knows whether that one lives"
     assert len(data.strip) == 1 + data.widths.sum()
+
+
+def test_builders_that_no_lock_keeps_apart_both_end_well(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another host, whose locks do not reach this one, builds the same meanwhile."""
+    monkeypatch.setattr("writer_search.common.locks.fcntl.flock", lambda *_: None)
+    write, others = data_module._write_entry, []
+
+    def also_elsewhere(directory: Path, *args: Any) -> None:
+        write(directory, *args)
+        monkeypatch.setattr(data_module, "_write_entry", write)
+        monkeypatch.setattr(socket, "gethostname", lambda: "another_host")
+        others.append(load(root, tmp_path / "cache"))
+
+    monkeypatch.setattr(data_module, "_write_entry", also_elsewhere)
+    data = load(root, tmp_path / "cache")
+    assert data.fingerprint == others[0].fingerprint
+    assert len(entries(tmp_path / "cache")) == 1
 
 
 @pytest.mark.parametrize("gone", ["index.npz", "strip.u8"])
@@ -1230,7 +1268,15 @@ def test_one_name_in_two_unicode_forms_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path, ["train/anna/p/1.png", f"train/{composed}/p/1.png"])
     write_lines(tmp_path, [f"val/{decomposed}/q/1.png"])
     message = refused(lambda: find_lines(tmp_path))
-    assert "two Unicode forms: from byte 4 on 65 cc 81 and c3 a9" in message
+    assert "in two forms: from byte 4 on 65 cc 81 and c3 a9" in message
+
+
+def test_name_with_a_character_that_nobody_sees_is_no_other_name(tmp_path: Path) -> None:
+    name = "\u0643\u0627\u062a\u0628"
+    write_lines(tmp_path, [f"train/{name}/p/1.png", f"train/{name}\u200f/p/1.png"])
+    assert "in two forms: from byte 9 on nothing and e2 80 8f" in refused(
+        lambda: find_lines(tmp_path)
+    )
 
 
 def test_one_page_in_two_unicode_forms_is_one_page(tmp_path: Path) -> None:
@@ -1255,6 +1301,7 @@ def test_odd_lines_are_counted_and_told(tmp_path: Path) -> None:
     empty = np.full((24, 400), 220, np.uint8)
     empty[9:12, 100:104] = 60
     write_file(root / "val/bruno/val_page/empty.png", encoded(empty))
+    write_file(page / "catchword.png", encoded(draw_line(53, width=30)))  # short is not odd
     odd = load(root, tmp_path / "cache").report["odd"]
     assert {kind.split("(")[0].strip(): found["count"] for kind, found in odd.items()} == {
         "images taller than wide": 1,

@@ -266,6 +266,19 @@ def test_shrinkage_is_that_of_ledoit_and_wolf(features: tuple[Tensor, Tensor]) -
         assert mean_variance == pytest.approx(float(centred.square().mean()))
 
 
+def test_two_lines_a_writer_without_versions_are_no_certainty() -> None:
+    """Their spread about their mean is one direction, which is not shrunk at all."""
+    torch.manual_seed(0)
+    writers, channels = 6, 200
+    means = torch.randn(writers, channels, dtype=torch.float64) / 8
+    labels = torch.arange(writers).repeat(3)
+    values = means[labels] + torch.randn(len(labels), channels, dtype=torch.float64)
+    weight, bias = shrinkage_lda(values[: 2 * writers], labels[: 2 * writers], writers)
+    others = values[2 * writers :]
+    loss = torch.nn.functional.cross_entropy(others @ weight.T + bias, labels[2 * writers :])
+    assert loss < 50, "it was 5e9"
+
+
 def test_lda_is_that_of_scikit_learn(features: tuple[Tensor, Tensor]) -> None:
     values, labels = features
     weight, bias = shrinkage_lda(values, labels, 5)

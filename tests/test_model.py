@@ -72,6 +72,14 @@ def test_each_backbone_tells_writers_of_grey_images(backbone: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", BUILDERS)
+def test_statistics_of_a_short_training_are_its_own(backbone: str) -> None:
+    """With MobileNet's momentum of 0.01 they would be those of the start for hundreds of steps."""
+    model = WriterModel(backbone, WRITERS)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.momentum == 0.1 for norm in norms)
+
+
+@pytest.mark.parametrize("backbone", BUILDERS)
 @torch.no_grad()
 def test_model_for_inference_answers_alike_with_fewer_norms(backbone: str) -> None:
     torch.manual_seed(0)

@@ -163,6 +163,33 @@ def test_images_that_cannot_be_read_are_named(
     assert problems.splitlines()[-1] == "error: --predict: no image could be read"
 
 
+def test_directory_that_cannot_be_read_costs_no_other(
+    trial: Path,
+    lines_root: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    good = sorted((lines_root / "val").rglob("line_001.png"))[0]
+    for page in ("one", "two"):
+        (tmp_path / "pages" / page).mkdir(parents=True)
+        shutil.copy(good, tmp_path / "pages" / page / "a.png")
+    closed, scan = tmp_path / "pages" / "two", os.scandir
+
+    def scandir(directory: Any) -> Any:
+        if Path(directory) == closed:
+            raise PermissionError(13, "Permission denied", str(directory))
+        return scan(directory)
+
+    monkeypatch.setattr("writer_search.lines.walk.os.scandir", scandir)
+    model = ["--model", str(trial / "best_model.pth")]
+    code, found, problems = predicted(capfd, tmp_path / "pages", *model)
+    assert code == 1
+    assert [guess["image"] for guess in found["lines"]] == [str(tmp_path / "pages/one/a.png")]
+    assert f"{closed}: " in problems
+    assert "Permission denied" in problems
+
+
 class _Hostile:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch hostile_was_here",)

@@ -500,7 +500,7 @@ def test_certainty_is_where_nine_of_ten_are_right() -> None:
 @pytest.mark.parametrize(
     ("right", "expected"),
     [
-        ([1, 1, 1, 1], 0.0),
+        ([1, 1, 1, 1], 0.2),  # of what is below the least certain line nothing is known
         ([0, 0, 0, 0], NEVER),
         ([0, 1, 1, 1], 0.4),
         ([0, 0, 1, 1], 0.6),
@@ -508,17 +508,26 @@ def test_certainty_is_where_nine_of_ten_are_right() -> None:
         ([1, 1, 1, 0], NEVER),
     ],
 )
-def test_certainty_of_few_lines(right: list[int], expected: float) -> None:
-    assert sure_from(np.array([0.2, 0.4, 0.6, 0.8]), np.array(right, bool)) == expected
-    assert sure_from(np.full(20, 0.7), np.arange(20) > 0) == 0.0, "equals are judged together"
+def test_certainty_of_few_probabilities(right: list[int], expected: float) -> None:
+    """Ten lines of each."""
+    probabilities = np.repeat([0.2, 0.4, 0.6, 0.8], 10)
+    assert sure_from(probabilities, np.repeat(np.array(right, bool), 10)) == expected
+    assert sure_from(np.full(20, 0.7), np.arange(20) > 0) == 0.7, "equals are judged together"
+
+
+def test_lucky_line_is_no_certainty() -> None:
+    """One right line above fifty of which four in five are right."""
+    probabilities = np.append(np.full(50, 0.7), 0.8)
+    assert sure_from(probabilities, np.append(np.arange(50) % 5 > 0, True)) == NEVER
+    assert sure_from(np.full(7, 0.7), np.ones(7, bool)) == NEVER
+    assert sure_from(np.full(8, 0.7), np.ones(8, bool)) == 0.7
 
 
 @pytest.mark.parametrize(
     ("certain", "marks", "said"),
     [
-        (0.6, 1, "1 of 2 lines unsure: below 60.0 %, fewer than nine of ten"),
-        (0.0, 0, "0 of 2 lines unsure: however unsure it was, nine of ten"),
-        (NEVER, 2, "2 of 2 lines unsure: however sure it was, fewer than nine"),
+        (0.6, 1, "1 of 2 lines unsure: below 60.0 %, the validation lines do not"),
+        (NEVER, 2, "2 of 2 lines unsure: too few validation lines were right, or"),
         (None, 0, "How often such guesses are wrong is not known"),
     ],
 )
@@ -544,7 +553,7 @@ def test_model_says_what_it_is_unsure_of(
     flags = ["--model", model, "--device", "cpu"]
     assert train_main(["--predict", str(lines_root / "val"), *flags]) == 0
     printed = capfd.readouterr().out
-    found = re.search(r"(\d+) of 12 lines unsure: (below|however)", printed)
+    found = re.search(r"(\d+) of 12 lines unsure: (below|too few)", printed)
     assert found is not None
     assert printed.count("  unsure\n") == int(found[1])
     assert int(found[1]) > 0

@@ -63,17 +63,19 @@ def _nfc(name: str) -> str:
 
 
 def refuse_two_forms(writers: Iterable[str]) -> None:
-    """Raise UserError for one name in two Unicode forms."""
+    """Raise UserError for one name in two forms: of Unicode, or by characters that nobody sees."""
     forms: dict[str, str] = {}
     for writer in sorted(set(writers)):
-        other = forms.setdefault(_nfc(writer), writer)
+        seen = "".join(c for c in _nfc(writer) if unicodedata.category(c) != "Cf")
+        other = forms.setdefault(seen, writer)
         if other != writer:
             one, two = os.fsencode(other), os.fsencode(writer)
             place = next(i for i in range(len(two)) if one[i : i + 1] != two[i : i + 1])
+            first, second = (name[place : place + 4].hex(" ") or "nothing" for name in (one, two))
             raise UserError(
-                f"two writers have one name, {one_line(writer)}, in two Unicode forms: "
-                f"from byte {place + 1} on {one[place : place + 4].hex(' ')} and "
-                f"{two[place : place + 4].hex(' ')}; give their directories the same name"
+                f"two writers have one name, {one_line(writer)}, in two forms: "
+                f"from byte {place + 1} on {first} and {second}; give their directories the same "
+                "name"
             )
 
 
@@ -153,7 +155,7 @@ def odd_lines(
         light = is_light[own]
         inverted[own] = light != (2 * np.count_nonzero(light) > len(own))
         for sizes in (width[own], height[own]):
-            tenfold[own] |= sizes >= TENFOLD * sizes.min()
+            tenfold[own] |= sizes >= TENFOLD * np.median(sizes)
     return {
         kind: {"count": int(odd.sum()), "first": kept[int(odd.argmax())].path}
         for kind, odd in found.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ SYSTEM_FOLDERS = {
 # Texts and tables lie beside lines in all exports: they are counted, but nobody is warned of them.
 BESIDE_LINES = {".txt", ".xml", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml"}
 HIDDEN, SYSTEM, DANGLING = "hidden", "system folders", "links to nothing"
+REPEATED = "links to directories that were read already"
 UNREMARKABLE = {HIDDEN, SYSTEM, *(f"{suffix} files" for suffix in BESIDE_LINES)}
+
+
+Identity = tuple[int, int]  # of a directory, whatever its name
 
 
 class LeftOut:
@@ -32,9 +36,9 @@ class LeftOut:
     def __init__(self) -> None:
         self.kinds: dict[str, tuple[int, str]] = {}
 
-    def add(self, kind: str, path: str | os.PathLike[str], count: int = 1) -> None:
+    def add(self, kind: str, path: str | os.PathLike[str]) -> None:
         before, first = self.kinds.get(kind, (0, os.fspath(path)))
-        self.kinds[kind] = (before + count, first)
+        self.kinds[kind] = (before + 1, first)
 
     def report(self) -> dict[str, dict[str, Any]]:
         return {
@@ -53,23 +57,41 @@ def describe_left_out(left_out: dict[str, dict[str, Any]], all_kinds: bool = Fal
 
 
 def walk(
-    directory: Path, left_out: LeftOut, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    """Give each directory that holds images with its images, in sorted order.
+    directory: Path,
+    left_out: LeftOut,
+    known: Iterable[Identity] = (),
+    onerror: Callable[[Path, OSError], None] | None = None,
+) -> list[tuple[Path, list[os.DirEntry[str]]]]:
+    """Find each directory that holds images, with its images, in sorted order.
 
-    Goes into linked directories too, but never into a loop of links: above has the identities of
-    the directories that it came through. Raises OSError.
+    Goes into linked directories too, after all that is really there, and into each one once: links
+    in a loop, or from page to page, make no line stand twice. known: directories not to go into.
+    Calls `onerror` for a directory that cannot be read; raises OSError without.
     """
-    identity = identity_of(directory)
-    if identity in above:
-        return
-    entries = sorted(os.scandir(directory), key=lambda entry: os.fsencode(entry.name))
-    if not any(entry.name == "history.jsonl" for entry in entries):  # else a trial's pictures
-        images = images_among(entries, left_out)
-        if images:
-            yield directory, images
-    for entry in directories_of_lines(entries, left_out):
-        yield from walk(Path(entry.path), left_out, above | {identity})
+    seen, found = set(known), []
+    waiting, links = [directory], list[Path]()
+    while waiting or links:
+        here = waiting.pop() if waiting else links.pop(0)
+        try:
+            identity = identity_of(here)
+            entries = sorted(os.scandir(here), key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            if onerror is None:
+                raise
+            onerror(here, error)
+            continue
+        if identity in seen:
+            left_out.add(REPEATED, here)
+            continue
+        seen.add(identity)
+        if not any(entry.name == "history.jsonl" for entry in entries):  # else a trial's pictures
+            images = images_among(entries, left_out)
+            if images:
+                found.append((here, images))
+        below = directories_of_lines(entries, left_out)
+        links += [Path(entry.path) for entry in below if entry.is_symlink()]
+        waiting += [Path(entry.path) for entry in reversed(below) if not entry.is_symlink()]
+    return sorted(found, key=lambda one: [os.fsencode(part) for part in one[0].parts])
 
 
 def images_among(entries: Sequence[os.DirEntry[str]], left_out: LeftOut) -> list[os.DirEntry[str]]:
@@ -115,6 +137,6 @@ def directories_of_lines(
     return directories
 
 
-def identity_of(directory: Path) -> tuple[int, int]:
+def identity_of(directory: Path) -> Identity:
     status = directory.stat()
     return status.st_dev, status.st_ino

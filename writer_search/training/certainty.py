@@ -14,8 +14,9 @@ def sure_from(probabilities: NDArray[np.float64], right: NDArray[np.bool_]) -> f
 
     probabilities (lines,): of the guesses.   right (lines,): whether they are. The share that is
     right is taken to rise with the probability: isotonic regression, which pools neighbours until
-    it does (Ayer et al. 1955). 0 where even the lines of the lowest probability were right often
-    enough, NEVER where not even those of the highest were.
+    it does (Ayer et al. 1955). A share counts as Laplace's rule of succession expects it to go on:
+    a single line that is right promises little. NEVER where no probability is high enough; that of
+    the least certain line where all are: nothing is known of what is below.
     """
     values, place = np.unique(probabilities, return_inverse=True)
     counts = np.bincount(place)
@@ -26,7 +27,5 @@ def sure_from(probabilities: NDArray[np.float64], right: NDArray[np.bool_]) -> f
             earlier = pools.pop()
             pool = (earlier[0] + pool[0], earlier[1] + pool[1], earlier[2])
         pools.append(pool)
-    reliable = [lowest for known, lines, lowest in pools if known >= RELIABLE * lines]
-    if not reliable:
-        return NEVER
-    return 0.0 if reliable[0] == values[0] else reliable[0]
+    reliable = (low for known, lines, low in pools if known + 1 >= RELIABLE * (lines + 2))
+    return next(reliable, NEVER)

@@ -164,6 +164,8 @@ def shrinkage_lda(features: Tensor, labels: Tensor, writers: int) -> tuple[Tenso
         deviations = residuals[own].square().mean(0).sqrt()
         deviations = torch.where(deviations > 1e-12, deviations, 1.0)
         shrinkage, mean_variance = ledoit_wolf(residuals[own] / deviations)
+        if int(counts[writer]) < 3:  # it would be none: two deviate alike from their mean
+            shrinkage = 1.0
         weights[own] = (1 - shrinkage) / lines
         diagonal += shrinkage * mean_variance * deviations.square() * (len(weights[own]) / lines)
     covariance = (residuals * weights[:, None]).T @ residuals

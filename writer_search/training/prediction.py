@@ -134,26 +134,28 @@ def _find(paths: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
     """Find the images, each once: given themselves, or in directories. Also what is none."""
     found: dict[tuple[Path, str], Path] = {}
     skipped = {}
+
+    def unreadable(place: Path, error: OSError) -> None:
+        skipped[str(place)] = one_line(error, 150)
+
     for path in paths:
+        left_out, images = LeftOut(), [path]
         try:
-            left_out = LeftOut()
-            images = _images_below(path, left_out) if path.is_dir() else [path]
+            if path.is_dir():
+                pages = walk(path, left_out, onerror=unreadable)
+                images = [Path(image.path) for _, in_page in pages for image in in_page]
         except OSError as error:
-            skipped[str(path)] = one_line(error, 150)
+            unreadable(path, error)
             continue
         not_looked_at = describe_left_out(left_out.report(), all_kinds=not images)
         if not images:
             there_are = f"; there are {not_looked_at}" if not_looked_at else ""
-            skipped[str(path)] = f"no images in this directory{there_are}"
+            skipped.setdefault(str(path), f"no images in this directory{there_are}")
         elif not_looked_at:
             skipped[str(path)] = f"not looked at: {not_looked_at}"
         for image in images:
             found.setdefault((image.parent.resolve(), image.name), image)
     return list(found.values()), skipped
-
-
-def _images_below(directory: Path, left_out: LeftOut) -> list[Path]:
-    return [Path(image.path) for _, images in walk(directory, left_out) for image in images]
 
 
 def _in_parts(images: Sequence[Path]) -> Iterator[Sequence[Path]]:
@@ -246,12 +248,10 @@ def certainty_text(predictions: Predictions) -> str:
     unsure = sum(guess.unsure is True for guess in predictions.lines)
     which = f"{unsure} of {counted(len(predictions.lines), 'line')} unsure: "
     if predictions.sure_from > 1:
-        return f"{which}however sure it was, fewer than nine of ten validation lines were right."
-    if predictions.sure_from == 0:
-        return f"{which}however unsure it was, nine of ten validation lines were right."
+        return f"{which}too few validation lines were right, or there are too few of them."
     return (
-        f"{which}below {100 * predictions.sure_from:.1f} %, fewer than nine of ten validation "
-        "lines were right."
+        f"{which}below {100 * predictions.sure_from:.1f} %, the validation lines do not promise "
+        "nine right ones in ten."
     )
 
 
