@@ -38,9 +38,7 @@ def refuse_other_layouts(data_root: Path) -> None:
         raise UserError(
             f"--data_root {data_root} is a level too high: give --data_root {one_line(below)}"
         )
-    if not with_splits:
-        return
-    if 2 * len(with_splits) >= len(names):
+    if with_splits and 2 * len(with_splits) >= len(names):
         first = one_line(with_splits[0])
         raise UserError(
             f"--data_root {data_root}: {len(with_splits)} of its directories hold the splits, "

@@ -160,13 +160,12 @@ class Checkpoints:
 
     def _best_of(self, old_dir: Path, best: dict[str, Any]) -> Path:
         """Find the best model that belongs to a checkpoint: a kill may have come between them."""
-        row = row_of(best)
-        for name in (PREVIOUS, BEST):
-            if name == BEST or (old_dir / name).exists():
-                model = load_checked(old_dir / name, self._config, self._data)
-                if model["metrics"] == row:
-                    return old_dir / name
-        # An earlier version wrote the model first. The epochs up to it are trained again.
+        previous = old_dir / PREVIOUS
+        if previous.exists():
+            model = load_checked(previous, self._config, self._data)
+            if model["metrics"] == row_of(best):
+                return previous
+        load_checked(old_dir / BEST, self._config, self._data)  # or it is refused
         return old_dir / BEST
 
     # ---------------------------------------------------------------------------------- training
