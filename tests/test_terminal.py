@@ -526,7 +526,7 @@ def test_lucky_line_is_no_certainty() -> None:
 @pytest.mark.parametrize(
     ("certain", "marks", "said"),
     [
-        (0.6, 1, "1 of 2 lines unsure: below 60.0 %, the validation lines do not"),
+        (0.6, 1, "1 of 2 lines unsure: below 60.0 %, a guess is not backed by"),
         (NEVER, 2, "2 of 2 lines unsure: too few validation lines were right, or"),
         (None, 0, "How often such guesses are wrong is not known"),
     ],

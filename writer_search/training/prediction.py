@@ -250,8 +250,8 @@ def certainty_text(predictions: Predictions) -> str:
     if predictions.sure_from > 1:
         return f"{which}too few validation lines were right, or there are too few of them."
     return (
-        f"{which}below {100 * predictions.sure_from:.1f} %, the validation lines do not promise "
-        "nine right ones in ten."
+        f"{which}below {100 * predictions.sure_from:.1f} %, a guess is not backed by nine right "
+        "validation lines in ten."
     )
 
 
