@@ -177,6 +177,27 @@ def test_command_that_runs_too_long_is_ended_meanwhile(
     assert "took too long and was ended" in capfd.readouterr().err
 
 
+def test_command_of_another_user_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with sudo: it cannot be killed."""
+    monkeypatch.setattr(events_module, "LIMIT_SECONDS", 0.1)
+
+    def refused(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    hanging = Events(python("import time; time.sleep(600)"))
+    hanging.send(EVENT)
+    (call,) = hanging._calls
+    time.sleep(hanging.seconds_to_next_deadline() + 0.01)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", refused)
+        hanging.look()
+    call.process.kill()
+    call.process.wait()
+    assert "took too long and cannot be ended" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("command", "problem"), [("", "empty"), ("a 'b", "No closing quotation")])
 def test_command_that_is_none_is_refused(
     command: str, problem: str, run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -402,6 +402,26 @@ def test_accumulated_gradients_agree_with_plain_ones(
 # ------------------------------------------------------------------------------------------- disk
 
 
+def test_directory_that_is_no_trial_s_own_rewrites_no_database(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of a trial, and an empty one: neither is a trial that the database has lost."""
+    assert run(n_trials="2") == 0
+    directory = tmp_path / "c"
+    before = trials_of(directory)
+    shutil.copytree(directory / "trial_001", directory / "trial_007")
+    (directory / "trial_009").mkdir()
+    assert run(n_trials="3") == 0
+    assert trials_of(directory)[:2] == before
+    assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE"] * 3
+    assert "damaged" not in capfd.readouterr().err
+    # Nor does a copy count where the database has to be rebuilt.
+    (directory / DATABASE).unlink()
+    assert run(n_trials="3") == 0
+    states = [state for _, state, _ in trials_of(directory)]
+    assert states.count("COMPLETE") == 3
+
+
 def test_weights_of_the_best_trials_alone_are_kept(run: Run, tmp_path: Path) -> None:
     assert run("--keep_checkpoints", "2", n_trials="4") == 0
     directory = tmp_path / "c"
@@ -774,6 +794,7 @@ def test_recovery_keeps_numbers_equal_to_directories(copied: Path, run: Run) -> 
 
 
 def test_recovery_believes_no_number(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (copied / "optuna_study.db").unlink()
     (copied / "trial_999999999").mkdir()
     left = snapshot(copied)
     assert main(["--recover", "--checkpoint_dir", str(copied)]) == 2

@@ -27,7 +27,8 @@ def write_whole(
     before the name does, and the name before this returns.
     """
     # Several hosts may write to one directory, and have processes of the same number.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    own = f"{socket.gethostname()}.{os.getpid()}.{os.urandom(3).hex()}"  # containers share both
+    temporary = path.with_name(f".{path.name}.{own}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

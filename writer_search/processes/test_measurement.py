@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data import LineSet
-from writer_search.common.errors import UserError
+from writer_search.common.errors import UserError, why
 from writer_search.common.files import read_dict, write_json
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
@@ -76,7 +76,10 @@ def _seen_from(checkpoint_dir: Path, directory: Path) -> str:
 
 def _ask(question: TestQuestion, stop: StopSignals) -> tuple[str, dict[str, Any]]:
     """Let a child process measure; a signal ends it."""
-    child = ChildProcess("writer_search.processes.child:measure_on_test", question)
+    try:
+        child = ChildProcess("writer_search.processes.child:measure_on_test", question)
+    except OSError as error:
+        return "failed", {"cause": f"did not start: {why(error)}"}
     message = None
     try:
         while message is None and stop.name is None:

@@ -26,6 +26,7 @@ from writer_search.common.text import one_line
 from writer_search.results.rows import Row, best_row, count_states
 
 LIMIT_SECONDS = 60.0  # a command that runs longer is ended
+KILL_SECONDS = 1.0  # that a killed command has to be gone
 LAST_SECONDS = 10.0  # so long the end of a search waits for what still runs
 AT_ONCE = 8  # a command that hangs must not fill the machine
 LAST = "search"  # the event at a search's end, which is always told
@@ -93,9 +94,13 @@ class Events:
             self._calls.remove(call)
             with call.errors:
                 if code is None:
-                    os.killpg(call.process.pid, signal.SIGKILL)  # what it has started, too
-                    call.process.wait()
-                    self._warn(call.event, "took too long and was ended")
+                    # What it has started, too; another user's process cannot be ended.
+                    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                        os.killpg(call.process.pid, signal.SIGKILL)
+                        call.process.wait(KILL_SECONDS)
+                    ended = call.process.poll() is not None
+                    how = "was ended" if ended else "cannot be ended"
+                    self._warn(call.event, f"took too long and {how}")
                 elif code:
                     call.errors.seek(0)
                     said = call.errors.read()[-1000:].decode(errors="replace").strip()

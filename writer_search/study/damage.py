@@ -43,6 +43,12 @@ def trial_directories(checkpoint_dir: Path) -> list[int]:
     return [number for number in numbers if trial_dir(checkpoint_dir, number).name in names]
 
 
+def _is_own(directory: Path, number: int) -> bool:
+    """Tell whether a directory may be that trial's: neither empty, nor a copy of another's."""
+    records = (read_signed(directory / name) for name in ("config.json", "trial.json"))
+    return {r.get("number", number) for r in records} == {number} and any(directory.iterdir())
+
+
 def settings_in(directory: Path) -> dict[str, Any] | None:
     """Read the study's settings in a trial's config.json."""
     settings = read_signed(directory / "config.json").get("settings")
@@ -88,7 +94,7 @@ def find_damage(checkpoint_dir: Path) -> str | None:
         return f"is damaged ({one_line(error)})"
     if problem:
         return f"is damaged ({one_line(problem)})"
-    lacking = [number for number in numbers if number not in known]
+    lacking = [n for n in numbers if n not in known and _is_own(trial_dir(checkpoint_dir, n), n)]
     if lacking:
         return f"lacks {counted(len(lacking), 'trial')} with a directory, first trial {lacking[0]}"
     return None

@@ -132,6 +132,8 @@ def _from_record(record: dict[str, Any], number: int) -> FrozenTrial:
 def _from_config(directory: Path, number: int) -> FrozenTrial:
     """Rebuild a trial that had not been told: finished, or cut off."""
     config = read_signed(directory / "config.json")
+    if config.get("number", number) != number:
+        raise ValueError("a copy of another trial's directory")
     value = finished_value(directory)
     history = read_history(directory)
     measured = {"epochs": len(history), SECONDS: trained_seconds(history)}
