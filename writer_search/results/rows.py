@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -111,16 +111,15 @@ def count_complete(rows: Iterable[Row]) -> int:
     return sum(row.state == "COMPLETE" for row in rows)
 
 
-def best_row(rows: Sequence[Row]) -> Row | None:
-    """Give the complete trial with the highest value, the earliest of equals."""
-    complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
-    return max(complete, key=lambda row: (row.value, -row.number), default=None)
-
-
 def best_first(rows: Iterable[Row]) -> list[Row]:
     """Give the complete trials, the best first, the earliest of equals before."""
     complete = [row for row in rows if row.state == "COMPLETE" and row.value is not None]
     return sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))
+
+
+def best_row(rows: Iterable[Row]) -> Row | None:
+    """Give the complete trial with the highest value, the earliest of equals."""
+    return next(iter(best_first(rows)), None)
 
 
 # ----------------------------------------------------------------------------- reading a database

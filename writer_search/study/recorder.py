@@ -20,12 +20,7 @@ from writer_search.results.estimate import BEFORE
 from writer_search.results.events import Events, trial_event
 from writer_search.results.progress import Progress
 from writer_search.results.report import ReportPage
-from writer_search.results.rows import (
-    SECONDS,
-    Row,
-    count_complete,
-    trial_dir,
-)
+from writer_search.results.rows import SECONDS, Row, count_complete, trial_dir
 from writer_search.results.tables import SummaryFiles
 from writer_search.study.records import write_error_log, write_record
 from writer_search.study.supplies import Supply

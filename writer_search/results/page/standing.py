@@ -188,9 +188,9 @@ def _confirmation(shown: Snapshot) -> str:
 def _test(shown: Snapshot) -> str:
     """Show what the chosen model was measured at on the test lines, where it was."""
     found = read_dict(shown.checkpoint_dir / "summary/test_metrics.json")
-    chosen = chosen_model(shown.checkpoint_dir, shown.rows)
     try:
         lines = describe(found)
+        chosen = chosen_model(shown.checkpoint_dir, shown.rows)
         if chosen is not None and chosen.trial != found["trial"]:
             lines.append(
                 f"  That was an earlier choice; now it is {chosen.name}, not measured yet."

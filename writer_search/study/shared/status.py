@@ -32,8 +32,10 @@ def shared_status(study: optuna.Study, where: str, checkpoint_dir: Path | None) 
     left = None
     if running:
         timed = {
-            n: unbroken(one.epoch, epochs_before(trials, trials[n]), one.epoch_seconds)
-            for n, one in ((one.number, one) for one in running)
+            one.number: unbroken(
+                one.epoch, epochs_before(trials, trials[one.number]), one.epoch_seconds
+            )
+            for one in running
         }
         to_start = max(0, (n_trials or 0) - len(running) - count_complete(rows))
         left = recorded_left(rows, timed, to_start, len(running), settings)

@@ -123,10 +123,15 @@ def _open_database(url: str) -> RDBStorage:
 
 def _may_be_a_race(error: BaseException) -> bool:
     """Tell what others that make the tables or begin at this moment may have caused."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    cause = _unwrapped(error)
     return not isinstance(cause, exc.OperationalError) or any(
         words in str(cause) for words in PASSING
     )
+
+
+def _unwrapped(error: BaseException) -> BaseException | None:
+    """Give SQLAlchemy's error, which Optuna wraps in one of its own."""
+    return error.__cause__ if isinstance(error, StorageInternalError) else error
 
 
 # ---------------------------------------------------------------------------------------- patience
@@ -192,7 +197,7 @@ class PatientStorage:
 
 def is_outage(error: BaseException) -> bool:
     """Tell an error that says nothing but that the server did not answer."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    cause = _unwrapped(error)
     if isinstance(cause, (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)):
         return True
     if isinstance(cause, exc.PendingRollbackError):  # the connection broke within a transaction
