@@ -21,7 +21,7 @@ from data import LineSet
 from train import main, train
 from writer_search.config import TrialConfig
 from writer_search.training import prediction
-from writer_search.training.checkpoints import load_model
+from writer_search.training.checkpoints import load_for_prediction, load_model
 from writer_search.training.outcomes import Stopped
 from writer_search.training.prediction import predict
 
@@ -161,6 +161,16 @@ def test_images_that_cannot_be_read_are_named(
     code, found, problems = predicted(capfd, page / "broken.png", *model)
     assert (code, found) == (2, None)
     assert problems.splitlines()[-1] == "error: --predict: no image could be read"
+
+
+def test_threshold_of_an_earlier_version_that_marked_nothing_is_not_known(
+    trial: Path, tmp_path: Path
+) -> None:
+    saved = torch.load(trial / "best_model.pth", weights_only=True)
+    for sure_from, known in ((0.0, None), (0.6, 0.6)):
+        saved["metrics"]["sure_from"] = sure_from
+        torch.save(saved, tmp_path / "model.pth")
+        assert load_for_prediction(tmp_path / "model.pth")[3] == known
 
 
 def test_directory_that_cannot_be_read_costs_no_other(

@@ -324,7 +324,7 @@ def test_best_trial_of_another_machine_is_named_where_it_is(
     assert f"Model: {model} (it is not there)" in closing_lines(own, [row], 1, {})
     stale = own / "summary" / "best_model.pth"
     stale.write_text("of a trial that was best")
-    said = f"Model: {model} (it is not there; {stale} is another trial's)"
+    said = f"Model: {model} (it is not there; {stale} may be another trial's)"
     assert said in closing_lines(own, [row], 1, {})
 
 

@@ -206,7 +206,7 @@ def _model_line(checkpoint_dir: Path, rows: Sequence[Row], copy: Path | None) ->
     if path.exists():
         return f"Model{whose}: {path}"
     stale = best_copy(checkpoint_dir)
-    other = f"; {stale} is another trial's" if stale.exists() else ""
+    other = f"; {stale} may be another trial's" if stale.exists() else ""
     return f"Model{whose}: {path} (it is not there{other})"
 
 

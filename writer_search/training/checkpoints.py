@@ -321,7 +321,8 @@ def load_for_prediction(
         raise UserError(f"{path} is not a model of this program: {one_line(error, 150)}") from None
     metrics = saved.get("metrics")
     sure_from = metrics.get("sure_from") if isinstance(metrics, dict) else None
-    is_known = isinstance(sure_from, float) and 0 <= sure_from <= NEVER
+    # 0 is an earlier version's word for "everywhere", also far below all that was validated.
+    is_known = isinstance(sure_from, float) and 0 < sure_from <= NEVER
     model = model.to(memory_format=torch.channels_last).eval()
     return model, config, writers, sure_from if is_known else None
 
