@@ -22,6 +22,7 @@ from optuna.trial import TrialState, create_trial
 
 from hyperparameter_search import main
 from writer_search.common import locks
+from writer_search.common.errors import UserError
 from writer_search.processes import runner as runner_module
 from writer_search.processes import running as running_module
 from writer_search.processes.messages import Job
@@ -700,6 +701,13 @@ def test_second_search_in_one_directory_is_refused(
     with locks.DirectoryLock(tmp_path / "c"):
         assert run() == 2
         assert f"in use by another search (pid {os.getpid()} on " in capfd.readouterr().err
+        (tmp_path / "c" / "search.lock").unlink()  # somebody tidied up
+        assert run() == 2
+        assert "in use by another search (its search.lock was removed)" in capfd.readouterr().err
+        with pytest.raises(UserError, match="in use by another search"):
+            locks.DirectoryLock(tmp_path / "c").__enter__()
+        with pytest.raises(UserError, match="in use by another search"):
+            locks.SharedLock(tmp_path / "c").__enter__()
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["search.lock"]
     assert run(n_trials="1") == 0
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -26,25 +27,20 @@ class DirectoryLock:
     """An exclusive lock on a directory, held while the `with` block runs.
 
     Its file says who holds it (pid, host, start). The kernel drops the lock with the process,
-    however that ends, so that a lock found free means that the last holder is dead. The descriptor
-    is not inherited by programs that this process starts.
+    however that ends, so that a lock found free means that the last holder is dead. The descriptors
+    are not inherited by programs that this process starts.
     Raises UserError, naming the holder, when another process holds it.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / "search.lock"
-        self._descriptor: int | None = None
+        self._directory = directory
+        self._descriptors: list[int] = []
 
     def __enter__(self) -> DirectoryLock:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _try_lock(descriptor):
-            os.close(descriptor)
-            raise _in_use(self.path)
-        os.ftruncate(descriptor, 0)
+        self._descriptors = _take(self._directory, fcntl.LOCK_EX)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         holder = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n"
-        os.pwrite(descriptor, holder.encode(), 0)
-        self._descriptor = descriptor
+        _write(self._descriptors[0], holder)
         return self
 
     def __exit__(
@@ -53,8 +49,8 @@ class DirectoryLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
 
 
 class SharedLock:
@@ -66,19 +62,15 @@ class SharedLock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._common = directory / "search.lock"
+        self._directory = directory
         name = f"search-{socket.gethostname()}-{os.getpid()}-{os.urandom(3).hex()}.lock"
         self.path: Path | None = directory / name
         self._descriptors: list[int] = []
 
     def __enter__(self) -> SharedLock:
         assert self.path is not None
-        common = os.open(self._common, os.O_RDWR | os.O_CREAT, 0o666)
-        self._descriptors.append(common)
-        if not _try_lock(common, fcntl.LOCK_SH):
-            os.close(self._descriptors.pop())
-            raise _in_use(self._common)
-        os.pwrite(common, b"searches with --storage\n", 0)
+        self._descriptors = _take(self._directory, fcntl.LOCK_SH)
+        _write(self._descriptors[0], "searches with --storage\n")
         own = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         self._descriptors.append(own)
         try:
@@ -96,10 +88,10 @@ class SharedLock:
 
 
 @contextmanager
-def builder_lock(path: Path) -> Iterator[bool]:
+def builder_lock(path: Path) -> Iterator[None]:
     """Let one process build something while others wait; a dead one's lock is free at once.
 
-    Gives False on a file system without locks: then several may build the same. Raises OSError.
+    On a file system without locks several may build the same. Raises OSError.
     """
     while True:
         with open(path, "wb") as file:
@@ -113,7 +105,7 @@ def builder_lock(path: Path) -> Iterator[bool]:
             if is_alone and not _has_name(file, path):
                 continue  # whoever held it has removed it meanwhile
             try:
-                yield is_alone
+                yield
             finally:
                 path.unlink(missing_ok=True)
             return
@@ -129,17 +121,7 @@ def _has_name(file: IO[bytes], path: Path) -> bool:
 
 def holder_is_dead(lock: Path) -> bool:
     """Tell whether the process that made a lock file on this host has ended; changes nothing."""
-    try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except OSError:
-        return False  # another host's, or another container's: nobody can tell
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+    return _is_held(lock) is False
 
 
 def remove_dead_locks(directory: Path) -> None:
@@ -152,18 +134,52 @@ def remove_dead_locks(directory: Path) -> None:
 def refuse_if_in_use(directory: Path) -> None:
     """Raise UserError when another process holds the directory's lock; changes nothing."""
     if is_locked(directory):
-        raise _in_use(directory / "search.lock")
+        raise _in_use(directory)
 
 
-def _in_use(path: Path) -> UserError:
-    holder = one_line(path.read_text(errors="replace"))
+def is_locked(directory: Path) -> bool:
+    """Tell whether some process holds the directory's lock; changes nothing."""
+    return any(map(_is_held, _what_is_locked(directory)))
+
+
+def _in_use(directory: Path) -> UserError:
+    lock = directory / "search.lock"
+    holder = one_line(lock.read_text(errors="replace")) if lock.exists() else ""
     return UserError(
-        f"{path.parent} is in use by another search ({holder}); "
+        f"{directory} is in use by another search ({holder or 'its search.lock was removed'}); "
         "wait for it, stop it, or give another --checkpoint_dir"
     )
 
 
-def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX, seconds: float = 0.5) -> bool:
+def _what_is_locked(directory: Path) -> tuple[Path, Path]:
+    """Give the file that a directory's lock is on, and what holds where somebody removes that.
+
+    On a network file system a lock on a directory reaches no other host.
+    """
+    return directory / "search.lock", directory
+
+
+def _take(directory: Path, kind: int) -> list[int]:
+    """Lock a directory; gives the descriptors that hold the lock, that of its file first."""
+    file, itself = _what_is_locked(directory)
+    descriptors = [os.open(file, os.O_RDWR | os.O_CREAT, 0o666)]
+    try:
+        descriptors.append(os.open(itself, os.O_RDONLY))
+        if all(_try_lock(descriptor, kind) for descriptor in descriptors):
+            return descriptors
+        raise _in_use(directory)
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def _write(descriptor: int, holder: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, holder.encode(), 0)
+
+
+def _try_lock(descriptor: int, kind: int, seconds: float = 0.5) -> bool:
     """Try for a moment: `is_locked` of another process may hold the lock for microseconds."""
     deadline = time.monotonic() + seconds
     while True:
@@ -175,26 +191,27 @@ def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX, seconds: float = 0.5) 
                 return False
             time.sleep(0.05)
         except OSError as error:  # some network file systems have no locks
-            print(
-                f"warning: this file system has no locks ({one_line(error)}): "
-                "make sure that one search alone uses the directory",
-                file=sys.stderr,
-            )
+            if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                print(
+                    f"warning: this file system has no locks ({one_line(error)}): "
+                    "make sure that one search alone uses the directory",
+                    file=sys.stderr,
+                )
             return True
 
 
-def is_locked(directory: Path) -> bool:
-    """Tell whether some process holds the directory's lock; changes nothing."""
+def _is_held(path: Path) -> bool | None:
+    """Tell whether some process holds a lock; None where nobody can tell."""
     try:
-        descriptor = os.open(directory / "search.lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return False
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # there is none, or it is another host's or container's
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no locks on this file system: nobody can tell
-        return False
+    except OSError:  # no locks on this file system
+        return None
     finally:
         os.close(descriptor)
     return False
