@@ -24,7 +24,9 @@ from writer_search.config import TrialConfig
 from writer_search.processes import fork_server, messages, parent
 from writer_search.processes import runner as runner_module
 from writer_search.processes.devices import refuse_other_kind
+from writer_search.results.rows import read_database
 from writer_search.study import preparation
+from writer_search.study.damage import find_damage
 from writer_search.study.store import open_study
 from writer_search.training import optimisation
 
@@ -327,6 +329,24 @@ def test_path_that_no_database_opens_is_refused_before_anything_is_made(
     assert run(checkpoint_dir=str(tmp_path / "new" / fits.relative_to(tmp_path))) == 2
     assert "give a shorter one" in capfd.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [os.fsdecode(b"caf\xe9"), "file:x", "a b?c#d%20"],
+    ids=["not UTF-8", "like a URI", "to be quoted"],
+)
+def test_study_lives_in_a_directory_of_any_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = Path(name)
+    directory.mkdir()
+    open_study(directory).enqueue_trial({"dropout": 0.5})
+    open_study(directory)
+    assert find_damage(directory) is None
+    assert len(read_database(directory / "optuna_study.db").trials) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,16 @@ def opened(database: Path) -> Iterator[sqlite3.Connection]:
             for file in (database, journal):
                 if file.exists():
                     shutil.copy(file, directory / file.name)
-            connection = stack.enter_context(closing(sqlite3.connect(directory / database.name)))
+            connection = stack.enter_context(closing(connect(directory / database.name)))
         yield connection
+
+
+def connect(database: Path) -> sqlite3.Connection:
+    """Open a database for writing. Others may read, a dashboard may even hold it for a moment.
+
+    By its absolute path: to SQLite a relative one may be a URI, `file:x/optuna_study.db`.
+    """
+    return sqlite3.connect(database.absolute(), timeout=60, check_same_thread=False)
 
 
 def _quoted(path: Path) -> str:

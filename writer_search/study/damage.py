@@ -17,7 +17,7 @@ from typing import Any
 from writer_search.common.errors import UserError
 from writer_search.common.files import read_signed
 from writer_search.common.text import counted, one_line
-from writer_search.results.rows import DATABASE, opened, trial_dir
+from writer_search.results.rows import DATABASE, connect, opened, trial_dir
 
 MAGIC = b"SQLite format 3\0"
 # SQLite's codes for what the system keeps from being written; the database itself is whole.
@@ -128,6 +128,6 @@ def _head(database: Path) -> bytes:
 
 def _check(database: Path) -> str | None:
     """Run SQLite's own check. Opened for writing, so that a killed writer's journal is undone."""
-    with closing(sqlite3.connect(database, timeout=60)) as connection:
+    with closing(connect(database)) as connection:
         (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     return None if answer == "ok" else str(answer)

@@ -6,18 +6,18 @@ Only the search process touches the study, and only under the directory's lock.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.study import StudyDirection
-from sqlalchemy.engine import URL
 
 from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError, root_of
 from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
-from writer_search.results.rows import DATABASE, OtherVersionError
+from writer_search.results.rows import DATABASE, OtherVersionError, connect
 from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import is_unwritable
 from writer_search.study.value_column import add_value_column
@@ -46,9 +46,8 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
     database = checkpoint_dir / DATABASE
     try:
         storage = optuna.storages.RDBStorage(
-            str(URL.create("sqlite", database=str(database))),
-            # Others may read, and a dashboard may even hold the file for a moment.
-            engine_kwargs={"connect_args": {"timeout": 60}},
+            f"sqlite:///{DATABASE}",  # its place is in `creator`: a URL cannot name every path
+            engine_kwargs={"creator": partial(connect, database)},
         )
         study = optuna.create_study(
             study_name=STUDY_NAME,

@@ -10,6 +10,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from writer_search.results.rows import connect
+
 VALUE = (
     "(SELECT v.value FROM trial_values v WHERE v.trial_id = trials.trial_id ORDER BY v.objective)"
 )
@@ -29,7 +31,8 @@ def add_value_column(database: Path) -> None:
 
     An upgrade by Optuna that builds the table anew drops triggers: they are made again then.
     """
-    with closing(sqlite3.connect(database, timeout=60, isolation_level=None)) as connection:
+    with closing(connect(database)) as connection:
+        connection.isolation_level = None  # transactions as they are written here
         if _is_kept(connection):
             return
         connection.execute("BEGIN IMMEDIATE")
