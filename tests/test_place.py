@@ -20,6 +20,7 @@ from test_search import Run, arguments, run, trials_of
 from data import LineSet
 from writer_search.common import files, place
 from writer_search.common.errors import UserError, place_errors_told
+from writer_search.common.provenance import git_state
 from writer_search.config import TrialConfig
 from writer_search.processes import fork_server, messages, parent
 from writer_search.processes import runner as runner_module
@@ -390,3 +391,27 @@ def test_model_of_bfloat16_predicts_in_what_the_device_has(
     used = optimisation.for_use_on(config, torch.device("cpu"))
     assert used.precision == ("bfloat16" if is_native else "float32")
     assert replace(used, precision="bfloat16") == config
+
+
+def test_commit_is_that_of_the_program_s_own_files(tmp_path: Path) -> None:
+    """Unpacked within the checkout of something else, it has none until it is added there."""
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    program = tmp_path / "program"
+    program.mkdir()
+    (program / "train.py").write_text("first")
+    unknown = {"git_commit": None, "git_dirty": None}
+    assert git_state(program) == unknown
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "something else")
+    assert git_state(program) == unknown
+    git("add", "program")
+    git("commit", "--quiet", "--message", "the program")
+    state = git_state(program)
+    assert len(state["git_commit"]) == 40
+    assert state["git_dirty"] is False
+    (program / "train.py").write_text("second")
+    assert git_state(program) == {**state, "git_dirty": True}

@@ -38,16 +38,23 @@ def pasted(command: Sequence[str]) -> str:
 
 
 def git_state(directory: Path) -> dict[str, Any]:
-    """Name a program's commit, and whether files differ from it; None outside of a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Name a program's commit, and whether files differ from it; None outside of a checkout.
+
+    A program that was unpacked within the checkout of something else is none of its files.
+    """
     try:
-        found = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=10)
-        commit = found.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    if not commit:
+        _git(directory, "ls-files", "--error-unmatch", "train.py")
+        commit = _git(directory, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
         return {"git_commit": None, "git_dirty": None}
     return {"git_commit": commit.removesuffix("-dirty"), "git_dirty": commit.endswith("-dirty")}
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    # The files may be another user's, as where a group shares them: this one runs them anyway.
+    command = ["git", "-C", str(directory), "-c", "safe.directory=*", *arguments]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return asked.stdout.strip()
 
 
 def processor() -> str:
