@@ -174,6 +174,7 @@ print(rebuild(directory).trials[0].datetime_start == study.trials[0].datetime_st
 """
 
 
+@pytest.mark.usefixtures("_own_zone")
 def test_hour_that_comes_twice_is_recorded_right(tmp_path: Path) -> None:
     """02:30 in Berlin for the second time: 01:30 UTC, and not 00:30."""
     done = subprocess.run(
@@ -184,6 +185,10 @@ def test_hour_that_comes_twice_is_recorded_right(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout == "True\n", done.stderr
+    os.environ["TZ"] = "Europe/Berlin"
+    time.tzset()
+    (row,) = read_status(tmp_path).rows
+    assert row.started == datetime(2026, 10, 25, 1, 30, tzinfo=UTC), "as --status reads it"
     record = read_json(tmp_path / "trial_000" / "trial.json")
     assert record["datetime_start"] == "2026-10-25T01:30:00+00:00"
     with closing(sqlite3.connect(tmp_path / "optuna_study.db")) as connection:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError
 from writer_search.common.text import one_line
 from writer_search.config import COHOG
@@ -147,6 +148,7 @@ def read_database(database: Path) -> Reading:
     from sqlalchemy.pool import StaticPool
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what is damaged is told by this program
+    count_in_utc()
     with closing(sqlite3.connect(":memory:", check_same_thread=False)) as memory:
         with opened(database) as connection:
             connection.backup(memory)
@@ -227,8 +229,8 @@ def rows_of(trials: Iterable[FrozenTrial]) -> list[Row]:
             trial.state.name,
             trial.value if trial.state.name == "COMPLETE" else None,
             trial.params,
-            _aware(trial.datetime_start),
-            _aware(trial.datetime_complete),
+            aware(trial.datetime_start),
+            aware(trial.datetime_complete),
             trial.user_attrs,
         )
         for trial in trials
@@ -236,8 +238,8 @@ def rows_of(trials: Iterable[FrozenTrial]) -> list[Row]:
     ]
 
 
-def _aware(naive_local: datetime | None) -> datetime | None:
-    """Optuna's trials carry naive local times."""
+def aware(naive_local: datetime | None) -> datetime | None:
+    """Give a time of Optuna's trials, which are naive and local, in UTC."""
     return naive_local.astimezone(UTC) if naive_local else None
 
 

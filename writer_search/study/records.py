@@ -14,7 +14,7 @@ from writer_search.common.clock import now
 from writer_search.common.files import read_json, write_signed, write_text
 from writer_search.processes.messages import Job
 from writer_search.processes.plan import Plan
-from writer_search.results.rows import STARTED_BY_CLOCK, trial_dir
+from writer_search.results.rows import STARTED_BY_CLOCK, aware, trial_dir
 
 
 def tell(
@@ -78,8 +78,8 @@ def distributions_of(trial: Trial | FrozenTrial) -> dict[str, str]:
 
 
 def _iso(naive_local: datetime | None) -> str | None:
-    """Optuna's trials carry naive local times."""
-    return naive_local.astimezone(UTC).isoformat() if naive_local else None
+    time = aware(naive_local)
+    return time.isoformat() if time else None
 
 
 def write_error_log(

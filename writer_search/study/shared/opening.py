@@ -15,14 +15,11 @@ from writer_search.common.errors import UserError
 from writer_search.common.files import read_json
 from writer_search.common.text import counted
 from writer_search.results.rows import trial_dir
-from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import trial_directories
 from writer_search.study.rebuilding import rebuild
 from writer_search.study.records import write_record
-from writer_search.study.shared.storage import (
-    find_study,
-    shown_url,
-)
+from writer_search.study.shared.storage import find_study, shown_url
+from writer_search.study.store import record_settings
 
 
 def open_shared(
@@ -35,11 +32,7 @@ def open_shared(
     """Open the study, and check that this search belongs to it. Raises UserError."""
     count_in_utc()
     study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
-    recorded = study.user_attrs.get("settings")
-    if recorded is None:  # whoever created the study has died since
-        study.set_user_attr("settings", settings)
-    else:
-        refuse_changes(recorded, settings, checkpoint_dir)
+    record_settings(study, settings, checkpoint_dir)  # its creator may have died before
     for trial in study.get_trials(deepcopy=False):
         directory = trial_dir(checkpoint_dir, trial.number)
         has_record = (directory / "trial.json").exists()

@@ -19,6 +19,7 @@ from optuna.study import StudyDirection
 from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 
+from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError, root_of
 from writer_search.common.signals import StopSignals
 from writer_search.common.text import one_line
@@ -212,6 +213,7 @@ def is_outage(error: BaseException) -> bool:
 
 def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
     """Open the study of that name; None when there is none."""
+    count_in_utc()
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
