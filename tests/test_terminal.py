@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,6 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-    def reconfigure(self, **_: Any) -> None:
-        pass
 
     @property
     def screen(self) -> list[str]:
@@ -92,6 +91,23 @@ def test_steps_are_told_with_their_times(
     assert re.fullmatch(r"importing torch \.\.\. \d\.\d s", second)
     assert re.fullmatch(r"measuring bfloat16 \.\.\. \d\.\d s", third)
     assert last == ""
+
+
+def test_stream_that_would_block_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program with the same end of a pipe or terminal may set it not to block."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4096)
+    with open(writing, "w") as stream, open(reading, "rb", buffering=0) as reader:
+        monkeypatch.setattr(sys, "stdout", output._Lasting(stream))
+        print("cut off, perhaps", flush=True)
+        while os.read(reader.fileno(), 4096) == b"x" * 4096:
+            if not select.select([reader], [], [], 0)[0]:
+                break
+        print("trial   1 | complete", flush=True)
+        assert reader.read(1000).endswith(b"trial   1 | complete\n")
 
 
 def test_steps_in_a_log_are_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,23 +18,27 @@ class _Lasting:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115
-        self._stream.reconfigure(errors="backslashreplace")  # file names may hold anything
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            self._stream.reconfigure(errors="backslashreplace")  # file names may hold anything
 
     def write(self, text: str) -> int:
         live.make_way()
         try:
             self._stream.write(text)
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._outlast(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._outlast(error)
 
-    def _give_up(self) -> None:
+    def _outlast(self, error: OSError) -> None:
+        if isinstance(error, BlockingIOError):  # as another program at the same end set it
+            os.set_blocking(self._stream.fileno(), True)
+            return
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -80,6 +80,7 @@ class StopSignals:
             if number == signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+                os._exit(128 + number)  # the first process of a container is spared by the kernel
         else:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
         if not self._deferring:
