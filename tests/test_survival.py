@@ -405,16 +405,29 @@ def test_accumulated_gradients_agree_with_plain_ones(
 def test_directory_that_is_no_trial_s_own_rewrites_no_database(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A copy of a trial, and an empty one: neither is a trial that the database has lost."""
+    """A copy of a trial, an empty one, notes: none is a trial that the database has lost.
+
+    They are moved out of the way of the trials to come, and told.
+    """
     assert run(n_trials="2") == 0
     directory = tmp_path / "c"
     before = trials_of(directory)
     shutil.copytree(directory / "trial_001", directory / "trial_007")
+    (directory / "trial_002").mkdir()
     (directory / "trial_009").mkdir()
+    (directory / "trial_009" / "notes.txt").write_text("to be looked at")
     assert run(n_trials="3") == 0
     assert trials_of(directory)[:2] == before
     assert [state for _, state, _ in trials_of(directory)] == ["COMPLETE"] * 3
-    assert "damaged" not in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "damaged" not in told
+    for number in (2, 7, 9):
+        (aside,) = directory.glob(f"trial_{number:03d}.stray-*")
+        assert (
+            f"trial_{number:03d} is no trial of this search: it was renamed to {aside.name}" in told
+        )
+    assert (aside / "notes.txt").exists()
+    shutil.copytree(directory / "trial_001", directory / "trial_007")
     # Nor does a copy count where the database has to be rebuilt.
     (directory / DATABASE).unlink()
     assert run(n_trials="3") == 0

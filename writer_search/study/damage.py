@@ -44,9 +44,9 @@ def trial_directories(checkpoint_dir: Path) -> list[int]:
 
 
 def _is_own(directory: Path, number: int) -> bool:
-    """Tell whether a directory may be that trial's: neither empty, nor a copy of another's."""
-    records = (read_signed(directory / name) for name in ("config.json", "trial.json"))
-    return {r.get("number", number) for r in records} == {number} and any(directory.iterdir())
+    """Tell whether a directory may be that trial's: it has a record, and none is another's."""
+    records = [read_signed(directory / name) for name in ("config.json", "trial.json")]
+    return any(records) and all(r.get("number", number) == number for r in records)
 
 
 def settings_in(directory: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from writer_search.common.errors import UserError
 from writer_search.common.files import sync_directory
-from writer_search.results.rows import DATABASE, OtherVersionError
+from writer_search.results.rows import DATABASE, OtherVersionError, trial_dir
 from writer_search.study.changes import refuse_changes
 from writer_search.study.damage import find_damage, trial_directories
 from writer_search.study.rebuilding import Rebuilt, rebuild
@@ -66,9 +66,14 @@ def heal(checkpoint_dir: Path, settings: Mapping[str, Any]) -> list[str]:
 
 
 def open_healed(checkpoint_dir: Path, settings: Mapping[str, Any]) -> tuple[list[str], Study]:
-    """Heal as `heal` does, and open the study or create it: all trials are read but once."""
+    """Heal as `heal` does, and open the study or create it: all trials are read but once.
+
+    Directories that are in the way of trials to come are moved aside, with a warning.
+    """
     warnings, study = _healed(checkpoint_dir, settings)
-    return warnings, study or open_study(checkpoint_dir)
+    study = study or open_study(checkpoint_dir)
+    known = len(study.get_trials(deepcopy=False))
+    return warnings + _move_strays_aside(checkpoint_dir, known), study
 
 
 def _healed(checkpoint_dir: Path, settings: Mapping[str, Any]) -> tuple[list[str], Study | None]:
@@ -149,10 +154,24 @@ def remove_workplace(checkpoint_dir: Path) -> None:
         workplace.rmdir()
 
 
+def _move_strays_aside(checkpoint_dir: Path, known: int) -> list[str]:
+    """Rename what has the name of a trial that the study does not have, and nothing of one."""
+    warnings = []
+    for number in trial_directories(checkpoint_dir):
+        if number >= known:
+            stray = trial_dir(checkpoint_dir, number)
+            aside = stray.rename(f"{stray}.stray-{_stamp()}")
+            warnings.append(f"{stray} is no trial of this search: it was renamed to {aside.name}")
+    return warnings
+
+
+def _stamp() -> str:
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+
+
 def _move_aside(checkpoint_dir: Path) -> Path | None:
     database = checkpoint_dir / DATABASE
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    aside = checkpoint_dir / f"{DATABASE}.damaged-{stamp}"
+    aside = checkpoint_dir / f"{DATABASE}.damaged-{_stamp()}"
     was_there = database.exists()
     if was_there:
         os.replace(database, aside)
