@@ -25,7 +25,7 @@ from writer_search.results.confirmed import Candidate, describe, remove_other_we
 from writer_search.results.rows import Row, read_database
 from writer_search.results.status import read_status
 from writer_search.study import loop as loop_module
-from writer_search.study.confirm import Repeater, RepetitionSupply, candidates_of, seeds_of
+from writer_search.study.confirm import Repeater, candidates_of, seeds_of
 from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted
 from writer_search.training.checkpoints import load_model
@@ -187,7 +187,8 @@ def test_confirmation_that_was_killed_goes_on(
     real = getattr(loop_module.Search, method)
 
     def killed(search: Any, *arguments: Any) -> Any:
-        if isinstance(search.supply, RepetitionSupply) and search.complete == 1:
+        source = getattr(search.supply, "source", None)
+        if isinstance(source, Repeater) and search.complete == 1:
             if method == "start_next":
                 search.supply.next()  # asked for, and not started
             raise Killed

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import optuna
 from optuna.pruners import NopPruner
 from optuna.trial import Trial, TrialState, create_trial
 
 from writer_search.common.locks import DirectoryLock
-from writer_search.processes.plan import Plan
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.confirmed import Candidate
 from writer_search.results.rows import DATABASE, Row, best_first, count_complete, rows_of, state_of
 from writer_search.study.banner import RULE, describe_run
+from writer_search.study.draws import seed_of
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study, record_settings
 from writer_search.study.supplies import LocalSupply
@@ -35,13 +34,9 @@ SEED_WORD = 2**30  # keeps these seeds apart from those of draws
 def candidates_of(rows: Sequence[Row], top: int, seeds: int, seed: int) -> list[Candidate]:
     """Give the best configurations, best first. A seed depends on the trial and its number only."""
     return [
-        Candidate(row, tuple(_seed(seed, SEED_WORD, row.number, i) for i in range(seeds)))
+        Candidate(row, tuple(seed_of(seed, SEED_WORD, row.number, i) for i in range(seeds)))
         for row in best_first(rows)[:top]
     ]
-
-
-def _seed(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 class Repeater:
@@ -112,17 +107,6 @@ def seeds_of(rows: Sequence[Row], *states: str) -> set[int]:
 # ---------------------------------------------------------------------------------------- the run
 
 
-class RepetitionSupply(LocalSupply):
-    """Gives a confirmation's trials as a search's supply gives its own."""
-
-    def __init__(self, study: optuna.Study, plan: Plan, repeater: Repeater) -> None:
-        super().__init__(study, plan)
-        self._repeater = repeater
-
-    def _ask(self) -> Trial | None:
-        return self._repeater.ask(self.study)
-
-
 @dataclass(frozen=True)
 class Confirmation:
     """A confirmation after a run of it: its own search, and what it was to confirm."""
@@ -171,7 +155,7 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     print("\n".join(banner(directory, candidates, missing)), flush=True)
     for line in settled:
         print(line, flush=True)
-    supply = RepetitionSupply(study, own, repeater)
+    supply = LocalSupply(study, own, repeater)
     search = Search(own, finished.stop, supply, finished.page, finished.events, finished)
     search.run()
     runs_left = len(repeater.seeds - seeds_of(search.rows, "COMPLETE", "FAIL"))

@@ -144,7 +144,7 @@ class Drawer:
             params=drawn.params,
             distributions=drawn.distributions,
             user_attrs={
-                **{"draw": number, "seed": _seed(self._seed, number, 0, *self._salt)},
+                **{"draw": number, "seed": seed_of(self._seed, number, 0, *self._salt)},
                 # For who knows a trial by its parameters alone, which has none that is fixed.
                 **{n: v for n, v in self._space.fixed.items() if n == "backbone"},
             },
@@ -204,7 +204,7 @@ class Drawer:
     ) -> FrozenTrial:
         """Draw what the sampler gives, or what is given."""
         name = self._sampler if attempt < 5 else "random"  # a learning sampler may insist
-        sampler = make_sampler(name, _seed(self._seed, number, attempt, *self._salt))
+        sampler = make_sampler(name, seed_of(self._seed, number, attempt, *self._salt))
         if isinstance(sampler, TPESampler):
             # It remembers which trials it has seen; a new one would go through all at each draw.
             sampler._search_space = self._intersection
@@ -223,7 +223,8 @@ def params_key(params: Mapping[str, Any]) -> str:
     return json.dumps(params, sort_keys=True)
 
 
-def _seed(*words: int) -> int:
+def seed_of(*words: int) -> int:
+    """Derive a seed of 32 bits from numbers."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
@@ -233,7 +234,7 @@ def config_of(trial: Trial, space: Space, settings: Mapping[str, Any], seed: int
     is_network = values["backbone"] != COHOG
     return TrialConfig(
         # A trial that was enqueued by hand has no draw number.
-        seed=trial.user_attrs.get("seed", _seed(seed, 2**31 + trial.number)),
+        seed=trial.user_attrs.get("seed", seed_of(seed, 2**31 + trial.number)),
         epochs=settings["epochs"] if is_network else 1,
         patience=settings["patience"] if is_network else 1,
         pretrained=settings["weights"] == "imagenet" and is_network,

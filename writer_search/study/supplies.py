@@ -1,8 +1,7 @@
 """Where the loop has its trials from.
 
-A supply starts trials in a study and knows how many more there may be. There are three: of a local
-study (here), of a study that several machines share (`shared/supply.py`), and of a confirmation's
-repetitions (`confirm.py`).
+A supply starts trials in a study and knows how many more there may be. There are two: of a local
+study (here), and of a study that several machines share (`shared/supply.py`).
 """
 
 from __future__ import annotations
@@ -52,22 +51,29 @@ class Supply(Protocol):
         """Give when `tend` has something to do, by time.monotonic()."""
 
 
-class LocalSupply:
-    """Draws the trials of a study that this process alone writes."""
+class Source(Protocol):
+    """What gives a local study its next trial: draws, or the repetitions of a confirmation."""
 
-    def __init__(self, study: optuna.Study, plan: Plan) -> None:
+    def ask(self, study: optuna.Study) -> Trial | None:
+        """Start the next trial in the study; None when there is none."""
+
+
+class LocalSupply:
+    """Starts the trials of a study that this process alone writes."""
+
+    def __init__(self, study: optuna.Study, plan: Plan, source: Source | None = None) -> None:
+        """source: by default, draws from the plan's space."""
         self.study = study
-        self.drawer = Drawer(plan.space, plan.sampler, plan.seed)
-        self.drawer.first = len(study.get_trials(deepcopy=False))
+        if source is None:
+            source = drawer = Drawer(plan.space, plan.sampler, plan.seed)
+            drawer.first = len(study.get_trials(deepcopy=False))
+        self.source = source
         self.room = max(0, plan.n_trials - count_complete(self.rows()))
 
     def next(self) -> Trial | None:
-        trial = self._ask()
+        trial = self.source.ask(self.study)
         self.room = self.room - 1 if trial is not None else 0
         return trial
-
-    def _ask(self) -> Trial | None:
-        return self.drawer.ask(self.study)
 
     def is_done(self) -> bool:
         return True
