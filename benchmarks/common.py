@@ -58,13 +58,16 @@ def decoded(data_root: Path, cache_dir: Path, line_height: int) -> LineSet:
 
 def trial_config(device: str, backbone: str, **values: Any) -> TrialConfig:
     """Give the default trial of a device's tier, in the precision that trials have there."""
+    import torch
+
     from writer_search.processes.machine import _faster_precision
 
-    tier = "gpu" if device == "cuda" else "cpu"
-    if tier == "gpu":
-        values = {"line_height": 96, "crop_width": 512} | values
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if native else "float32"
+        values = {"line_height": 96, "crop_width": 512, "precision": precision} | values
     if "precision" not in values:
-        values["precision"] = _faster_precision(backbone, tier)
+        values["precision"] = _faster_precision(backbone)
     return TrialConfig(seed=0, epochs=1000, patience=1000, backbone=backbone, **values)
 
 

@@ -20,12 +20,7 @@ from writer_search.common.text import counted, one_line
 from writer_search.config import BACKBONES, PRECISIONS
 from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
-from writer_search.processes.messages import (
-    Gpu,
-    MachineQuestion,
-    Message,
-    obey_in_thread,
-)
+from writer_search.processes.messages import Gpu, MachineQuestion, Message, obey_in_thread
 from writer_search.space import BACKBONES_BY_TIER
 
 
@@ -115,9 +110,7 @@ def name_device(connection: Connection, entry: str) -> None:
 
 
 def _visible_gpus(device: str) -> list[str]:
-    """Give the entries of CUDA_VISIBLE_DEVICES that trials may use; none for the CPU."""
-    if device == "cpu":
-        return []
+    """Give the entries of CUDA_VISIBLE_DEVICES that trials may use."""
     count = torch.cuda.device_count()
     if count == 0:
         if device != "auto":
@@ -179,7 +172,7 @@ def _precision_here(
     unknown = [name for name, precision in found.items() if precision not in PRECISIONS]
     if unknown:
         begin("measuring bfloat16")
-        found |= {name: _faster_precision(name, "cpu") for name in unknown}
+        found |= {name: _faster_precision(name) for name in unknown}
         if question.memory is not None:
             with contextlib.suppress(OSError):  # then it is measured again next time
                 question.memory.parent.mkdir(parents=True, exist_ok=True)
@@ -189,15 +182,12 @@ def _precision_here(
     return {name: str(precision) for name, precision in found.items()}
 
 
-def _faster_precision(backbone: str, tier: str) -> str:
-    """Measure whether a backbone trains faster in bfloat16 here.
+def _faster_precision(backbone: str) -> str:
+    """Measure whether a backbone trains faster in bfloat16 on this CPU.
 
-    A GPU with native bfloat16 always does. On CPUs it ranges from twice as fast (with AVX-512 or
-    AMX units for it) to 14 times slower (an AMD EPYC without them), and depends on the backbone.
+    It ranges from twice as fast (with AVX-512 or AMX units for it) to 14 times slower (an AMD EPYC
+    without them), and depends on the backbone.
     """
-    if tier == "gpu":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if native else "float32"
     # A whole network would take minutes on a CPU that only emulates bfloat16. Sizes matter: a small
     # convolution measured slower where the networks made of it were 1.6 times as fast.
     convolution = torch.nn.Conv2d(64, 64, 3, padding=1)
