@@ -174,9 +174,11 @@ class GeneralizedMeanPool(nn.Module):
         self.power = nn.Parameter(torch.tensor(power))
 
     def forward(self, features: Tensor) -> Tensor:
-        positive = features.float().clamp(min=1e-6)  # powers overflow in bfloat16
-        pooled: Tensor = positive.pow(self.power).mean((2, 3)).pow(1 / self.power)
-        return pooled
+        positive = features.float().clamp(min=1e-6)
+        # As shares of each map's largest value no power of them is 0 or infinite in all places.
+        largest = positive.detach().amax((2, 3), keepdim=True)
+        shares: Tensor = (positive / largest).pow(self.power).mean((2, 3)).pow(1 / self.power)
+        return largest.flatten(1) * shares
 
 
 class AttentionPool(nn.Module):

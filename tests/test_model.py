@@ -181,6 +181,17 @@ def test_generalized_mean_goes_from_the_mean_to_the_maximum() -> None:
     assert (between < positive.amax((2, 3))).all()
 
 
+def test_learned_power_of_a_mean_may_grow() -> None:
+    """Also where a channel is dead: no gradient is lost, or no number."""
+    features = FEATURES.clone().requires_grad_()
+    pool = GeneralizedMeanPool(8, power=60.0)
+    pool(features * 100 * torch.arange(8.0)[:, None, None]).sum().backward()
+    for gradient in (features.grad, pool.power.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
 @torch.no_grad()
 def test_attention_starts_as_the_mean_and_can_choose() -> None:
     pool = AttentionPool(8)
