@@ -186,6 +186,32 @@ def test_fork_server_that_cannot_fork_ends_with_the_error() -> None:
     assert (done.returncode, done.stderr) == (fork_server.FORK_FAILED + errno.EAGAIN, b"")
 
 
+SEARCH_THAT_DIED = """
+import os, sys, types
+sys.modules["writer_search.processes.child"] = types.ModuleType("child")  # torch takes seconds
+os.environ["SEARCH_PID"] = str(os.getppid())
+import writer_search.processes.preload
+from multiprocessing import spawn
+for begun in (b"", b"\\x80\\x04\\x95"):
+    reading, writing = os.pipe()
+    os.write(writing, begun)
+    os.close(writing)
+    try:
+        spawn._main(reading, os.dup(reading))  # as the server's new child does
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+raise ValueError("to be told")
+"""
+
+
+def test_search_that_is_killed_as_a_process_starts_leaves_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SEARCH_THAT_DIED], cwd=HERE, capture_output=True, text=True
+    )
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("ValueError: to be told\n")
+
+
 LATER_IMPORT = """
 import os, sys, types
 sys.modules["writer_search.processes.child"] = types.ModuleType("child")  # torch takes seconds

@@ -4,7 +4,10 @@ import contextlib
 import ctypes
 import gc
 import os
+import pickle
 import signal
+import sys
+from types import TracebackType
 
 import __main__
 
@@ -38,6 +41,12 @@ def fork_or_tell() -> int:
         raise
 
 
+def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, but not of a message that ends within: the search died as it sent it."""
+    if not issubclass(kind, EOFError | pickle.UnpicklingError):
+        sys.__excepthook__(kind, error, trace)
+
+
 def import_torchvision(*_: object) -> None:
     """Import it for trials to come, when the search says so.
 
@@ -48,6 +57,7 @@ def import_torchvision(*_: object) -> None:
 
 
 os.fork = fork_or_tell
+sys.excepthook = tell
 signal.signal(IMPORT_TORCHVISION, import_torchvision)
 
 from writer_search.processes import child  # noqa: E402, F401  (with torch; touches no device)
