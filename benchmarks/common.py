@@ -58,17 +58,23 @@ def decoded(data_root: Path, cache_dir: Path, line_height: int) -> LineSet:
 
 def trial_config(device: str, backbone: str, **values: Any) -> TrialConfig:
     """Give the default trial of a device's tier, in the precision that trials have there."""
-    import torch
-
     from writer_search.processes.machine import _faster_precision
+    from writer_search.space import default_space
 
     if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if native else "float32"
-        values = {"line_height": 96, "crop_width": 512, "precision": precision} | values
+        fixed = default_space("gpu", pretrained=False).fixed
+        values = {n: fixed[n] for n in ("line_height", "crop_width", "batch_size")} | values
     if "precision" not in values:
-        values["precision"] = _faster_precision(backbone)
+        values["precision"] = gpu_precision() if device == "cuda" else _faster_precision(backbone)
     return TrialConfig(seed=0, epochs=1000, patience=1000, backbone=backbone, **values)
+
+
+def gpu_precision() -> str:
+    """Give what trials compute in on this process's GPU, which it opens for that."""
+    import torch
+
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
 
 
 def devices() -> list[str]:

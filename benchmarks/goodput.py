@@ -121,7 +121,7 @@ def installed(names: Sequence[str]) -> tuple[list[Contestant], dict[str, str]]:
 
 
 def measure(run: Run, steps: int, undisturbed: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Come from a run to its figures, and to what later runs are compared with."""
+    """Compute a run's figures, and what later runs are compared with."""
     rates = run.job.learning_rates
     recorded = [(rates[number], value) for number, value in run.results]
     marks = run.marks()
@@ -217,15 +217,17 @@ def tell(rows: Sequence[Mapping[str, Any]]) -> None:
             notes = dict.fromkeys(row[key] for row in own for key in ("person", "gave_up"))
             cells = [cell([row[key] for row in own]) for key in COLUMNS]
             table.append([name, *cells, "; ".join(filter(None, notes)) or "nothing"])
-        print_table(fault, ["", *COLUMNS.values(), "what a person had to do"], table)
+        header = ["", *COLUMNS.values(), "what a person had to do, or why it was given up"]
+        print_table(fault, header, table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     able, versions = installed(args.contestants.split(","))
     with line_images(args) as (root, _), tempfile.TemporaryDirectory() as temporary:
-        place = args.keep or Path(temporary)
+        place = (args.keep or Path(temporary)).resolve()
         place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place / "lines", ignore_errors=True)  # an earlier command's may be more
         linked = link_some_lines(root, place / "lines", args.lines)
         rates = LEARNING_RATES[: args.configurations]
         job = Job(args.epochs, str(place / "lines"), str(place / "cache"), learning_rates=rates)

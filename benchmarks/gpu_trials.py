@@ -83,7 +83,7 @@ def kill_and_continue(setting: Setting) -> Found:
     difference is told, beside that of two trials that were not killed. Of `tiny`, whose operations
     all have a deterministic form.
     """
-    value: dict[str, Any] = {}
+    value: dict[str, Any] = {"went_on_at": []}
     for name, is_alike in (("deterministic", True), ("default", False)):
         whole, again, killed = (setting.work / name / kind for kind in ("whole", "again", "killed"))
         run_part(Part(setting, whole, is_alike))
@@ -93,8 +93,9 @@ def kill_and_continue(setting: Setting) -> Found:
         if not is_alike:
             run_part(Part(setting, again, is_alike))
             value["default_unbroken"] = difference(final_weights(again), final_weights(whole))
-        value["went_on_at"] = [float(line) for line in (killed / "began").read_text().split()][1:]
-    goes_on = all(n < at < n + 1 for n, at in enumerate(value["went_on_at"], 1))
+        began = [float(line) for line in (killed / "began").read_text().split()]
+        value["went_on_at"].append(began[1:])
+    goes_on = all(len(at) == 2 and 1 < at[0] < 2 < at[1] < 3 for at in value["went_on_at"])
     return Found(value["deterministic"] == 0 and goes_on, value, 0)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,9 +35,9 @@ journal = open(os.environ["GOODPUT_JOURNAL"], "a")
 for number, rate in enumerate(job["learning_rates"]):
     for epoch in range(done.count(number), job["epochs"]):
         for kind in ("begin", "step", "validation"):
+            time.sleep(0.03)
             words = time.monotonic(), os.environ["GOODPUT_LAUNCH"], os.getpid(), rate, kind, epoch
             print(*words, 1.0, file=journal, flush=True)
-            time.sleep(0.03)
         done.append(number)
         state.with_suffix(".tmp").write_text(json.dumps(done))
         state.with_suffix(".tmp").replace(state)
@@ -108,6 +109,22 @@ def test_lost_never_and_twice() -> None:
     assert found.twice == 2
 
 
+def test_saving_is_no_training() -> None:
+    journal = Journal()
+    journal.launch((0.1, 0, 4), (0.2, 0, 4))
+    counted, last = journal.figures(RECORDED).counted, journal.marks[-2]
+    journal.marks.insert(-1, replace(last, time=last.time + 0.25, kind="saved"))
+    assert journal.figures(RECORDED).counted == counted - 0.25
+
+
+def test_a_command_that_finds_all_done_ends_by_itself() -> None:
+    journal = Journal()
+    journal.launch((0.1, 0, 4), (0.2, 0, 4))
+    journal.now += 100.0  # somebody came back
+    journal.launch()
+    assert journal.figures(RECORDED).ending == 1.5
+
+
 def test_a_validation_done_again_is_no_second_training() -> None:
     journal = Journal()
     journal.launch((0.1, 0, 4), (0.2, 0, 4))
@@ -138,14 +155,16 @@ def test_the_journal_is_written_and_read(tmp_path: Path, monkeypatch: pytest.Mon
         train_epoch=lambda state, config: [train.training_step(state, config)],
         training_step=lambda state, config: "the loss",
         validate=lambda state, config: SimpleNamespace(loss=0.1 + 0.2),
+        Checkpoints=type("Checkpoints", (), {"_config": config, "save": lambda *_: None}),
     )
     runpy.run_path(str(hook))["_watch"](train)
     assert train.train_epoch(state, config) == ["the loss"]
+    train.Checkpoints().save()
     train.validate(state, config)
     with journal.open("a") as file:
         file.write("12.5 7.0 1 0.002 st")  # a kill
     marks = read_marks(journal.read_text())
-    assert [mark.kind for mark in marks] == ["begin", "step", "validation"]
+    assert [mark.kind for mark in marks] == ["begin", "step", "saved", "validation"]
     assert {(mark.launch, mark.pid, mark.configuration) for mark in marks} == {
         ("7.0", os.getpid(), 0.002)
     }
@@ -169,6 +188,22 @@ def test_a_killed_command_is_started_again(tmp_path: Path, monkeypatch: pytest.M
     assert (run.kills, len(run.launches), run.left, run.person) == (1, 2, 0, [])
     assert 0 < found["goodput"] < 1
     assert (found["lost"], found["twice"], found["never"]) == (0, 0, 0)
+
+
+def test_a_run_that_is_given_up_has_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Job(3, "", "", learning_rates=RATES).write(tmp_path / "job.json")
+    run = runs.Run(CONTESTANTS["default"], None, tmp_path / "job.json", tmp_path, 60)
+
+    def launch() -> bool:
+        run.results, run.gave_up = [(0, 0.5)], "not done after 60 s"  # those of an earlier look
+        return False
+
+    monkeypatch.setattr(run, "_launch", launch)
+    monkeypatch.setattr(run, "_read_results", lambda: run.results.append((1, 0.5)))
+    run.go()
+    assert run.results == [(0, 0.5), (1, 0.5)]
 
 
 def test_the_same_command_repeats_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Those that `benchmarks.goodput` compares: each as its own documentation has it.
+"""The programs that `benchmarks.goodput` compares, each used as its documentation says.
 
 All train with the pieces of `train.py`; what differs is who starts trials, keeps their states and
 goes on after a kill. A contestant is a command that is run again and again until it has a result

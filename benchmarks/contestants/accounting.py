@@ -1,4 +1,4 @@
-"""From a run's journal to its figures. Pure: no process, no clock.
+"""Computes a run's figures from its journal. Pure: no process, no clock.
 
 The journal has a line for each step and each validation that any process has done (see
 `journal/sitecustomize.py`). A step counts once: its last execution, if its configuration has a
@@ -17,7 +17,7 @@ from statistics import median
 class Mark:
     """A line of the journal.   time: seconds of the machine's monotonic clock
 
-    kind: "begin" (of an epoch, or of the rest of one), "step" or "validation" (done).
+    kind: "begin" (of an epoch, or of the rest of one), "step", "validation" or "saved" (done).
     number: of the step over all epochs, or of the epoch, both from 0.   loss: of a validation
     """
 
@@ -63,8 +63,8 @@ class Figures:
     epochs_again: steps done more often than once, in epochs.   lost: configurations that were
     trained to their end and have no result.   never: others without one.   twice: those with two
     results, or that were trained on after their end.   first_batch: seconds from the command to it,
-    the median of all starts.   ending: seconds from the last validation to the end
-    of a command that has all results.
+    the median of all starts.   ending: seconds from the last validation, or from the start where
+    nothing was left to train, to the end of a command that has all results.
     """
 
     wall: float
@@ -103,7 +103,7 @@ def work_done(marks: Iterable[Mark]) -> list[Work]:
     done = []
     for mark in marks:
         process = (mark.launch, mark.pid)
-        if mark.kind != "begin" and process in before:
+        if mark.kind in ("step", "validation") and process in before:
             done.append(Work(mark, mark.time - before[process]))
         before[process] = mark.time
     return done
@@ -130,7 +130,7 @@ def account(
     steps: int,
     undisturbed: tuple[float, Mapping[float, tuple[float, float | None]]] | None = None,
 ) -> Figures:
-    """Come from a run to its figures.
+    """Compute a run's figures.
 
     recorded: the results at the end, (configuration, value).   steps: of an epoch.
     undisturbed: the wall time and the `outcome` of the run without a fault.
@@ -157,8 +157,12 @@ def account(
         changed=_changed(final, undisturbed[1]) if undisturbed else None,
         launches=len(launches),
         first_batch=median(firsts) if firsts else None,
-        ending=launches[-1].end - work[-1].mark.time if work and not missing else None,
+        ending=_ending(work, launches[-1]) if not missing else None,
     )
+
+
+def _ending(work: Sequence[Work], launch: Launch) -> float:
+    return launch.end - max([launch.begin, *(done.mark.time for done in work[-1:])])
 
 
 def _ends(work: Iterable[Work], epochs: int) -> dict[float, float]:

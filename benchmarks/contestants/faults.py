@@ -76,8 +76,12 @@ def cut_power(target: Target) -> list[Path]:
     """Kill all at once, and throw away of the file written last the end that is not on the disk.
 
     The kernel tells which pages those are: a file that was synced loses nothing. Names that were
-    given and not synced, and older files, stay as they are: it is a miniature.
+    given and not synced, and older files, stay as they are: it is a miniature. Raises OSError
+    where files are in memory alone, and no page is ever unsynced.
     """
+    kind = subprocess.run(["stat", "-f", "-c", "%T", target.directory], capture_output=True).stdout
+    if kind.strip() in (b"tmpfs", b"ramfs"):
+        raise OSError(f"{target.directory} is in memory: give --keep a directory on a disk")
     for pid in (target.process.pid, *target.everything()):
         try:
             os.kill(pid, signal.SIGKILL)

@@ -78,7 +78,7 @@ class Run:
             while self.gave_up is None and not self._has_all():
                 was_hit = self._launch()
                 self._judge(was_hit)
-            if not self.results:
+            if self.gave_up is not None:
                 self._read_results()
         finally:
             self._end_everything()
@@ -175,8 +175,10 @@ class Run:
             return
         if was_hit:
             done = len({work.unit for work in work_done(self.marks())})
-            self._stuck = 0 if done > self._most else self._stuck + 1
-            self._most = max(done, self._most)
+            if done > self._most:
+                self._most, self._stuck, self._failures = done, 0, 0
+            else:
+                self._stuck += 1
             if self._stuck >= STUCK_KILLS:
                 self.gave_up = f"no step further in {STUCK_KILLS} kills"
             return
@@ -184,7 +186,7 @@ class Run:
         if self._has_all():
             return
         if self._full_until is not None:
-            self._make_room()  # a person has to, whoever it is; then the same command again
+            self._make_room()  # as a person would have to; then the same command again
             return
         self._failures += 1
         if self._failures >= TRIES:
@@ -219,6 +221,7 @@ class Run:
             for path in self._directory.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.person.append("began anew")
+            self._stuck = self._most = 0
 
     # -------------------------------------------------------------------------------- processes
 

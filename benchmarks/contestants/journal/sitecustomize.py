@@ -1,7 +1,7 @@
 """Python runs this as it starts, where the directory stands in PYTHONPATH: the journal of training.
 
-In each process that imports `train`, whoever's it is, a line is appended to a file for each step
-and each validation done. Nobody's own records of what was trained are asked.
+Every process that imports `train` appends a line to a file for each step, validation and saving
+done. The contestants' own records of what was trained are not used.
 """
 
 import importlib.abc
@@ -32,10 +32,9 @@ class _Watching(importlib.abc.MetaPathFinder):
 
 def _watch(train):
     """Wrap the functions by which every training goes: its marks are in `accounting.Mark`."""
-    train_epoch, training_step, validate = (
-        train.train_epoch,
-        train.training_step,
-        train.validate,
+    train_epoch, training_step, validate, save = (
+        *(train.train_epoch, train.training_step),
+        *(train.validate, train.Checkpoints.save),
     )
     journal = os.open(os.environ["GOODPUT_JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     launch = os.environ["GOODPUT_LAUNCH"]
@@ -58,8 +57,12 @@ def _watch(train):
         mark(config, "validation", state.epoch, metrics.loss)
         return metrics
 
+    def watched_saving(checkpoints, *others, **named):
+        save(checkpoints, *others, **named)
+        mark(checkpoints._config, "saved", 0)  # the wait for it is no training
+
     train.train_epoch, train.training_step = watched_epoch, watched_step
-    train.validate = watched_validation
+    train.validate, train.Checkpoints.save = watched_validation, watched_saving
 
 
 if "GOODPUT_JOURNAL" in os.environ:
