@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -50,7 +49,7 @@ from writer_search.results.report import ReportPage
 from writer_search.results.rows import DATABASE, read_database
 from writer_search.results.status import read_status, status_text
 from writer_search.results.tables import write_summary
-from writer_search.space import Space, default_space, suggest
+from writer_search.space import BACKBONES_BY_TIER, Space, default_space, narrow, suggest
 from writer_search.study.draws import make_pruner, make_sampler
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study
@@ -61,11 +60,10 @@ EPOCHS = 20
 MEMORY_REPORTS = 5  # of a trial whose memory counts; 20 take four times as long
 # Of the default space, without what is drawn under a condition: the sides would draw it unequally
 # often, and a draw of it costs Optuna as much as all others together.
-DEFAULTS = default_space("cpu", pretrained=False)
-SPACE = replace(
-    DEFAULTS,
-    searched={n: r for n, r in DEFAULTS.searched.items() if not n.startswith("mixup")},
-    fixed={**DEFAULTS.fixed, "mixup_alpha": 0.2},
+SPACE = narrow(
+    default_space("cpu", pretrained=False),
+    {"mixup": False, "with_cohog": False},
+    {"backbone": {"choices": list(BACKBONES_BY_TIER["cpu", False])}},
 )
 
 
