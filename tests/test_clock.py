@@ -103,6 +103,7 @@ def test_trial_that_was_cut_off_took_what_its_epochs_took(tmp_path: Path) -> Non
         settle_unfinished(study, tmp_path)
     assert [row.seconds for row in rows_of(study.trials)] == [30.0, 30.0]
     assert study.trials[1].user_attrs["epochs_before"] == 2
+    assert study.trials[0].intermediate_values == {1: 0.5, 2: 0.5}, "none had been told"
 
 
 def test_status_of_a_running_trial_asks_the_clock_of_its_machine(

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ def test_line_height_makes_no_other_lines(
     assert why_not_ranked([a, b]) == []
     (searches / "b" / "summary" / "data_report.json").write_text(json.dumps(fewer.report))
     assert len(why_not_ranked([a, read_search(searches / "b")])) == 1
+    unknown = replace(a, settings={}, lines=None)
+    assert len(why_not_ranked([unknown, unknown])) == 1, "they may be other ones"
 
 
 def test_wide_table_is_broken_into_blocks(

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from test_train import assert_same_weights
 
 from writer_search.common.locks import DirectoryLock
 from writer_search.processes import runner as runner_module
+from writer_search.processes.deadlines import END_TIME, MARGIN_SECONDS
 from writer_search.results.chosen import chosen_model, read_confirmation
 from writer_search.results.confirmed import Candidate, describe, remove_other_weights, summarise
 from writer_search.results.rows import Row, read_database
 from writer_search.results.status import read_status
 from writer_search.study import loop as loop_module
+from writer_search.study import outlook
 from writer_search.study.confirm import Repeater, candidates_of, seeds_of
 from writer_search.study.store import open_study
 from writer_search.study.unfinished import continue_interrupted
@@ -79,11 +82,25 @@ def check_status_meanwhile(directory: Path) -> None:
 
 
 def test_best_are_trained_again_and_the_winner_is_published(
-    confirm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    confirm: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     directory = tmp_path / "c"
     before = snapshot(directory)
-    assert confirm("--evaluate_test") == 0
+    for kind in (optuna.pruners.MedianPruner, optuna.pruners.PercentilePruner):
+        monkeypatch.setattr(kind, "prune", lambda *_: True)  # is not asked
+    timeouts, loop = [], loop_module.Search.loop
+
+    def noted(search: loop_module.Search) -> None:
+        timeouts.append(search.plan.timeout)
+        loop(search)
+
+    monkeypatch.setattr(loop_module.Search, "loop", noted)
+    assert confirm("--evaluate_test", "--timeout", "1000") == 0
+    assert timeouts[-1] is not None
+    assert 0 < timeouts[-1] < 1000, "what the search has left of it"
     printed, problems = capfd.readouterr()
     assert problems == ""
     assert "CONFIRMING THE BEST 2 TRIALS WITH 2 NEW SEEDS EACH\n" in printed
@@ -148,25 +165,28 @@ def test_broken_confirmation_goes_on_and_equals_an_unbroken_one(
 ) -> None:
     directory, whole = tmp_path / "c", tmp_path / "whole"
     shutil.copytree(finished["directory"], whole)
-    assert confirm(checkpoint_dir=str(whole)) == 0
-    monkeypatch.setattr(runner_module, "ChildProcess", faulty({1: "signal_search_late"}))
+    assert confirm("--keep_checkpoints", "1", checkpoint_dir=str(whole)) == 0
+    for entry in read(whole)["candidates"]:
+        best = max(entry["runs"], key=lambda found: found["value"])
+        assert (whole / best["directory"] / "best_model.pth").exists()
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({3: "signal_search_late"}))
     assert confirm() == 143
     put_back()
-    assert not (directory / "summary" / "confirmation.json").exists()
+    assert not (directory / "summary" / "confirmation.json").exists(), "the last run is missing"
     states = [state for _, state, _ in trials_of(directory / "confirm")]
-    assert states == ["COMPLETE", "FAIL"]
+    assert states == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL"]
     before = snapshot(directory / "confirm")
     capfd.readouterr()
     assert confirm() == 0
     printed = capfd.readouterr().out
-    assert "Completed runs: 1 of 4\n" in printed
-    assert "trial 1 was interrupted: a new trial goes on with it" in printed
-    assert "trial   0 | epoch" not in printed
-    assert "trial   2 | epoch  1/2" not in printed, "no epoch is trained twice"
+    assert "Completed runs: 3 of 4\n" in printed
+    assert "trial 3 was interrupted: a new trial goes on with it" in printed
+    assert "trial   2 | epoch" not in printed
+    assert "trial   4 | epoch  1/2" not in printed, "no epoch is trained twice"
     states = [state for _, state, _ in trials_of(directory / "confirm")]
-    assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert states == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
     after = snapshot(directory / "confirm")
-    assert all(after[n] == content for n, content in before.items() if "trial_000" in n)
+    assert all(after[n] == content for n, content in before.items() if "trial_002" in n)
     assert values_by_seed(directory) == values_by_seed(whole)
     found, expected = read(directory), read(whole)
     assert [e["mean"] for e in found["candidates"]] == [e["mean"] for e in expected["candidates"]]
@@ -229,6 +249,9 @@ def test_failed_run_counts_and_is_tried_again_by_the_same_command(
     assert [entry["failed"] for entry in found["candidates"]] == [1, 0]
     assert found["winner"]["trial"] == found["candidates"][1]["trial"]
     assert "1 failed" in capfd.readouterr().out
+    # Their epochs may outlast the job: they go on in the next one.
+    monkeypatch.setattr(outlook, "longest_epoch", lambda _: 7200.0)
+    monkeypatch.setenv(END_TIME, str(time.time() + MARGIN_SECONDS + 3000))
     assert confirm() == 0
     assert [entry["failed"] for entry in read(tmp_path / "c")["candidates"]] == [0, 0]
 
@@ -236,7 +259,8 @@ def test_failed_run_counts_and_is_tried_again_by_the_same_command(
 def test_time_that_is_up_leaves_the_rest_to_the_same_command(
     confirm: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert confirm("--timeout", "0.000001", "--evaluate_test") == 0
+    again = ("--requeue_exit_code", "99")
+    assert confirm("--timeout", "0.000001", "--evaluate_test", *again) == 99
     printed = capfd.readouterr().out
     assert "Confirmation: 4 of 4 runs still missing: the same command goes on.\n" in printed
     assert trials_of(tmp_path / "c" / "confirm") == []
@@ -391,6 +415,12 @@ def test_run_that_is_not_wanted_any_more_takes_no_place() -> None:
 def test_placeholder_of_a_recovered_database_has_no_seed() -> None:
     rows = [row(0, 0.5, seed=7), row(1, None, state="FAIL")]
     assert seeds_of(rows, "COMPLETE", "FAIL") == {7}
+
+
+def test_interrupted_run_is_still_to_be_done() -> None:
+    interrupted, failed = row(1, None, 8, "FAIL"), row(2, None, 9, "FAIL")
+    interrupted.attributes["interrupted"] = True
+    assert seeds_of([row(0, 0.5, 7), interrupted, failed], "COMPLETE", "FAIL") == {7, 9}
 
 
 def test_confirmation_of_fewer_trials_is_out_of_date(tmp_path: Path) -> None:

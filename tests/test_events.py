@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -89,11 +90,19 @@ def test_error_of_the_program_itself_is_told_with_its_exit_code(
     told: Callable[[], list[dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As Python ends with it."""
-    monkeypatch.setattr(Search, "loop", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run("--on_event", shlex.join(appending))
+    """As Python ends with it; one of the system is the user's to mend."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "loop", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("--on_event", shlex.join(appending))
     assert told()[-1]["exit_code"] == 1
+
+    def full(_: Search) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Search, "loop", full)
+    assert run("--on_event", shlex.join(appending)) == 2
+    assert told()[-1]["exit_code"] == 2
 
 
 def test_command_that_fails_or_is_missing_is_a_warning(

@@ -533,6 +533,25 @@ def test_pruned_trials_do_not_count_as_complete(
     assert "1 of 3 trials still missing" in printed
 
 
+def test_trial_that_has_trained_to_its_end_is_not_pruned(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(0))
+    assert run(n_trials="1", epochs="1") == 0
+    assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["COMPLETE"]
+
+
+def test_failures_around_a_pruned_trial_are_not_in_a_row(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(1))
+    broken = faulty({0: "raise_error", 2: "raise_error"})
+    monkeypatch.setattr(runner_module, "ChildProcess", broken)
+    assert run("--max_consecutive_failed_trials", "2", n_trials="4") == 0
+    states = [state for _, state, _ in trials_of(tmp_path / "c")]
+    assert states == ["FAIL", "PRUNED", "FAIL", "COMPLETE"]
+
+
 def test_weights_of_a_pruned_trial_go_when_its_process_has(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -793,7 +793,9 @@ def test_recovery_of_what_had_not_been_told(copied: Path, run: Run) -> None:
     assert after[2] == before[2]
     assert after[3][1] == TrialState.FAIL
     assert "cut off" in after[3][6]["failure"]
+    (copied / "trial_003" / "error.log").unlink(missing_ok=True)
     assert run(n_trials="3") == 0
+    assert "cut off" in (copied / "trial_003" / "error.log").read_text()
 
 
 def test_recovery_keeps_numbers_equal_to_directories(copied: Path, run: Run) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from writer_search.common.files import remove_temporaries
+from writer_search.common.files import read_signed, remove_temporaries
 from writer_search.common.text import counted
 from writer_search.processes.causes import THE_SAME_COMMAND
 from writer_search.results.estimate import BEFORE
@@ -32,7 +32,7 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     """Finish what a dead search left RUNNING; under the lock, RUNNING means dead.
 
     A trial whose metrics.json is there had finished, and is told so. Any other failed. Also writes
-    records that are missing. Returns a line for each trial that was settled.
+    records that are missing or damaged. Returns a line for each trial that was settled.
     """
     settled = []
     for directory in [*checkpoint_dir.glob("trial_*"), checkpoint_dir / "summary"]:
@@ -41,7 +41,7 @@ def settle_unfinished(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
         directory = trial_dir(checkpoint_dir, trial.number)
         if trial.state == TrialState.RUNNING:
             settled.append(settle(study, checkpoint_dir, trial))
-        elif trial.state.is_finished() and not (directory / "trial.json").exists():
+        elif trial.state.is_finished() and not read_signed(directory / "trial.json"):
             if is_interrupted(trial.user_attrs) and not (directory / "error.log").exists():
                 # Cut off, and its database damaged or lost besides.
                 epochs = trial.user_attrs.get("epochs") or None
