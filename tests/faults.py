@@ -169,7 +169,10 @@ def job_parent(job: Any) -> int:
 
 
 def out_of_memory(connection: Connection, job: Any) -> None:
-    """Out of memory with more than four images at once, at the trial's third batch."""
+    """Out of memory with more than four images at once, at the trial's third batch.
+
+    States are saved before each batch.
+    """
     import torch
 
     from writer_search.processes import child as worker
@@ -183,6 +186,7 @@ def out_of_memory(connection: Connection, job: Any) -> None:
         real_check(line, progress)
 
     worker.SearchLine.check = check  # type: ignore[method-assign]
+    save_each_batch()
     worker.run_trial(connection, job)
 
 

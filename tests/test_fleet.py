@@ -35,6 +35,7 @@ from writer_search.study.shared import fleet as fleet_module
 from writer_search.study.shared import storage as storage_module
 from writer_search.study.shared import supply as shared_supply
 from writer_search.study.shared.fleet import Fleet
+from writer_search.study.shared.opening import refuse_strangers
 from writer_search.study.shared.storage import (
     RACES,
     PatientStorage,
@@ -47,7 +48,7 @@ from writer_search.study.shared.storage import (
     shown_url,
 )
 from writer_search.study.shared.supply import bury_dead
-from writer_search.study.unfinished import continue_interrupted
+from writer_search.study.unfinished import checkpoint_to_continue, continue_interrupted
 
 __all__ = ["run"]  # the fixture
 URL = "postgresql+psycopg://me:s3cr%40t@db.example/lines"
@@ -238,6 +239,26 @@ def test_killed_trial_is_continued_by_the_next_run_alone(member: Member, tmp_pat
     claimed = member(4, continue_interrupted=True).claim()
     assert claimed is not None
     assert claimed.user_attrs.get("continues") == 2, "what trial 0 has saved is within reach"
+    (trial_dir(tmp_path, 0) / "latest_checkpoint.pth").touch()
+    for own in (tmp_path, tmp_path / "of another search"):
+        assert checkpoint_to_continue(fleet.study, own, claimed) == trial_dir(tmp_path, 0)
+
+
+def test_continuation_that_was_withdrawn_is_made_again(
+    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = member(2, continue_interrupted=True), member(2)
+    tell(a, a.claim(), TrialState.FAIL, interrupted=True)
+    trial_dir(tmp_path, 0).mkdir()
+    write_json(trial_dir(tmp_path, 0) / "config.json", {})
+    taken: list[optuna.Trial | None] = []
+    first_lets(lambda: taken.extend((b.claim(), b.claim())), a, monkeypatch)
+    assert a.claim() is None, "another search took the last places"
+    assert a.trials()[-1].user_attrs["surplus"]
+    tell(b, taken[0], TrialState.FAIL, interrupted=True)
+    trial = a.claim()
+    assert trial is not None
+    assert trial.user_attrs.get("continues") == 0
 
 
 def test_waiting_trial_of_a_copied_study_holds_nothing_up(member: Member, tmp_path: Path) -> None:
@@ -309,17 +330,51 @@ def test_the_dead_are_recorded_once_and_the_late_are_told(member: Member, tmp_pa
         a.sign(trial)
 
 
+def test_trial_that_finished_under_a_dead_search_is_complete(
+    member: Member, tmp_path: Path
+) -> None:
+    a, b = member(9), member(9)
+    assert a.claim() is not None
+    own = trial_dir(tmp_path, 0)
+    own.mkdir()
+    write_json(own / "config.json", {"config_hash": "x"})
+    write_json(own / "metrics.json", {"config_hash": "x", "value": 0.75})
+    b.checkpoint_dir = tmp_path / "of another search"
+    b.checkpoint_dir.mkdir()
+    assert b.bury(b.trials()[0]) == "trial 0 had finished with 75.00%: recorded"
+    assert b.trials()[0].state == TrialState.COMPLETE
+
+
+def test_directory_of_another_study_is_refused(
+    member: Member, memory: InMemoryStorage, tmp_path: Path
+) -> None:
+    trial = member(3).claim()
+    assert trial is not None
+    trial_dir(tmp_path, 0).mkdir()
+    config = trial_dir(tmp_path, 0) / "config.json"
+    write_json(config, {"hyperparameters": trial.params})
+    refuse_strangers(memory, STUDY_NAME, "postgresql://x/y", tmp_path)
+    write_json(config, {"hyperparameters": {"learning_rate": 0.5}})
+    with pytest.raises(UserError, match="does not have"):
+        refuse_strangers(memory, STUDY_NAME, "postgresql://x/y", tmp_path)
+
+
 def test_free_lock_on_the_same_host_tells_at_once(member: Member, tmp_path: Path) -> None:
     b = member(9)
     with suppress(MemoryError), SharedLock(tmp_path) as lock:
         a = member(9, lock=lock)
-        assert a.claim() is not None
+        trial = a.claim()
+        assert trial is not None
         assert b.dead(b.trials()) == []
         with pytest.raises(UserError, match="in use by another search"):
             DirectoryLock(tmp_path).__enter__()
         assert lock.path is not None
         assert not holder_is_dead(lock.path)
         raise MemoryError  # it ends without having recorded its trial
+    owner = trial.user_attrs["owner"]
+    trial.set_user_attr("owner", {**owner, "host": "elsewhere"})
+    assert b.dead(b.trials()) == [], "of another host's lock nobody can tell"
+    trial.set_user_attr("owner", owner)
     assert [trial.number for trial in b.dead(b.trials())] == [0]
     bury_dead(b, b.trials())
     assert not list(tmp_path.glob("search-*.lock")), "what nobody needs any more is removed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
-from searches import make_search
+from searches import leave_journal, make_search
 from test_search import Run, run
 
 from hyperparameter_search import main
@@ -102,6 +103,15 @@ def test_running_and_cut_off_trials_are_told_apart(finished: Path, tmp_path: Pat
     assert not running["stalled"]
     assert found["holder"].startswith("pid ")
     assert found["seconds_left"]["high"] > 0
+    own = trial_dir(directory, number)
+    (own / "config.json").write_text("{}")
+    (own / "train.log").touch()
+    for name, is_stalled in (("config.json", False), ("history.jsonl", False), ("train.log", True)):
+        os.utime(own / name, (1, 1))
+        with locks.DirectoryLock(directory):
+            (seen,) = read_status(directory).running
+        assert seen.stalled == is_stalled, "the newest of its files tells"
+    assert seen.note.startswith("stalled: no sign of life for")
 
     copied = tmp_path / "copy"  # on another machine: nobody holds its lock
     shutil.copytree(directory, copied)
@@ -110,6 +120,18 @@ def test_running_and_cut_off_trials_are_told_apart(finished: Path, tmp_path: Pat
     (running,) = found["running"]
     assert running["seconds"] == 6.0, "not since its start: nobody knows when it was cut off"
     assert "cut off" in running["note"]
+
+
+def test_status_of_a_search_that_was_killed_within_a_transaction(
+    finished: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "c"
+    shutil.copytree(finished, directory)
+    states = [row.state for row in read_status(directory).rows]
+    leave_journal(directory / "optuna_study.db")
+    before = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    assert [row.state for row in read_status(directory).rows] == states
+    assert {path: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
 
 
 def test_reading_changes_nothing_and_needs_no_permission(finished: Path) -> None:

@@ -26,6 +26,7 @@ import pytest
 import torch
 from faults import RealChild, faulty
 from optuna.trial import TrialState
+from searches import leave_journal
 from test_crashes import Crash, crash_before
 from test_search import PruneTrial, Run, arguments, params_of, run, snapshot, trials_of
 from torch import nn
@@ -40,6 +41,7 @@ from writer_search.processes import fork_server, messages
 from writer_search.processes import parent as processes
 from writer_search.processes import runner as runner_module
 from writer_search.processes.causes import Kind
+from writer_search.processes.running import RunningTrial
 from writer_search.results.rows import DATABASE, Row, count_states, read_database, read_history
 from writer_search.study import draws, preparation, rebuilding, recorder, recovery
 from writer_search.study.damage import find_damage
@@ -307,9 +309,17 @@ def test_question_ends_with_the_search() -> None:
 def test_out_of_memory_starts_the_same_trial_with_smaller_batches(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    went_on, start_again = [], runner_module.Runner._start_again
+
+    def noted(runner: runner_module.Runner, running: RunningTrial) -> None:
+        went_on.append(running.job.continue_from)
+        start_again(runner, running)
+
+    monkeypatch.setattr(runner_module.Runner, "_start_again", noted)
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "out_of_memory"}))
     assert run(n_trials="1") == 0
     directory = tmp_path / "c"
+    assert went_on == [directory / "trial_000"], "from its last state"
     (trial,) = open_study(directory).get_trials()
     assert trial.state == TrialState.COMPLETE
     assert trial.user_attrs["micro_batch"] == 4
@@ -615,6 +625,15 @@ def test_damaged_database_heals_under_the_same_command(
     assert find_damage(copied) is None, "it is whole now"
 
 
+def test_settings_that_are_not_as_recorded_heal(copied: Path) -> None:
+    study = open_study(copied)
+    settings = study.user_attrs["settings"]
+    study.set_user_attr("settings", {**settings, "patience": settings["patience"] + 1})
+    (warning,) = recovery.heal(copied, settings)
+    assert "its settings are not as they were recorded" in warning
+    assert open_study(copied).user_attrs["settings"] == settings
+
+
 def damaged_somewhere(whole: bytes, rng: random.Random) -> bytes:
     """Damage a file at a random place, in a random way."""
     content = bytearray(whole)
@@ -670,8 +689,8 @@ def test_healing_that_is_cut_off_at_each_step_is_begun_again(
     copied: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = facts(copied)
+    leave_journal(copied / "optuna_study.db")
     damage(copied / "optuna_study.db", "text")
-    Path(f"{copied / 'optuna_study.db'}-journal").write_bytes(b"of the damaged file")
     settings = preparation.standing_settings(copied)
     assert settings is not None
     for step in range(1000):
@@ -683,10 +702,11 @@ def test_healing_that_is_cut_off_at_each_step_is_begun_again(
             except Crash:
                 assert len(made) == step + 1
     assert step > 5
-    assert facts(copied) == before
+    assert facts(copied) == before, "which the journal of the damaged file would undo"
     assert run(n_trials="3") == 0
     assert not (copied / ".recovery").exists()
-    assert len(list(copied.glob("optuna_study.db.damaged-*"))) <= 2, "the file and its journal"
+    asides = sorted(path.name for path in copied.glob("optuna_study.db.damaged-*"))
+    assert [name.endswith("-journal") for name in asides] in ([False, True], [True])
     assert not (copied / "optuna_study.db-journal").exists()
 
 
