@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -370,6 +371,28 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(
 
 
 # ------------------------------------------------------------------------------------- what fails
+
+
+def test_a_damaged_best_model_is_not_carried_on(
+    data: LineSet, config: TrialConfig, tmp_path: Path, save_each_batch: None
+) -> None:
+    """Numbers changed within it, which torch reads without a word."""
+
+    def check(progress: float) -> None:
+        if progress > 1.4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path / "a", check=check)
+    best = tmp_path / "a" / BEST
+    with zipfile.ZipFile(best) as saved:
+        largest = saved.read(max(saved.infolist(), key=lambda member: member.file_size))
+    content = bytearray(best.read_bytes())
+    content[bytes(content).index(largest) + len(largest) // 2] ^= 0x40
+    best.write_bytes(content)
+    torch.load(best, weights_only=True)
+    with pytest.raises(Exception, match="damaged"):
+        train(config, data, tmp_path / "b", continue_from=tmp_path / "a")
 
 
 @pytest.mark.parametrize("step", [1, 4])

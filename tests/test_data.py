@@ -277,6 +277,12 @@ def test_a_single_large_unit_always_trains() -> None:
         assert {line.split for line in lines if line.page == "large"} == {"train"}
 
 
+def test_small_pages_are_shared_out_between_the_held_out_splits() -> None:
+    for seed in range(20):
+        lines = split_by_page(pages_of("w", {"small": 1, "other": 1, "large": 20}), seed)
+        assert {line.split for line in lines} == set(SPLITS)
+
+
 def test_split_depends_on_the_seed() -> None:
     lines = pages_of("w", {f"p{number}": 2 for number in range(8)})
     drawn = {tuple(line.split for line in split_by_page(lines, seed)) for seed in range(10)}

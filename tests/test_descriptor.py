@@ -341,6 +341,14 @@ def test_a_few_easy_lines_make_nothing_certain() -> None:
 # ----------------------------------------------------------------------------------------- a trial
 
 
+def test_folds_keep_pages_whole() -> None:
+    """Where a writer has enough of them: lines of one page are alike, and the fit too sure."""
+    pages = np.repeat(np.arange(4), 3)
+    fold = fitting._folds(np.zeros(12, np.int64), pages).numpy()
+    assert all(len(set(fold[pages == page])) == 1 for page in range(4))
+    assert len(set(fold)) == fitting.FOLDS
+
+
 def test_a_stopped_fit_goes_on_to_the_same_model(data: LineSet, tmp_path: Path) -> None:
     whole = train(DESCRIPTOR, data, tmp_path / "whole")
     calls: list[float] = []

@@ -126,6 +126,15 @@ def test_a_jpeg_that_is_decoded_smaller_leaves_no_outline(height: int) -> None:
             assert difference(read(painted(grey, inside, outside), "JPEG"), plain) < 0.8
 
 
+def test_a_camera_s_picture_is_the_one_before_its_preview() -> None:
+    grey = Image.fromarray(written_line(0))
+    file = io.BytesIO()
+    grey.save(file, "MPO", save_all=True, append_images=[grey.resize((40, 10))])
+    with Image.open(io.BytesIO(file.getvalue())) as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)  # type: ignore[attr-defined]
+    assert decode_line(file.getvalue(), HEIGHT).size == grey.size
+
+
 def test_big_pictures_are_read_like_small_ones() -> None:
     grey = np.asarray(Image.fromarray(written_line(1)).resize((9000, 1000)))
     inside = polygon(grey.shape, 0.7, 1)

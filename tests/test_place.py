@@ -22,7 +22,7 @@ from writer_search.common import files, place
 from writer_search.common.errors import UserError, place_errors_told
 from writer_search.common.provenance import git_state
 from writer_search.config import TrialConfig
-from writer_search.processes import fork_server, messages, parent
+from writer_search.processes import causes, fork_server, messages, parent
 from writer_search.processes import runner as runner_module
 from writer_search.processes.devices import refuse_other_kind
 from writer_search.results.rows import read_database
@@ -61,6 +61,12 @@ def test_disk_that_is_full_at_the_sync_is_told(
 
 
 @pytest.mark.slow
+def test_quota_that_is_used_up_is_a_full_disk() -> None:
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        assert causes.of_error(OSError(code, "full"), "").is_resumable
+    assert not causes.of_error(OSError(errno.EIO, "broken"), "").is_resumable
+
+
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_closed_streams_cost_no_trial(
     closed: tuple[int, ...], lines_root: Path, cache_dir: Path, tmp_path: Path

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,24 @@ def history_of(directory: Path) -> list[dict[str, Any]]:
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(("split", "seed"), [("by seed 7", 7), ("given", 0)])
+def test_lines_are_split_as_the_trial_had_them(
+    split: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def find_lines(root: Path, writers: int | None, seed: int, left_out: Any) -> Any:
+        asked.append((root, writers, seed))
+        raise UserError("no more")
+
+    monkeypatch.setattr(retraining, "find_lines", find_lines)
+    original: Any = SimpleNamespace(settings={"data": {"split": split, "writers": 3}})
+    wanted: Any = SimpleNamespace(data_root=tmp_path, other_data=False)
+    with pytest.raises(UserError, match="no more"):
+        retraining.find_data(wanted, original)
+    assert asked == [(tmp_path, 3, seed)]
 
 
 @pytest.mark.parametrize("number", [0, 1])

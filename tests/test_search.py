@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -25,6 +26,7 @@ from writer_search.common import locks
 from writer_search.common.errors import UserError
 from writer_search.processes import runner as runner_module
 from writer_search.processes import running as running_module
+from writer_search.processes.causes import by_signal
 from writer_search.processes.messages import Job
 from writer_search.processes.running import Report, RunningTrial
 from writer_search.results.rows import read_history
@@ -434,6 +436,20 @@ def test_trial_that_even_sigkill_does_not_end_is_left_behind(
     assert ("the search failed" if loop_fails else "longer than --trial_timeout 8 s") in log
     assert "did not end, even after SIGKILL: it probably hangs in a driver" in log
     assert len(looks) < 100
+
+
+def test_slow_batches_have_their_time_to_save() -> None:
+    """At least 20 s, three times the slowest batch, or three times what this one has taken."""
+    child, job = SimpleNamespace(order=lambda _: None), SimpleNamespace(ranks=1)
+    for seen, seconds in (
+        ({"slowest": 0.1}, 20),
+        ({"slowest": 100.0}, 300),
+        ({"heard": time.monotonic() - 50}, 150),
+    ):
+        trial = SimpleNamespace(number=0)
+        running = RunningTrial(trial, job, child, 0, 0.0, **seen)  # type: ignore[arg-type]
+        running.stop(by_signal("SIGTERM"))
+        assert running.kill_at - time.monotonic() == pytest.approx(seconds, abs=1)
 
 
 def test_what_a_stop_did_not_save_is_told(

@@ -251,6 +251,17 @@ def test_epochs_and_patience_end_a_trial(
     assert metrics.macro_top1 == 0.5
 
 
+def test_stop_after_the_last_epoch_is_its_end(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    def report(epoch: int, row: dict[str, Any]) -> None:
+        if epoch == config.epochs:
+            raise Stopped
+
+    assert train(config, data, tmp_path, report) is not None
+    assert (tmp_path / "metrics.json").exists()
+
+
 def test_of_equally_good_epochs_the_one_of_the_least_loss_is_kept(
     data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
