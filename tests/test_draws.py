@@ -15,15 +15,15 @@ from writer_search.study.draws import Drawer
 
 
 def is_pruned(name: str, epochs: int, values: Sequence[float], own: Sequence[float]) -> bool:
-    """Judge a trial of these values, one an epoch, after complete ones of one value each."""
+    """Judge a trial of these values, one an epoch, beside complete ones of one value each."""
     study = optuna.create_study(direction="maximize", pruner=draws.make_pruner(name, epochs))
     for reported in (*([value] * len(own) for value in values), own):
-        trial = study.ask()
+        trial, judged = study.ask(), []
         for epoch, value in enumerate(reported, 1):
             trial.report(value, epoch)
-            is_bad = trial.should_prune()
+            judged.append(trial.should_prune())
         study.tell(trial, reported[-1])
-    return is_bad
+    return any(judged)
 
 
 def test_pruners_judge_as_they_are_described() -> None:
