@@ -22,7 +22,7 @@ from writer_search.training.batches import Lines, strip_on
 from writer_search.training.bootstrap import Pages, count_pages, intervals, resample
 from writer_search.training.checkpoints import load_model
 from writer_search.training.evaluation import evaluate
-from writer_search.training.test_split import measure_test_split
+from writer_search.training.test_split import _intervals, measure_test_split
 
 __all__ = ["run"]  # the fixture
 
@@ -134,6 +134,20 @@ def test_chosen_model_is_measured_once(
     assert read(directory) == found
 
 
+def test_pages_that_do_not_differ_give_the_interval_to_lines() -> None:
+    """A writer with one page makes all mistakes: by pages there would be none, or no width."""
+    labels = np.repeat([0, 1, 2], [4, 4, 8])
+    pages = np.repeat([0, 1, 2, 3], 4)
+    logits = np.eye(3)[labels]
+    logits[0] = [0.0, 1.0, 0.0]
+    found = _intervals(count_pages(logits, labels, pages), logits, labels, True)
+    low, high = found["intervals"]["macro_top1"]
+    assert (found["interval_unit"], low < 11 / 12 < high) == ("lines", True)
+    logits[8] = [0.0, 1.0, 0.0]  # one of the two pages of a writer
+    found = _intervals(count_pages(logits, labels, pages), logits, labels, True)
+    assert found["interval_unit"] == "pages"
+
+
 def test_pages_that_are_not_known_are_not_measured(
     data: LineSet, config: TrialConfig, tmp_path: Path
 ) -> None:
@@ -152,7 +166,9 @@ def test_pages_that_are_not_known_are_not_measured(
     assert "pages not known" in told
     assert "[95 % intervals by resampling lines]" in told
     assert "pages are not known: lines were resampled" in told
-    assert "every writer has one test page: lines" in "\n".join(describe({**found, "pages": 4}))
+    assert "no writer's test pages differ in accuracy: lines" in "\n".join(
+        describe({**found, "pages": 4})
+    )
     assert "five writers or fewer" not in told.splitlines()[1]
     certain = dict.fromkeys(found["intervals"], (1.0, 1.0))
     told = "\n".join(describe({**found, "intervals": certain}))

@@ -60,13 +60,13 @@ def test_disk_that_is_full_at_the_sync_is_told(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_quota_that_is_used_up_is_a_full_disk() -> None:
     for code in (errno.ENOSPC, errno.EDQUOT):
         assert causes.of_error(OSError(code, "full"), "").is_resumable
     assert not causes.of_error(OSError(errno.EIO, "broken"), "").is_resumable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_closed_streams_cost_no_trial(
     closed: tuple[int, ...], lines_root: Path, cache_dir: Path, tmp_path: Path

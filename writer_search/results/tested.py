@@ -29,7 +29,11 @@ def describe(found: dict[str, Any]) -> list[str]:
     ]
     if has_intervals and unit == "lines":
         lines.append(
-            ("  every writer has one test page" if found["pages"] else "  pages are not known")
+            (
+                "  no writer's test pages differ in accuracy"
+                if found["pages"]
+                else "  pages are not known"
+            )
             + ": lines were resampled; the intervals leave out how writers vary from page to page, "
             "and are too narrow"
         )

@@ -61,13 +61,15 @@ def measure_test_split(model_file: Path, data: LineSet, device: torch.device) ->
 def _intervals(
     pages: Pages, logits: NDArray[np.float64], labels: NDArray[np.int64], has_pages: bool
 ) -> dict[str, Any]:
-    """Give intervals by pages; by lines where each writer has one, or pages are not known."""
-    if has_pages and np.bincount(pages.labels).max() > 1:
-        return {
-            "intervals": intervals(pages),
-            "interval_unit": "pages",
-            "interval_method": INTERVAL_METHOD,
-        }
+    """Give intervals by pages; by lines where they are not known, or no writer's pages differ."""
+    if has_pages:
+        by_pages = intervals(pages)
+        if len(set(by_pages["macro_top1"] or ())) > 1:
+            return {
+                "intervals": by_pages,
+                "interval_unit": "pages",
+                "interval_method": INTERVAL_METHOD,
+            }
     single = count_pages(logits, labels, np.arange(len(labels)))
     return {
         "intervals": {**intervals(single), "page_macro_top1": None},
