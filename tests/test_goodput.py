@@ -113,7 +113,7 @@ def test_saving_is_no_training() -> None:
     journal = Journal()
     journal.launch((0.1, 0, 4), (0.2, 0, 4))
     counted, last = journal.figures(RECORDED).counted, journal.marks[-2]
-    journal.marks.insert(-1, replace(last, time=last.time + 0.25, kind="saved"))
+    journal.marks.insert(-1, replace(last, time=last.time + 0.5, kind="saved", loss=0.25))
     assert journal.figures(RECORDED).counted == counted - 0.25
 
 

@@ -18,7 +18,8 @@ class Mark:
     """A line of the journal.   time: seconds of the machine's monotonic clock
 
     kind: "begin" (of an epoch, or of the rest of one), "step", "validation" or "saved" (done).
-    number: of the step over all epochs, or of the epoch, both from 0.   loss: of a validation
+    number: of the step over all epochs, or of the epoch, both from 0.   loss: of a validation; of
+    what was saved within training or a validation, the seconds that these waited for it.
     """
 
     time: float
@@ -98,12 +99,16 @@ def read_marks(text: str) -> list[Mark]:
 
 
 def work_done(marks: Iterable[Mark]) -> list[Work]:
-    """Give what was done, each with the time since its process's mark before."""
+    """Give what was done, each with the time since its process's mark before, savings left out."""
     before: dict[tuple[str, int], float] = {}
     done = []
     for mark in marks:
         process = (mark.launch, mark.pid)
-        if mark.kind in ("step", "validation") and process in before:
+        if mark.kind == "saved":
+            if process in before:
+                before[process] += mark.loss
+            continue
+        if mark.kind != "begin" and process in before:
             done.append(Work(mark, mark.time - before[process]))
         before[process] = mark.time
     return done

@@ -58,8 +58,9 @@ def _watch(train):
         return metrics
 
     def watched_saving(checkpoints, *others, **named):
+        began = time.monotonic()
         save(checkpoints, *others, **named)
-        mark(checkpoints._config, "saved", 0)  # the wait for it is no training
+        mark(checkpoints._config, "saved", 0, time.monotonic() - began)  # which is no training
 
     train.train_epoch, train.training_step = watched_epoch, watched_step
     train.validate, train.Checkpoints.save = watched_validation, watched_saving
