@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import sqlite3
@@ -450,6 +451,24 @@ def test_slow_batches_have_their_time_to_save() -> None:
         running = RunningTrial(trial, job, child, 0, 0.0, **seen)  # type: ignore[arg-type]
         running.stop(by_signal("SIGTERM"))
         assert running.kill_at - time.monotonic() == pytest.approx(seconds, abs=1)
+
+
+def test_runner_wakes_for_what_is_due_first() -> None:
+    """The end of a batch system's job, a trial's own limit, or the end of its time to save."""
+    runner = object.__new__(runner_module.Runner)
+    going = SimpleNamespace(stop_cause=None, started=100.0)
+    stopping = SimpleNamespace(stop_cause=by_signal("SIGTERM"), kill_at=130.0)
+    for running, stop_at, limit, due in (
+        ({}, 120.0, 50.0, math.inf),  # there is nothing to stop
+        ({0: going}, math.inf, None, math.inf),
+        ({0: going}, 120.0, None, 120.0),
+        ({0: going}, 200.0, 50.0, 150.0),
+        ({0: going, 1: stopping}, 200.0, 50.0, 130.0),
+        ({1: stopping}, 120.0, 20.0, 130.0),
+    ):
+        runner.running = running  # type: ignore[assignment]
+        runner._plan = SimpleNamespace(stop_at=stop_at, trial_timeout=limit)  # type: ignore[assignment]
+        assert runner.next_deadline() == due
 
 
 def test_what_a_stop_did_not_save_is_told(
