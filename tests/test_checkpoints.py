@@ -69,6 +69,12 @@ class Clock:
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
+    def grown(self, times: SaveTimes) -> SaveTimes:
+        """Let a training's first minute pass, in which twice as much is saved."""
+        self.now += 60.0
+        times.is_due()
+        return times
+
     def first_due(self, times: SaveTimes, batch: float) -> float:
         """Give the seconds after which a state is saved, with batches that take so long."""
         times.begin()
@@ -86,13 +92,22 @@ def test_a_state_is_saved_at_a_hundredth_of_the_time_once_a_minute_at_least(
     cost: float, interval: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    assert clock.first_due(SaveTimes(cost), 0.01) == pytest.approx(interval, abs=0.03)
-    times = SaveTimes(50.0)
+    assert clock.first_due(clock.grown(SaveTimes(cost)), 0.01) == pytest.approx(interval, abs=0.03)
+    times = clock.grown(SaveTimes(50.0))
     times.end(cost, 0.0)
     times.end(cost, 0.0)
     assert clock.first_due(times, 0.01) == pytest.approx(interval, abs=0.03), "as measured"
     times.end(50.0, 0.0)
     assert clock.first_due(times, 0.01) == pytest.approx(interval, abs=0.03), "one alone is chance"
+
+
+def test_twice_as_much_is_saved_in_the_first_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    times = SaveTimes(0.1)
+    intervals = [clock.first_due(times, 0.01) for _ in range(14)]
+    assert intervals[:11] == pytest.approx([5.0] * 11, abs=0.03)
+    assert intervals[12:] == pytest.approx([10.0, 10.0], abs=0.03)
+    assert clock.first_due(SaveTimes(0.005), 0.01) == pytest.approx(1.0, abs=0.03), "a second"
 
 
 def test_a_minute_holds_with_slow_batches_and_slow_disks(monkeypatch: pytest.MonkeyPatch) -> None:
