@@ -106,6 +106,18 @@ def test_trial_that_was_cut_off_took_what_its_epochs_took(tmp_path: Path) -> Non
     assert study.trials[0].intermediate_values == {1: 0.5, 2: 0.5}, "none had been told"
 
 
+def test_descriptor_that_was_cut_off_has_no_curve(tmp_path: Path) -> None:
+    """It stands beside no network's first epoch, for a pruner to compare."""
+    study = open_study(tmp_path)
+    study.enqueue_trial({}, user_attrs={"backbone": "cohog"})
+    directory = tmp_path / f"trial_{study.ask().number:03d}"
+    directory.mkdir()
+    (directory / "history.jsonl").write_text('{"epoch": 1, "macro_top1": 0.5, "seconds": 10}\n')
+    settle_unfinished(study, tmp_path)
+    assert study.trials[0].intermediate_values == {}
+    assert study.trials[0].user_attrs["epochs"] == 1
+
+
 def test_status_of_a_running_trial_asks_the_clock_of_its_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

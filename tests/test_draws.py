@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
+import pytest
 from optuna.trial import TrialState, create_trial
 
 from writer_search.space import default_space, narrow
@@ -36,6 +37,35 @@ def test_pruners_judge_as_they_are_described() -> None:
     assert not is_pruned("halving", 20, [0.9] * 5, [0.1] * 3)
     assert is_pruned("halving", 20, [0.9] * 5, [0.1] * 4)
     assert not is_pruned("none", 5, values, [0.0] * 5)
+
+
+@pytest.mark.parametrize("name", ["median", "percentile", "halving"])
+def test_pruners_compare_like_with_like(name: str) -> None:
+    """A network alone may climb above where those beside a descriptor, or descriptors, begin."""
+    study = optuna.create_study(direction="maximize", pruner=draws.make_pruner(name, 5))
+
+    def judge(value: float, backbone: str = "tiny", with_cohog: bool | None = False) -> bool:
+        choices = {"backbone": backbone} | (
+            {} if with_cohog is None else {"with_cohog": with_cohog}
+        )
+        study.enqueue_trial(dict(choices))
+        trial = study.ask()
+        trial.suggest_categorical("backbone", ["cohog", "tiny"])
+        if with_cohog is not None:
+            trial.suggest_categorical("with_cohog", [False, True])
+            trial.report(value, 1)
+        is_pruned = trial.should_prune()
+        study.tell(trial, value)
+        return is_pruned
+
+    for value in (0.91, 0.92, 0.93, 0.94, 0.95):
+        judge(value, with_cohog=True)
+        judge(value, "cohog", None)
+    assert judge(0.8, with_cohog=True)
+    assert not judge(0.5)
+    for value in (0.51, 0.52, 0.53, 0.54):
+        judge(value)
+    assert judge(0.4), "there are five of its kind now"
 
 
 def test_sampler_learns_once_it_knows_five_trials() -> None:

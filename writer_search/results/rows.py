@@ -59,8 +59,12 @@ class Row:
 
     @property
     def is_fitted(self) -> bool:
-        """Tell a trial without epochs of training; see `TrialConfig.is_fitted`."""
-        return self.params.get("backbone", self.attributes.get("backbone")) == COHOG
+        return is_fitted(self.params, self.attributes)
+
+
+def is_fitted(params: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
+    """Tell a trial without epochs of training; see `TrialConfig.is_fitted`."""
+    return bool(params.get("backbone", attributes.get("backbone")) == COHOG)
 
 
 def trial_dir(checkpoint_dir: Path, number: int) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from writer_search.common.errors import UserError
 from writer_search.common.text import counted
 from writer_search.config import COHOG, TrialConfig
-from writer_search.results.rows import is_interrupted
+from writer_search.results.rows import is_fitted, is_interrupted
 from writer_search.space import Space, every_draw, first_trials, suggest
 
 STARTUP_TRIALS = 5
@@ -53,15 +53,46 @@ def warm_up_epochs(epochs: int) -> int:
     return epochs // 5
 
 
+class _Alike:
+    """Stands for a study of which a pruner sees the trials of one kind alone."""
+
+    def __init__(self, study: optuna.Study, kind: tuple[bool, bool]) -> None:
+        self._study, self._kind = study, kind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *args: Any, **options: Any) -> list[FrozenTrial]:
+        return [t for t in self._study.get_trials(*args, **options) if kind_of(t) == self._kind]
+
+
+class AmongAlike(BasePruner):
+    """Lets a pruner compare a network alone with such, and one beside a descriptor with such.
+
+    With a descriptor it begins where the other kind ends: below it says nothing about the end.
+    """
+
+    def __init__(self, pruner: BasePruner) -> None:
+        self._pruner = pruner
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return self._pruner.prune(cast(optuna.Study, _Alike(study, kind_of(trial))), trial)
+
+
+def kind_of(trial: FrozenTrial) -> tuple[bool, bool]:
+    """Tell the descriptor alone, a network alone, and both; False where that is fixed."""
+    return is_fitted(trial.params, trial.user_attrs), bool(trial.params.get("with_cohog"))
+
+
 def make_pruner(name: str, epochs: int) -> BasePruner:
-    """Build a pruner, which judges no trial before `warm_up_epochs`."""
+    """Build a pruner, which judges no trial before `warm_up_epochs`, each beside its like."""
     warm_up = warm_up_epochs(epochs)
     if name == "median":
-        return MedianPruner(STARTUP_TRIALS, warm_up)
+        return AmongAlike(MedianPruner(STARTUP_TRIALS, warm_up))
     if name == "percentile":
-        return PercentilePruner(75.0, STARTUP_TRIALS, warm_up)
+        return AmongAlike(PercentilePruner(75.0, STARTUP_TRIALS, warm_up))
     if name == "halving":
-        return SuccessiveHalvingPruner(min_resource=max(1, warm_up))
+        return AmongAlike(SuccessiveHalvingPruner(min_resource=max(1, warm_up)))
     return NopPruner()
 
 

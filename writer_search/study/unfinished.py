@@ -16,6 +16,7 @@ from writer_search.results.rows import (
     SECONDS,
     has_saved,
     home_of,
+    is_fitted,
     is_interrupted,
     is_resumable,
     read_history,
@@ -66,8 +67,9 @@ def settle(
     history = read_history(directory)
     for row in history:  # epochs that were saved, but not told any more
         if row["epoch"] not in reported:
-            handle.report(row["macro_top1"], row["epoch"])
             epochs = max(epochs, row["epoch"])
+            if not is_fitted(trial.params, trial.user_attrs):  # which has no curve
+                handle.report(row["macro_top1"], row["epoch"])
     is_here = (directory / "config.json").exists()  # and not on another machine, out of reach
     if is_here:  # its end is not now: it has been dead for a while
         before = epochs_before(study.get_trials(deepcopy=False), trial)
