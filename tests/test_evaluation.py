@@ -36,24 +36,36 @@ def counted(*pages: tuple[int, int, int, int]) -> Pages:
 def test_resamples_by_hand() -> None:
     """Writer 0 has a page with 1 of 1 line right and one with 0 of 3; writer 1 a page, 1 of 2.
 
-    Writer 0's pages are drawn (2, 0), (1, 1), (0, 2) times with chances 1/4, 1/2, 1/4.
+    One of writer 0's two pages is drawn, and counts twice.
     """
     pages = counted((0, 1, 1, 1), (0, 3, 0, 0), (1, 2, 1, 1))
     found = resample(pages, 20_000)
     assert set(found) == {"macro_top1", "micro_top1", "page_macro_top1"}
-    expected = {  # metric → value of each of the three draws
-        "macro_top1": [(1 + 1 / 2) / 2, (1 / 4 + 1 / 2) / 2, (0 + 1 / 2) / 2],
-        "micro_top1": [3 / 4, 2 / 6, 1 / 8],
-        "page_macro_top1": [(1 + 1) / 2, (1 / 2 + 1) / 2, (0 + 1) / 2],
+    expected = {  # metric → value of each of the two draws
+        "macro_top1": [(1 + 1 / 2) / 2, (0 + 1 / 2) / 2],
+        "micro_top1": [(2 * 1 + 1) / (2 * 1 + 2), (2 * 0 + 1) / (2 * 3 + 2)],
+        "page_macro_top1": [(1 + 1) / 2, (0 + 1) / 2],
     }
     for name, values in expected.items():
         shares = [np.isclose(found[name], value).mean() for value in values]
         # Four standard errors of a share of 20,000.
-        assert shares == pytest.approx([1 / 4, 1 / 2, 1 / 4], abs=4 * 0.5 / 20_000**0.5), name
+        assert shares == pytest.approx([1 / 2, 1 / 2], abs=4 * 0.5 / 20_000**0.5), name
+
+
+@pytest.mark.parametrize("number", [2, 3, 6])
+def test_resamples_vary_as_the_mean_of_few_pages_does(number: int) -> None:
+    """By s² / n, with s² over n - 1: as many draws as pages would give (n - 1) / n of it."""
+    right = np.arange(number) * 3 % 7
+    pages = counted(*[(0, 10, hits, 1) for hits in right])
+    found = resample(pages, 20_000)
+    expected = (right / 10).var(ddof=1) / number
+    for name in ("macro_top1", "micro_top1"):
+        assert found[name].mean() == pytest.approx(right.mean() / 10, rel=0.02)
+        assert found[name].var() == pytest.approx(expected, rel=0.05), name
 
 
 def test_interval_is_the_middle_95_percent_and_repeats() -> None:
-    """With the three draws above each end is the extreme one: its chance is above 2.5 %."""
+    """With the two draws above each end is one of them."""
     pages = counted((0, 1, 1, 1), (0, 3, 0, 0), (1, 2, 1, 1))
     found = intervals(pages)
     assert found["macro_top1"] == pytest.approx([1 / 4, 3 / 4])
@@ -67,8 +79,8 @@ def test_lines_of_a_page_stand_or_fall_together() -> None:
     """100 lines on 4 pages, of which one is all wrong: as uncertain as 4 draws, not as 100."""
     pages = counted(*[(w, 25, 25 * (p > 0), 1) for w in (0, 1) for p in range(4)])
     low, high = intervals(pages)["macro_top1"] or (0.0, 0.0)
-    deviation = (0.75 * 0.25 / 4 / 2) ** 0.5  # of the mean of two writers with 4 pages each
-    assert high - low == pytest.approx(2 * 1.96 * deviation, abs=0.13)  # pages come in eighths
+    deviation = (0.75 * 0.25 / 3 / 2) ** 0.5  # of the mean of two writers with 4 pages each
+    assert high - low == pytest.approx(2 * 1.96 * deviation, abs=0.17)  # pages come in sixths
     assert high - low > 0.4, "of 100 independent lines each it would be 0.12"
 
 
