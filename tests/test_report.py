@@ -10,6 +10,8 @@ import os
 import random
 import re
 import shutil
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +26,7 @@ from searches import make_search
 from data import LineSet
 from writer_search.common.files import read_json, write_json
 from writer_search.common.text import percent
-from writer_search.lines.predictions import write_predictions
+from writer_search.lines.predictions import Prediction, write_predictions
 from writer_search.results.confusion import confusion_of
 from writer_search.results.page.lines import LinePictures, seen_lines
 from writer_search.results.page.snapshot import (
@@ -37,10 +39,10 @@ from writer_search.results.page.snapshot import (
     TrialFiles,
     TrialProgress,
 )
-from writer_search.results.page.standing import standard_error
+from writer_search.results.page.standing import shares_of, standard_error
 from writer_search.results.page.trials import ranges
 from writer_search.results.report import SIGN_OF_LIFE, SOON, ReportPage, report_html
-from writer_search.results.rows import DATABASE, best_row, read_database, trial_dir
+from writer_search.results.rows import DATABASE, Row, best_row, read_database, trial_dir
 from writer_search.study.store import open_study
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&b", "فارسی", "\udcff"]
@@ -366,6 +368,13 @@ def confusion(rows: list[list[int]]) -> dict[str, Any]:
     return {"confusion": {"writers": [str(i) for i in range(len(rows))], "counts": rows}}
 
 
+def shown_with(metrics: dict[str, Any], lines: Sequence[Prediction] = ()) -> Snapshot:
+    files = TrialFiles(Path("c"))
+    files._of_best = Path("c/trial_000"), metrics, list(lines)
+    row = Row(0, "COMPLETE", 0.5, {}, None, None)
+    return Snapshot(files, [row], {}, Standing(FINISHED))
+
+
 def test_standard_error_is_that_of_a_mean_of_shares() -> None:
     """Compared with the deviation of many draws; a writer without lines counts for nothing."""
     lines, shares = [10, 20, 40, 0], [0.5, 0.9, 0.8, 0.0]
@@ -373,7 +382,7 @@ def test_standard_error_is_that_of_a_mean_of_shares() -> None:
     rows = [[0] * 4 for _ in lines]
     for writer, (n, k) in enumerate(zip(lines, right, strict=True)):
         rows[writer][writer], rows[writer][(writer + 1) % 4] = k, n - k
-    count, error = standard_error(confusion(rows))
+    found, has_pages = shares_of(shown_with(confusion(rows)))
     generator = random.Random(0)
     values = []
     for _ in range(4000):
@@ -382,17 +391,44 @@ def test_standard_error_is_that_of_a_mean_of_shares() -> None:
             for n, share in zip(lines[:3], shares[:3], strict=True)
         ]
         values.append(sum(means) / 3)
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-    assert count == 70
-    assert error == pytest.approx(deviation, rel=0.05)
+    assert found == [[(n, k)] for n, k in zip(lines[:3], right[:3], strict=True)]
+    assert not has_pages
+    assert standard_error(found) == pytest.approx(statistics.pstdev(values), rel=0.05)
+
+
+def test_standard_error_is_by_pages_where_they_are_known() -> None:
+    """Each page all right or all wrong, five a writer: as uncertain as five draws, not as 50."""
+    pages = [(10, 10 * (page > 1)) for page in range(5)]
+    lines = [
+        Prediction(f"val/{w}/{p}/{i}.png", w, str(p), w if i < right else "z", 0.5, 0.5, w)
+        for w in ("a", "b")
+        for p, (number, right) in enumerate(pages)
+        for i in range(number)
+    ]
+    found, has_pages = shares_of(shown_with({}, lines))
+    assert (found, has_pages) == ([pages, pages], True)
+    assert standard_error(found) == pytest.approx(math.sqrt(0.6 * 0.4 / 4 / 2))
+    generator = random.Random(0)
+    means = [  # of the mean of two writers with five pages of which 0.6 are right
+        statistics.fmean(generator.random() < 0.6 for _ in range(10)) for _ in range(4000)
+    ]
+    assert standard_error(found) == pytest.approx(statistics.pstdev(means), rel=0.15)
+    alike = [[(10, 5), (20, 10)]]
+    assert standard_error(alike) == pytest.approx(math.sqrt(0.25 / 30)), "alike by chance"
+    without = [replace(line, page="") for line in lines]
+    assert shares_of(shown_with(confusion([[3, 1], [0, 2]]), without)) == (
+        [[(4, 3)], [(2, 2)]],
+        False,
+    )
 
 
 def test_confusion_is_read_as_pairs_and_as_an_earlier_version_s_table() -> None:
     table = confusion([[3, 0, 1], [0, 2, 0], [0, 0, 0]])
     pairs = {"confusion": {"writers": ["0", "1", "2"], "pairs": [[0, 0, 3], [0, 2, 1], [1, 1, 2]]}}
     assert confusion_of(table) == confusion_of(pairs)
-    assert standard_error(table) == standard_error(pairs) == (6, pytest.approx(0.10825, abs=1e-5))
+    found = shares_of(shown_with(table))[0]
+    assert found == shares_of(shown_with(pairs))[0] == [[(4, 3)], [(2, 2)]]
+    assert standard_error(found) == pytest.approx(0.10825, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +446,8 @@ def test_confusion_that_makes_no_sense_is_none(recorded: Any) -> None:
 
 @pytest.mark.parametrize("metrics", [{}, {"confusion": 3}, {"confusion": {"counts": [[0]]}}])
 def test_no_confusion_no_standard_error(metrics: dict[str, Any]) -> None:
-    assert standard_error(metrics) == (0, 0.0)
+    assert shares_of(shown_with(metrics)) == ([], False)
+    assert standard_error([]) == 0.0
 
 
 def test_all_right_is_not_certain(tmp_path: Path) -> None:

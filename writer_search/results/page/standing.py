@@ -5,17 +5,15 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from writer_search.common.files import read_dict
 from writer_search.common.provenance import pasted
 from writer_search.common.text import duration, percent, shown_value
 from writer_search.results.chosen import chosen_model, read_confirmation
 from writer_search.results.confirmed import describe as describe_confirmation
-from writer_search.results.confusion import confusion_of
 from writer_search.results.estimate import range_text
 from writer_search.results.page.html import count, folded, section, soft, text
 from writer_search.results.page.snapshot import (
@@ -127,7 +125,9 @@ def _hyperparameters(shown: Snapshot, best: Row) -> str:
 def _how_sure(shown: Snapshot, best: Row) -> str:
     """Say on how many lines the best value rests, and how many trials are as good within that."""
     value = best.value or 0.0
-    lines, error = standard_error(shown.metrics)
+    shares, has_pages = shares_of(shown)
+    lines = sum(number for own in shares for number, _ in own)
+    error, single = standard_error(shares), sum(len(own) == 1 for own in shares) * has_pages
     if not lines:
         return "Its standard error is not known: the trial left no count of its validation lines."
     if error == 0 and any(true != guessed for true, guessed, _ in shown.confusion[1]):
@@ -139,7 +139,7 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
         return (
             f"Measured on {count(lines, 'validation line')}, all recognised. Even so, up to "
             f"{min(100.0, 300 / lines):.1f} points of mistakes in new lines of the same kind would "
-            "be no surprise (95 %, rule of three)."
+            "be no surprise (95 %, rule of three), more where lines of a page go wrong together."
         )
     ties = sum((row.value or 0.0) >= value - error for row in shown.complete)
     others = ""
@@ -150,30 +150,56 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
         )
     return (
         f"Measured on {count(lines, 'validation line')}: standard error "
-        f"{100 * error:.1f} points.{others} It was chosen for this value, so expect a "
-        "lower one on new lines."
+        f"{100 * error:.1f} points{_at_least(single)}.{others} It was chosen for this value, so "
+        "expect a lower one on new lines."
     )
 
 
-def standard_error(metrics: Mapping[str, Any]) -> tuple[int, float]:
-    """Give a trial's count of validation lines and the standard error of its macro top-1.
+def _at_least(single: int) -> str:
+    if not single:
+        return ""
+    whose = f"{count(single, 'writer')} {'has' if single == 1 else 'have'} a single page"
+    return f" or more ({whose}, so how they vary from page to page is not known)"
 
-    The mean of writers' shares p of n lines each deviates by the root of the sum of p(1 - p) / n,
-    over the number of writers. (0, 0.0) where the confusion is not recorded.
+
+# Of each writer (lines, right lines) of each page; of all pages as one where they are not known.
+Shares = Sequence[Sequence[tuple[int, int]]]
+
+
+def shares_of(shown: Snapshot) -> tuple[Shares, bool]:
+    """Give what the best trial gets right, and whether by page; nothing if it is not recorded."""
+    counts: dict[object, Counter[object]] = defaultdict(Counter)
+    right = Counter[object]()
+    has_pages = bool(shown.predictions) and all(line.page for line in shown.predictions)
+    if has_pages:
+        for line in shown.predictions:
+            counts[line.writer][line.page] += 1
+            right[line.writer, line.page] += line.is_right
+    else:
+        for true, guessed, number in shown.confusion[1]:
+            counts[true][None] += number
+            right[true, None] += number * (true == guessed)
+    return [[(n, right[w, p]) for p, n in own.items()] for w, own in counts.items()], has_pages
+
+
+def standard_error(shares: Shares) -> float:
+    """Give the standard error of a macro top-1: of the mean over writers of their shares."""
+    return math.sqrt(sum(map(share_variance, shares))) / max(1, len(shares))
+
+
+def share_variance(pages: Sequence[tuple[int, int]]) -> float:
+    """Give the variance of the share that is right, from (lines, right lines) of each page.
+
+    Lines of a page are right or wrong together, so the share varies as pages do: a ratio estimate,
+    Cochran 1977, ch. 6. Not less than if all were independent: pages may be alike by chance.
     """
-    try:
-        _, pairs = confusion_of(metrics)
-    except ValueError:
-        return 0, 0.0
-    lines, right = Counter[int](), Counter[int]()
-    for true, guessed, number in pairs:
-        lines[true] += number
-        right[true] += number * (true == guessed)
-    if not lines:
-        return 0, 0.0
-    shares = {writer: right[writer] / number for writer, number in lines.items()}
-    variance = sum(shares[w] * (1 - shares[w]) / number for w, number in lines.items())
-    return lines.total(), math.sqrt(variance) / len(lines)
+    lines, right = sum(number for number, _ in pages), sum(hits for _, hits in pages)
+    share = right / lines
+    independent = share * (1 - share) / lines
+    if len(pages) == 1:
+        return independent
+    apart = math.fsum((hits - share * number) ** 2 for number, hits in pages) / lines**2
+    return max(independent, apart * len(pages) / (len(pages) - 1))
 
 
 def _confirmation(shown: Snapshot) -> str:

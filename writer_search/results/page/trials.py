@@ -11,7 +11,7 @@ from urllib.parse import quote
 from writer_search.common.text import duration, percent, shown_value
 from writer_search.results.page.html import Column, cell, part, soft, table, text
 from writer_search.results.page.snapshot import CURVES, Snapshot
-from writer_search.results.page.standing import standard_error
+from writer_search.results.page.standing import shares_of, standard_error
 from writer_search.results.pictures.charts import (
     Chart,
     Outcome,
@@ -150,7 +150,7 @@ def charts_of(shown: Snapshot) -> list[Chart]:
         return []
     writers = shown.settings.get("data", {}).get("writers")
     chance = 100 / writers if isinstance(writers, int) and writers > 0 else None
-    error = 100 * standard_error(shown.metrics)[1]
+    error = 100 * standard_error(shares_of(shown)[0])
     drawn = [
         history(trials, error, chance),
         learning_curves(trials, chance),
