@@ -360,6 +360,23 @@ def test_result_by_hand() -> None:
     assert summarise(candidates, [], search) is None
 
 
+def test_what_no_seed_changes_is_no_evidence() -> None:
+    """A descriptor that has the search's value again: that says nothing about luck in it."""
+    descriptor, network = replace(row(0, 0.9), params={"backbone": "cohog"}), row(1, 0.8)
+    both = [Candidate(descriptor, (1, 2)), Candidate(network, (3, 4))]
+    runs = [row(0, 0.9, 1), row(1, 0.8, 3), row(2, 0.9, 2), row(3, 0.8, 4)]
+    found = summarise(both, runs, [descriptor, network])
+    assert found is not None
+    text = "\n".join(describe(found))
+    assert "The ranking held.\n" in text
+    assert "nothing about how much of it is luck" in text
+    found = summarise(both[1:], runs, [network])
+    assert found is not None
+    text = "\n".join(describe(found))
+    assert "neither too high nor too low" in text
+    assert "luck" not in text
+
+
 def test_second_that_failed_once_may_have_the_higher_mean() -> None:
     search = [row(0, 0.9), row(1, 0.8)]
     candidates = [Candidate(search[0], (1, 2)), Candidate(search[1], (3, 4, 5))]

@@ -77,6 +77,7 @@ def _entry(rank: int, candidate: Candidate, rows: Sequence[Row]) -> dict[str, An
     return {
         "trial": candidate.row.number,
         "params": candidate.row.params,
+        "is_fitted": candidate.row.is_fitted,
         "search_rank": rank,
         "search_value": candidate.value,
         "runs": runs,
@@ -105,7 +106,14 @@ def describe(found: dict[str, Any]) -> list[str]:
             f"{entry['search_rank']} -> {entry['confirmed_rank']}{failed}"
         )
     held = "held" if found["ranking_held"] else "did not hold"
-    lines.append(f"The ranking {held}." + _optimism(found["optimism"]))
+    first = found["candidates"][0]
+    is_told = not first.get("is_fitted")  # files of earlier versions do not say
+    lines.append(f"The ranking {held}." + (_optimism(found["optimism"]) if is_told else ""))
+    if any(entry.get("is_fitted") for entry in found["candidates"]):
+        lines.append(
+            "  A descriptor has the same value with every seed: its deviation says nothing about "
+            "how much of it is luck."
+        )
     winner = found["winner"]
     lines.append(
         f"Winner: trial {winner['trial']}; summary/best_model.pth is its best run's, "
