@@ -227,8 +227,9 @@ def softmax_regression(
 def best_factor(logits: Tensor, labels: Tensor) -> float:
     """Find the factor of logits (lines, writers) with which the labels are the most probable.
 
-    Where all of n lines are told, the next is wrong with 1 / (n + 2): Laplace's rule of succession.
-    Without it a handful of easy lines would make the logits as large as they may be.
+    Where all of n are told, the next is wrong with 1 / (n + 2): Laplace's rule of succession.
+    Without it a handful of easy lines would make the logits as large as they may be. Versions of a
+    line count as lines: by lines alone the same validation losses are up to twice as high.
     """
     doubt = 1 / (len(labels) + 2)
     factors = torch.logspace(np.log10(FLATTEST), np.log10(SHARPEST), 101, dtype=logits.dtype)
@@ -242,8 +243,9 @@ def _folds(labels: NDArray[np.int64], pages: NDArray[np.int64]) -> Tensor:
     """Number FOLDS parts of the descriptions, (lines,): by pages, where a writer has as many.
 
     Otherwise one by one, so that the versions of a line stand in all parts. With a line's versions
-    together, a third of what a writer has would be missing: on 24 real hands with two lines each,
-    validation loss 1.33 instead of 0.42.
+    together, what is told is harder than lines to come, and the answers are not sure enough: with
+    2, 4, 8, 16, 30 and 100 random lines of each of 24 hands the validation loss is 0.34, 0.16,
+    0.14, 0.026, 0.023 and 0.008, against 0.62, 0.24, 0.14, 0.030, 0.023 and 0.010.
     """
     fold = np.zeros(len(labels), np.int64)
     for writer in np.unique(labels):
