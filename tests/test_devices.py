@@ -257,6 +257,28 @@ def test_each_gpu_is_opened_and_named_by_a_process_of_its_own(gpus_found: Any) -
     assert machine._precision_on_gpus(("resnet18",), found[::2]) == {"resnet18": "bfloat16"}
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_that_is_only_emulated_is_told(
+    run: Run, emulated: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A search goes on on another node of a cluster, whose device has no bfloat16."""
+    ask = preparation.ask_machine
+    elsewhere: dict[str, Any] = {"without_bfloat16": []}
+    monkeypatch.setattr(preparation, "ask_machine", lambda *given: ask(*given) | elsewhere)
+    assert run("--fix", "precision=bfloat16", n_trials="1") == 0
+    assert capfd.readouterr().err == ""
+    elsewhere = {"without_bfloat16": ["Tesla T4"] if emulated else []}
+    assert run("--fix", "precision=bfloat16", n_trials="2") == 0
+    problems = capfd.readouterr().err
+    assert ("compute in bfloat16, which Tesla T4 only emulates" in problems) == emulated
+    gpus = (Gpu("0", "A100", True), Gpu("1", "Tesla T4", False))
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: not emulated)
+    for these in (gpus, ()):
+        question = MachineQuestion(these, "none", ("tiny",), False, 1)
+        without = machine._describe_machine(question)["without_bfloat16"]
+        assert without == (["Tesla T4"] if these else [machine.processor()] * emulated)
+
+
 def test_the_faster_precision_is_measured_once_for_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +350,12 @@ def test_retraining_takes_the_cpu_where_the_gpu_does_not_open(
     assert "warning: the trial ran on a GPU; here it cannot be used" in capfd.readouterr().err
     with pytest.raises(UserError, match="--device cuda:0: it cannot be used"):
         device_like("cuda:0", on_gpu=False)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("writer_search.training.repeat.why_unusable", lambda name: "")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    second = device_like("cuda:1", on_gpu=False)
+    assert chosen == [second], "what asks for no device, as for bfloat16, asks this one"
 
 
 def test_the_test_split_is_measured_where_a_device_works() -> None:

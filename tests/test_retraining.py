@@ -187,6 +187,19 @@ def test_training_that_is_out_of_memory_goes_on_with_fewer_images(
     assert problems == "error: the training failed: CUDA error: out of memory\n"
 
 
+@pytest.mark.parametrize("has_it", [False, True])
+def test_bfloat16_that_is_only_emulated_is_told(
+    has_it: bool,
+    config: TrialConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(retraining, "has_bfloat16", lambda device: has_it)
+    for precision in ("float32", "bfloat16"):
+        retraining.warn_of_emulation(replace(config, precision=precision), torch.device("cpu"))
+    assert capfd.readouterr().err.count("only emulates") == (not has_it)
+
+
 def test_final_model_trains_on_validation_lines_and_claims_nothing(
     search: Path, lines_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,6 +376,57 @@ def test_errors_of_devices_are_told_apart(
     assert (kind == "failed" and content["cause"].kind is Kind.OUT_OF_MEMORY) == is_memory
 
 
+SICK = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    ("error", "query", "free", "is_memory", "is_fault"),
+    [
+        # A GPU that has failed says it to each call; libraries say it in their own words.
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", SICK, 0.9, False, True),
+        ("GET was unable to find an engine to execute this computation", SICK, 0.0, False, True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling", SICK, 0.9, False, True),
+        ("NCCL error: unhandled cuda error", SICK, 0.9, False, True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", None, 0.9, False, False),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "out of memory", 0.9, False, False),
+        # They have no memory for themselves, or cannot do what is asked.
+        (
+            "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+            None,
+            0.02,
+            True,
+            False,
+        ),
+        ("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", None, 0.02, True, False),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", None, 0.02, True, False),
+        ("GET was unable to find an engine to execute this computation", None, 0.02, True, False),
+        ("GET was unable to find an engine to execute this computation", None, 0.9, False, False),
+        ("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", None, 0.9, True, False),
+    ],
+)
+def test_a_gpu_is_asked_what_an_error_means(
+    error: str,
+    query: str | None,
+    free: float,
+    is_memory: bool,
+    is_fault: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stream:
+        def query(self) -> bool:
+            if query is not None:
+                raise torch.AcceleratorError(query)
+            return False
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 1000), 1000))
+    assert is_out_of_memory(RuntimeError(error)) == is_memory
+    assert is_device_fault(RuntimeError(error)) == is_fault
+    assert not is_device_fault(ValueError(error))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
 def test_out_of_memory_with_four_images_fails(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,7 +150,22 @@ def ask_machine(
 def recorded_machine(recorded: dict[str, Any]) -> dict[str, Any]:
     """Describe the machine as the study has it, where nothing is to be trained on it."""
     decided = {name: recorded[name] for name in ("tier", "weights", "precision")}
-    return {**decided, "gpus": [], "device_names": [], "weights_why": "", "versions": {}}
+    nothing = {"gpus": [], "device_names": [], "without_bfloat16": [], "weights_why": ""}
+    return {**decided, **nothing, "versions": {}}
+
+
+def warn_of_emulation(precision: dict[str, Any], without: list[str]) -> None:
+    """Warn of a device that has no bfloat16 in hardware, where networks are to compute in it.
+
+    The precision was decided elsewhere, on another node of a cluster, or by --fix.
+    """
+    if without and "bfloat16" in precision.values():
+        print(
+            f"warning: networks of this search compute in bfloat16, which {without[0]} only "
+            "emulates: they take many times as long, or fail; use a device that has it, or begin a "
+            "search in a fresh --checkpoint_dir with --fix precision=float32",
+            file=sys.stderr,
+        )
 
 
 def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: bool = True) -> Plan:
@@ -208,6 +223,8 @@ def prepare(args: argparse.Namespace, recorded: dict[str, Any] | None, trains: b
     for warning in outside_of(usual, fix):
         print(f"warning: {warning}", file=sys.stderr)
     settings = settings_of_study(args, decided, data, space)
+    if not machine["precision"]:  # it was not measured, or not here
+        warn_of_emulation(settings["precision"], machine["without_bfloat16"])
     plan = make_plan(args, machine, data, space, settings, cores)
     return replace(plan, trains=trains)
 

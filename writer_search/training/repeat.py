@@ -27,6 +27,7 @@ from writer_search.lines.report import describe_report
 from writer_search.lines.walk import LeftOut
 from writer_search.training.checkpoints import LATEST, CheckpointMismatchError, load_checked
 from writer_search.training.device_errors import is_out_of_memory
+from writer_search.training.optimisation import has_bfloat16
 from writer_search.training.outcomes import Stopped
 
 
@@ -205,6 +206,7 @@ def run(
             raise Stopped
 
     fetch_weights(original.config)
+    warn_of_emulation(original.config, device)
     torch.set_num_threads(original.threads)  # another number sums in another order
 
     def train_with(micro_batch: int | None) -> None:
@@ -231,6 +233,16 @@ def run(
         raise Interrupted(str(stop.name), began=True) from None
     except OSError as error:
         raise UserError(f"--output_dir {wanted.output_dir}: {one_line(error)}") from None
+
+
+def warn_of_emulation(config: TrialConfig, device: torch.device) -> None:
+    """Warn of a device that has no bfloat16 in hardware, where the trial computed in it."""
+    if config.precision == "bfloat16" and not has_bfloat16(device):
+        print(
+            f"warning: the trial computed in bfloat16, which this {device} only emulates: it takes "
+            "many times as long, or fails",
+            file=sys.stderr,
+        )
 
 
 def fitting(
@@ -285,6 +297,8 @@ def device_like(name: str, on_gpu: bool) -> torch.device:
         )
     if device.type == "cuda" and (why := why_unusable(name)):
         raise UserError(f"--device {name}: {why}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what asks for no device asks this one, as for bfloat16
     return device
 
 
