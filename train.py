@@ -145,9 +145,9 @@ def train(
                 metrics = validate(state, config, validation, data.writers, check, micro_batch)
                 end_epoch(state, config, checkpoints, metrics, steps, len(training))
                 report(state.epoch, state.history[-1])
-            except (Pruned, Stopped):
-                # Nothing is saved by giving up what is done.
-                if not is_finished(state, config, last_epoch):
+            except (Pruned, Stopped) as outcome:
+                # Nothing is saved by giving up what is done, unless it was pruned an epoch ago.
+                if isinstance(outcome, Pruned) or not is_finished(state, config, last_epoch):
                     checkpoints.save(state.contents, at_once=True)
                     raise
         checkpoints.finish(state.history, state.best)
@@ -161,7 +161,7 @@ def saving(check: Check, checkpoints: Checkpoints, state: TrainingState) -> Chec
         check(progress)
         return checkpoints.is_due(state.epoch, state.step)
 
-    is_due = state.ranks.shared(check_and_ask, Stopped, every=STEPS_BETWEEN_RANKS)
+    is_due = state.ranks.shared(check_and_ask, Stopped, Pruned, every=STEPS_BETWEEN_RANKS)
 
     def check_and_save(progress: float) -> None:
         if is_due(progress):

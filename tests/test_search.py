@@ -568,6 +568,34 @@ def test_pruned_trials_do_not_count_as_complete(
     assert "1 of 3 trials still missing" in printed
 
 
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_training_goes_on_before_its_report_is_answered(
+    run: Run, tmp_path: Path, is_pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search stores a value first, or may be busy; a GPU would have nothing to do."""
+    monkeypatch.setattr(
+        draws, "make_pruner", lambda name, epochs: PruneTrial(0 if is_pruned else 9)
+    )
+    monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "report_without_an_answer"}))
+    going_on, hear_report, waited = tmp_path / "c" / "going_on", loop_module.Search.hear_report, []
+
+    def hear(search: loop_module.Search, running: Any, report: Any) -> None:
+        ends = time.monotonic() + 30.0
+        while running.number == 0 and not going_on.exists() and time.monotonic() < ends:
+            time.sleep(0.01)
+        waited.append(going_on.exists())
+        hear_report(search, running, report)
+
+    monkeypatch.setattr(loop_module.Search, "hear_report", hear)
+    assert run(n_trials="1") == is_pruned
+    assert waited[0], "it has trained on"
+    directory = tmp_path / "c" / "trial_000"
+    assert trials_of(tmp_path / "c")[0][1] == ("PRUNED" if is_pruned else "COMPLETE")
+    assert (directory / "metrics.json").exists() == (not is_pruned)
+    recorded = json.loads((directory / "trial.json").read_text())
+    assert recorded["user_attrs"]["epochs"] == (1 if is_pruned else 2), "what was reported"
+
+
 def test_trial_that_has_trained_to_its_end_is_not_pruned(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ class SearchLine:
         self._has_trained = False
         self.threads: int | None = None  # that the search has ordered, until the next batch
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._awaits_answer = False
         self._stop = threading.Event()
         self._last_progress = 0.0
         obey_in_thread(connection, self._obey)
@@ -71,17 +72,36 @@ class SearchLine:
             self._connection.send((kind, content))
 
     def report(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """Send an epoch's metrics and wait for the answer. Raises Pruned or Stopped."""
+        """Send an epoch's metrics. Raises Pruned or Stopped, by the answer to those before.
+
+        Training goes on until this one's answer is there: the search stores the value before, or
+        may be busy with another trial, and a GPU would have nothing to do.
+        """
+        self._hear(wait=True)
         self.send("report", epoch=epoch, metrics=metrics, again=not self._has_trained)
-        answer = self._answers.get()
+        self._awaits_answer = True
+
+    def _hear(self, wait: bool) -> None:
+        """Do what the answer to the last report says, if it is there, or wait for it."""
+        if not self._awaits_answer:
+            return
+        try:
+            answer = self._answers.get(wait)
+        except queue.Empty:
+            return
+        self._awaits_answer = False
         if answer == PRUNE:
             raise Pruned
         if answer == STOP:
             raise Stopped
 
     def check(self, progress: float) -> None:
-        """Raise Stopped when the search asked for it; tell it now and then how far this is."""
+        """Raise Stopped, or Pruned, when the search said so; tell it now and then how far this is.
+
+        A batch or two may have been trained since the epoch that decided it.
+        """
         self._has_trained = True
+        self._hear(wait=False)
         if self._stop.is_set():
             self.send("progress", progress=progress)
             raise Stopped
