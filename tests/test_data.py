@@ -1104,6 +1104,19 @@ def test_report_counts_what_stands_in_two_splits(tmp_path: Path) -> None:
     assert shared.startswith("1 images that stand under two writers, first val/bruno/val_page/copy")
 
 
+def test_writers_with_few_validation_lines_are_named() -> None:
+    report = dict.fromkeys(
+        ("broken", "pages_in_two_splits", "books_in_two_splits", "images_in_two_splits"), 0
+    )
+    val = {"anna": 3, "bruno": 2, "clara": 1, "dora": 0}
+    writers = {name: {"train": 5, "val": lines, "test": 0} for name, lines in val.items()}
+    described = {**report, "writers_without_validation": [], "writers": writers}
+    assert describe_report(described) == [
+        "2 writers have fewer than 3 validation lines, first clara with 1: one such line moves the "
+        "mean by 33.3 points"
+    ]
+
+
 def test_pages_of_the_same_name_of_two_writers_are_two(tmp_path: Path) -> None:
     paths = ["train/anna/p1/1.png", "train/bruno/p2/1.png", "val/anna/p2/1.png"]
     write_lines(tmp_path / "root", paths)
@@ -1265,8 +1278,7 @@ def test_lines_without_page_directories_are_no_page_in_two_splits(tmp_path: Path
     report = data.report
     assert (report["pages"], report["pages_in_two_splits"]) == (0, 0)
     assert report["writers_without_pages"] == ["a", "b"]
-    (warning,) = describe_report(report)
-    assert "2 writers have lines without page directories" in warning
+    assert "2 writers have lines without page directories" in describe_report(report)[-1]
 
 
 def test_one_name_in_two_unicode_forms_is_an_error(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from writer_search.lines.walk import describe_left_out
 MEASURED = ("sizes", "is_light", "ink_share")  # of each line, when it is decoded
 LEAST_INK, MOST_INK = 0.005, 0.6  # shares of a line; real ones have 0.03 to 0.3
 TENFOLD = 10
+FEW = 3  # validation lines of a writer, of which each moves the macro average by much
 TALL = "images taller than wide (whole pages, or turned?)"
 EMPTY, FULL = "lines with almost no ink", "lines that are almost only ink"
 STRANGERS = "test lines of writers without training lines"
@@ -189,6 +190,14 @@ def describe_report(report: Mapping[str, Any], file: str = "summary/data_report.
         warned.append(
             f"{counted(len(without), 'writer')} without validation lines, not included in the "
             f"mean: {names}"
+        )
+    measured = {writer: n for writer, own in report["writers"].items() if (n := own["val"])}
+    if few := {writer: n for writer, n in measured.items() if n < FEW}:
+        first = min(few, key=lambda writer: few[writer])
+        warned.append(
+            f"{counted(len(few), 'writer has', 'writers have')} fewer than {FEW} validation lines, "
+            f"first {one_line(first)} with {few[first]}: one such line moves the mean by "
+            f"{100 / len(measured) / few[first]:.1f} points"
         )
     for one, several, name in (
         ("page stands", "pages stand", "pages_in_two_splits"),
