@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import threading
 from collections import defaultdict
@@ -24,6 +25,7 @@ from writer_search.processes.machine import _visible_gpus
 from writer_search.processes.messages import Gpu, MachineQuestion
 from writer_search.study import preparation
 from writer_search.study.store import open_study
+from writer_search.training import optimisation
 from writer_search.training.repeat import device_like
 
 __all__ = ["run"]  # the fixture
@@ -272,11 +274,14 @@ def test_bfloat16_that_is_only_emulated_is_told(
     problems = capfd.readouterr().err
     assert ("compute in bfloat16, which Tesla T4 only emulates" in problems) == emulated
     gpus = (Gpu("0", "A100", True), Gpu("1", "Tesla T4", False))
-    monkeypatch.setattr(machine, "has_bfloat16", lambda device: not emulated)
+    monkeypatch.setattr(optimisation, "has_bfloat16", lambda device: not emulated)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for these in (gpus, ()):
         question = MachineQuestion(these, "none", ("tiny",), False, 1)
         without = machine._describe_machine(question)["without_bfloat16"]
         assert without == (["Tesla T4"] if these else [machine.processor()] * emulated)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert machine._describe_machine(question)["without_bfloat16"] == [], "torch cannot tell"
 
 
 def test_the_faster_precision_is_measured_once_for_a_machine(

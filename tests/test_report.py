@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import io
+import json
 import math
 import os
 import random
@@ -13,6 +14,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from writer_search.results.page.snapshot import (
     TrialProgress,
 )
 from writer_search.results.page.standing import shares_of, standard_error
-from writer_search.results.page.trials import ranges
+from writer_search.results.page.trials import charts_of, ranges
 from writer_search.results.report import SIGN_OF_LIFE, SOON, ReportPage, report_html
 from writer_search.results.rows import DATABASE, Row, best_row, read_database, trial_dir
 from writer_search.study.store import open_study
@@ -464,6 +466,25 @@ def test_all_right_is_not_certain(tmp_path: Path) -> None:
     text = page_of(tmp_path)
     assert "Its standard error is not known" in text
     assert "all recognised" not in text
+
+
+def test_pruned_trial_stands_where_it_was_pruned(tmp_path: Path) -> None:
+    """It may have trained an epoch more before it heard of it."""
+    (tmp_path / "trial_000").mkdir()
+    rows = [{"epoch": e, "macro_top1": e / 10, "seconds": 1.0} for e in (1, 2, 3)]
+    (tmp_path / "trial_000" / "history.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
+    (tmp_path / "trial_001").mkdir()
+    ended = datetime.now(UTC)
+    trials = [
+        Row(0, "PRUNED", 0.2, {}, ended, ended, {"epochs": 2}),
+        *(Row(n, "COMPLETE", 0.5, {}, ended, ended, {"epochs": 3}) for n in (1, 2)),
+    ]
+    charts = charts_of(Snapshot(TrialFiles(tmp_path), trials, {}, Standing(FINISHED)))
+    drawn = "".join(panel for chart in charts for panel in chart.panels)
+    assert "trial 0, pruned at 20.00 %" in drawn
+    assert "30.00" not in drawn
 
 
 def test_numbers_are_written_shortly() -> None:

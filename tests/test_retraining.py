@@ -194,7 +194,7 @@ def test_bfloat16_that_is_only_emulated_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(retraining, "has_bfloat16", lambda device: has_it)
+    monkeypatch.setattr(retraining, "emulates_bfloat16", lambda device: not has_it)
     for precision in ("float32", "bfloat16"):
         retraining.warn_of_emulation(replace(config, precision=precision), torch.device("cpu"))
     assert capfd.readouterr().err.count("only emulates") == (not has_it)

@@ -25,10 +25,11 @@ from optuna.trial import TrialState, create_trial
 from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.common.errors import UserError
+from writer_search.processes import child as child_module
 from writer_search.processes import runner as runner_module
 from writer_search.processes import running as running_module
 from writer_search.processes.causes import by_signal
-from writer_search.processes.messages import Job
+from writer_search.processes.messages import CONTINUE, PRUNE, STOP, Job
 from writer_search.processes.running import Report, RunningTrial
 from writer_search.results.rows import read_history
 from writer_search.results.status import read_status, status_text
@@ -38,6 +39,7 @@ from writer_search.study import loop as loop_module
 from writer_search.study.draws import Drawer, SpaceExhaustedError
 from writer_search.study.loop import Search
 from writer_search.study.store import open_study
+from writer_search.training.outcomes import Pruned, Stopped
 
 Run = Callable[..., int]
 
@@ -594,6 +596,36 @@ def test_training_goes_on_before_its_report_is_answered(
     assert (directory / "metrics.json").exists() == (not is_pruned)
     recorded = json.loads((directory / "trial.json").read_text())
     assert recorded["user_attrs"]["epochs"] == (1 if is_pruned else 2), "what was reported"
+
+
+def test_answers_are_heard_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also again: ranks meet at some checks only. What is saved is reported before a stop."""
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.sent: list[tuple[str, dict[str, Any]]] = []
+
+        def send(self, message: tuple[str, dict[str, Any]]) -> None:
+            self.sent.append(message)
+
+    monkeypatch.setattr(child_module, "obey_in_thread", lambda *_: None)
+    for order, outcome in ((PRUNE, Pruned), (STOP, Stopped)):
+        pipe: Any = Pipe()
+        line = child_module.SearchLine(pipe, tmp_path / "train.log")
+        line.report(1, {})
+        line.check(1.2)
+        line._obey(CONTINUE)
+        line.report(2, {})
+        line.check(2.2)
+        line._obey(order)
+        for _ in range(2):
+            with pytest.raises(outcome):
+                line.check(2.4)
+        with pytest.raises(outcome):
+            line.report(3, {})
+        kinds = [kind for kind, _ in pipe.sent]
+        assert kinds.count("report") == 3, "the search knows all that is in the history"
+        assert ("progress", {"progress": 2.4}) in pipe.sent or order == PRUNE
 
 
 def test_trial_that_has_trained_to_its_end_is_not_pruned(

@@ -24,6 +24,7 @@ from writer_search.common.cores import WaitingThreads
 from writer_search.common.text import one_line
 from writer_search.processes.causes import Cause, Kind, of_error
 from writer_search.processes.messages import (
+    CONTINUE,
     PRUNE,
     STOP,
     THREADS,
@@ -77,8 +78,8 @@ class SearchLine:
         Training goes on until this one's answer is there: the search stores the value before, or
         may be busy with another trial, and a GPU would have nothing to do.
         """
-        self._hear(wait=True)
         self.send("report", epoch=epoch, metrics=metrics, again=not self._has_trained)
+        self._hear(wait=True)
         self._awaits_answer = True
 
     def _hear(self, wait: bool) -> None:
@@ -89,22 +90,22 @@ class SearchLine:
             answer = self._answers.get(wait)
         except queue.Empty:
             return
-        self._awaits_answer = False
-        if answer == PRUNE:
-            raise Pruned
-        if answer == STOP:
-            raise Stopped
+        if answer == CONTINUE:
+            self._awaits_answer = False
+            return
+        self._answers.put(answer)  # ranks meet only now and then: it may be asked for again
+        raise Pruned if answer == PRUNE else Stopped
 
     def check(self, progress: float) -> None:
         """Raise Stopped, or Pruned, when the search said so; tell it now and then how far this is.
 
-        A batch or two may have been trained since the epoch that decided it.
+        Pruned may come batches after the epoch that decided it, an epoch at the most.
         """
         self._has_trained = True
-        self._hear(wait=False)
         if self._stop.is_set():
             self.send("progress", progress=progress)
             raise Stopped
+        self._hear(wait=False)
         now = time.monotonic()
         if now - self._last_progress > PROGRESS_SECONDS:
             self._last_progress = now

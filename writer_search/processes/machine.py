@@ -22,7 +22,7 @@ from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
 from writer_search.processes.messages import Gpu, MachineQuestion, Message, obey_in_thread
 from writer_search.space import BACKBONES_BY_TIER
-from writer_search.training.optimisation import has_bfloat16
+from writer_search.training.optimisation import emulates_bfloat16
 
 
 def answer_question(connection: Connection, question: MachineQuestion) -> None:
@@ -58,7 +58,7 @@ def _describe_machine(
         backbones = BACKBONES_BY_TIER[tier, weights == "imagenet"]
     measured = backbones if question.measure else ()
     without = [gpu.name for gpu in gpus if not gpu.bfloat16]
-    if not gpus and not has_bfloat16(torch.device("cpu")):
+    if not gpus and emulates_bfloat16(torch.device("cpu")):
         without = [processor()]
     return {
         "gpus": [gpu.entry for gpu in gpus],

@@ -145,7 +145,7 @@ class Runner:
             self._progress.advance(running.number, running.progress)
         elif kind == "report":
             running.heard = time.monotonic()
-            return Report(content["epoch"], content["metrics"], content["again"])
+            return None if running.pruned else Report(**content)  # it has trained on since
         elif kind == "threads":
             running.note_fewer_threads(content["threads"])
             threads = counted(running.threads, "thread")

@@ -194,7 +194,7 @@ class Search:
             self.stop.wakeup.recv(4096)
         if self.stop.name is not None:
             self.runner.stop_all(by_signal(self.stop.name))
-        for pipe in trials.keys() & set(ready):
+        for pipe in [pipe for pipe in trials if pipe in ready]:  # rank 0's report before an end
             self.hear(trials[pipe], self.runner.receive(trials[pipe], pipe))
         self.watch_the_clock()
 
@@ -248,7 +248,7 @@ class Search:
         if epoch > running.epoch and not config.is_fitted:
             running.trial.report(value, epoch)
         running.note_epoch(report)
-        # What is done is not pruned. A pruner goes through all trials, also to say: too early.
+        # What is known to be done is not pruned. A pruner goes through all, also to say: too early.
         is_judged = not running.is_last_epoch and epoch >= warm_up_epochs(self.plan.epochs)
         if running.stop_cause is None and is_judged and running.trial.should_prune():
             running.pruned = True

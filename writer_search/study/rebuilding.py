@@ -19,6 +19,7 @@ from writer_search.common.files import read_signed
 from writer_search.results.rows import (
     SECONDS,
     has_saved,
+    is_fitted,
     read_history,
     trained_seconds,
     trial_dir,
@@ -156,7 +157,9 @@ def _from_config(directory: Path, number: int) -> FrozenTrial:
         distributions=_distributions(config["distributions"]),
         user_attrs=attributes,
         system_attrs={},
-        intermediate_values={row["epoch"]: row["macro_top1"] for row in history},
+        intermediate_values={}
+        if is_fitted(config["hyperparameters"], attributes)
+        else {row["epoch"]: row["macro_top1"] for row in history},
         trial_id=number,
     )
     _validate(trial)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -133,6 +134,12 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Tell a device that is known to have no bfloat16 in hardware; of an ARM CPU it is not."""
+    is_known = device.type == "cuda" or platform.machine() == "x86_64"
+    return is_known and not has_bfloat16(device)
 
 
 def for_use_on(config: TrialConfig, device: torch.device) -> TrialConfig:

@@ -27,7 +27,7 @@ from writer_search.lines.report import describe_report
 from writer_search.lines.walk import LeftOut
 from writer_search.training.checkpoints import LATEST, CheckpointMismatchError, load_checked
 from writer_search.training.device_errors import is_out_of_memory
-from writer_search.training.optimisation import has_bfloat16
+from writer_search.training.optimisation import emulates_bfloat16
 from writer_search.training.outcomes import Stopped
 
 
@@ -237,7 +237,7 @@ def run(
 
 def warn_of_emulation(config: TrialConfig, device: torch.device) -> None:
     """Warn of a device that has no bfloat16 in hardware, where the trial computed in it."""
-    if config.precision == "bfloat16" and not has_bfloat16(device):
+    if config.precision == "bfloat16" and emulates_bfloat16(device):
         print(
             f"warning: the trial computed in bfloat16, which this {device} only emulates: it takes "
             "many times as long, or fails",

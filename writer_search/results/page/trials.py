@@ -140,7 +140,8 @@ def charts_of(shown: Snapshot) -> list[Chart]:
             row.number,
             state_of(row),
             None if row.value is None else 100 * row.value,
-            [100 * value for value in shown.files.values(row)],
+            # A pruned trial may have trained an epoch more before it heard of it.
+            [100 * v for v in shown.files.values(row)[: row.attributes.get("epochs")]],
             row.params,
         )
         for row in shown.rows
