@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -24,6 +25,7 @@ from writer_search.processes import parent as processes
 from writer_search.processes import runner as runner_module
 from writer_search.processes.causes import Cause, Kind
 from writer_search.study import draws
+from writer_search.study import loop as loop_module
 from writer_search.study.store import open_study
 from writer_search.training import evaluation
 from writer_search.training import ranks as ranks_module
@@ -223,11 +225,24 @@ def test_interrupted_ranks_continue_as_if_never_broken(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_pruning_ends_all_ranks(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    seconds: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Also where the answer comes epochs of five batches later, of which ranks meet at some."""
+    hear_report = loop_module.Search.hear_report
+
+    def hear(search: loop_module.Search, *told: Any) -> None:
+        time.sleep(seconds)
+        hear_report(search, *told)
+
+    monkeypatch.setattr(loop_module.Search, "hear_report", hear)
     monkeypatch.setattr(draws, "make_pruner", lambda name, epochs: PruneTrial(0))
-    assert run("--gpus_per_trial", "2") == 0
+    assert run("--gpus_per_trial", "2", "--fix", "batch_size=5", epochs="4") == 0
     assert [state for _, state, _ in trials_of(tmp_path / "c")] == ["PRUNED", "COMPLETE"]
     assert "Traceback" not in (tmp_path / "c" / "trial_000" / "train.rank1.log").read_text()
     assert "trial   0 | pruned at epoch 1" in capfd.readouterr().out
