@@ -225,7 +225,7 @@ def test_interrupted_ranks_continue_as_if_never_broken(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.008, 0.016, 0.5])
+@pytest.mark.parametrize("seconds", [0.0, 0.016])
 def test_pruning_ends_all_ranks(
     run: Run,
     tmp_path: Path,
