@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import sqlalchemy
 import torch
 
 from data import LineSet, find_lines, load_lines
+from writer_search.common.output import live
 from writer_search.config import TrialConfig
 from writer_search.demo import make_lines
 from writer_search.study import store
@@ -53,6 +55,13 @@ def _no_disk_is_waited_for() -> None:
 def _own_cache(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
     """No test touches the user's cache; tests share one, as searches do."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+
+
+@pytest.fixture(autouse=True)
+def _no_open_line() -> Iterator[None]:
+    """A step that a test leaves under way would begin the next one's output with a line's end."""
+    yield
+    live.drop()
 
 
 @pytest.fixture(scope="session")
