@@ -18,7 +18,6 @@ The padded way trains on images 17 times as large.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -163,7 +162,6 @@ class Bench:
             median(b - a for a, b in zip(of["epoch"], of["saved"], strict=True))
             for of in (seconds, cpu_seconds)
         )
-        self.files.times._born = -math.inf  # not that of a training's first minute
         interval = self.files.times.interval(median(seconds["epoch"]) / steps)
         rates: dict[str, float | None] = {
             "epoch": images / median(seconds["epoch"]),

@@ -40,8 +40,7 @@ PREVIOUS = "previous_best_model.pth"  # until a checkpoint names the new one
 
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0  # between two saved states
 SHARE = 0.01  # of the training time that saving its state may take
-# A process that has just begun may have ended by a kill, and what was killed once is soon killed
-# again: more is saved then. With kills a minute apart that loses least, see docs/reliability.md.
+# A process that has just begun may follow a kill, and what was killed once is soon killed again.
 YOUNG_SECONDS, YOUNG_TIMES = 60.0, 2.0
 SHARE_OF_HISTORY = 0.001
 # Seconds that training takes longer for each that the writing thread computes, where no core is
@@ -76,12 +75,12 @@ class SaveTimes:
         self._took = 0.0  # from the copy to the disk
         self._born = self._began = self._asked = time.monotonic()
 
-    def interval(self, batch: float = 0.0) -> float:
+    def interval(self, batch: float = 0.0, is_young: bool = False) -> float:
         """Give the seconds from one save to the next, with batches that take so long.
 
         A kill may also cost the batch to come, and what is still on its way to the disk.
+        is_young: in the training's first minute.
         """
-        is_young = self._asked - self._born < YOUNG_SECONDS
         share = self._share * (YOUNG_TIMES if is_young else 1.0)
         cheap = max(LEAST_SECONDS, median(self._costs) / share)
         return min(cheap, MOST_SECONDS - self._took - batch)
@@ -90,7 +89,8 @@ class SaveTimes:
         """Tell it before a batch; to be asked before each one."""
         now = time.monotonic()
         batch, self._asked = now - self._asked, now
-        return now - self._began >= self.interval(batch)
+        is_young = now - self._born < YOUNG_SECONDS
+        return now - self._began >= self.interval(batch, is_young)
 
     def begin(self) -> None:
         self._began = time.monotonic()

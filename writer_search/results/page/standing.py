@@ -127,7 +127,7 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
     value = best.value or 0.0
     shares, has_pages = shares_of(shown)
     lines = sum(number for own in shares for number, _ in own)
-    error, single = standard_error(shares), sum(len(own) == 1 for own in shares) * has_pages
+    error = standard_error(shares)
     if not lines:
         return "Its standard error is not known: the trial left no count of its validation lines."
     if error == 0 and any(true != guessed for true, guessed, _ in shown.confusion[1]):
@@ -150,12 +150,13 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
         )
     return (
         f"Measured on {count(lines, 'validation line')}: standard error "
-        f"{100 * error:.1f} points{_at_least(single)}.{others} It was chosen for this value, so "
-        "expect a lower one on new lines."
+        f"{100 * error:.1f} points{_at_least(shares) if has_pages else ''}.{others} It was chosen "
+        "for this value, so expect a lower one on new lines."
     )
 
 
-def _at_least(single: int) -> str:
+def _at_least(shares: Shares) -> str:
+    single = sum(len(own) == 1 for own in shares)
     if not single:
         return ""
     whose = f"{count(single, 'writer')} {'has' if single == 1 else 'have'} a single page"
