@@ -41,7 +41,7 @@ from writer_search.results.page.snapshot import (
     TrialFiles,
     TrialProgress,
 )
-from writer_search.results.page.standing import shares_of, standard_error
+from writer_search.results.page.standing import best_trial, shares_of, standard_error
 from writer_search.results.page.trials import charts_of, ranges
 from writer_search.results.report import SIGN_OF_LIFE, SOON, ReportPage, report_html
 from writer_search.results.rows import DATABASE, Row, best_row, read_database, trial_dir
@@ -422,6 +422,18 @@ def test_standard_error_is_by_pages_where_they_are_known() -> None:
         [[(4, 3)], [(2, 2)]],
         False,
     )
+
+
+def test_writers_with_a_single_page_are_told() -> None:
+    lines = [
+        Prediction(f"val/{w}/{p}/{i}.png", w, p, "a", 0.5, 0.5, "a")
+        for w, p in (("a", "1"), ("a", "2"), ("b", "1"))
+        for i in range(2)
+    ] + [Prediction("val/b/1/x.png", "b", "1", "b", 0.5, 0.5, "b")]
+    shown = shown_with({}, lines)
+    assert "points or more (1 writer has a single page" in best_trial(shown)
+    without = [replace(line, page="") for line in lines]
+    assert "or more" not in best_trial(shown_with(confusion([[4, 0], [2, 1]]), without))
 
 
 def test_confusion_is_read_as_pairs_and_as_an_earlier_version_s_table() -> None:
