@@ -12,9 +12,8 @@ import json
 import os
 import socket
 import sys
-import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from glob import escape
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from writer_search.common.errors import UserError
@@ -56,6 +54,7 @@ from writer_search.lines.report import (
 )
 from writer_search.lines.split import split_by_page
 from writer_search.lines.walk import (
+    OTHERS,
     LeftOut,
     describe_left_out,
     directories_of_lines,
@@ -65,7 +64,7 @@ from writer_search.lines.walk import (
 )
 
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 INDEX = ("widths", "digests", "versions", "line_height", "checksum", "broken", *MEASURED)
 
 
@@ -222,6 +221,8 @@ def _check_writers(
         if line.split == "test" and line.writer not in writers:
             left_out.add(STRANGERS, line.path)
     chosen = set(writers[:num_writers])
+    for writer in writers[len(chosen) :]:
+        left_out.add(OTHERS, writer)
     kept = [line for line in lines if line.writer in chosen]
     if not any(line.split == "val" for line in kept):
         raise UserError(
@@ -270,7 +271,7 @@ def load_lines(
             f"the decoded lines cannot be written to {cache_dir}: {one_line(error)}; "
             "make room there or give another --cache_dir"
         ) from None
-    return open_lines(entry, lines, left_out)
+    return open_lines(entry, lines, left_out or LeftOut())
 
 
 def _damage_of(entry: Path) -> str:
@@ -359,9 +360,7 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
         # Threads: Pillow decodes and resizes without the interpreter's lock.
         read = partial(_read_line, line_height)
         paths = (data_root / line.path for line in lines)
-        with warnings.catch_warnings(), in_order(read, paths) as results:
-            # `decode_line` refuses what is too large; filters are the process's, not a thread's.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with in_order(read, paths) as results:
             decoded = tqdm(
                 results,
                 "decoding lines",
@@ -393,8 +392,17 @@ def _write_entry(directory: Path, data_root: Path, lines: list[LineFile], line_h
 
 
 def _read_line(line_height: int, path: Path) -> tuple[bytes, DecodedLine | str]:
-    """Give a file's digest, and what it shows or what is wrong with it. Raises UserError."""
-    content = _read_file(path)
+    """Give a file's digest, and what it shows or what is wrong with it.
+
+    A failure to read it is no property of the image, so it is not remembered: UserError.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{one_line(path)} cannot be read ({one_line(error.strerror or error)}); make it "
+            "readable or remove it, and run the same command again"
+        ) from None
     digest = hashlib.sha256(content).digest()[:16]
     try:
         return digest, decode_line(content, line_height)
@@ -404,20 +412,6 @@ def _read_line(line_height: int, path: Path) -> tuple[bytes, DecodedLine | str]:
         raise UserError(
             f"{one_line(path)} cannot be decoded: out of memory; end other programs, and run the "
             "same command again"
-        ) from None
-
-
-def _read_file(path: Path) -> bytes:
-    """Read an image file. A failure is no property of the image, so it is not remembered.
-
-    Raises UserError.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{one_line(path)} cannot be read ({one_line(error.strerror or error)}); make it "
-            "readable or remove it, and run the same command again"
         ) from None
 
 
@@ -441,9 +435,8 @@ def _refuse_broken(lines: list[LineFile], broken: Mapping[str, str]) -> None:
         )
 
 
-def open_lines(entry: Path, lines: Iterable[LineFile], left_out: LeftOut | None = None) -> LineSet:
+def open_lines(entry: Path, lines: list[LineFile], left_out: LeftOut) -> LineSet:
     """Open a cache entry for these lines (the ones that it was made from, in the same order)."""
-    lines = list(lines)
     index = read_index(entry)
     widths, digests, line_height = index["widths"], index["digests"], int(index["line_height"])
     broken = json.loads(index["broken"].tobytes())
@@ -476,7 +469,7 @@ def open_lines(entry: Path, lines: Iterable[LineFile], left_out: LeftOut | None 
             "odd": odd_lines(
                 kept, {name: index[name][usable] for name in MEASURED}, digests[usable]
             ),
-            "left_out": (left_out or LeftOut()).report(),
+            "left_out": left_out.report(),
         },
     )
 

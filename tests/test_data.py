@@ -578,6 +578,17 @@ def test_big_pictures_are_made_smaller_before_they_become_grey(
     assert_alike(smaller.ink, like=whole.ink, mean=2.5)
 
 
+def test_big_jpegs_are_made_smaller_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their decoder: made smaller again they would be blown up."""
+    rough = Image.fromarray(GREY).resize((1800, 240), Image.Resampling.BICUBIC)
+    content = encoded(rough, "JPEG")
+    whole = decode_line(content, HEIGHT)
+    monkeypatch.setattr("writer_search.lines.decoding.BIG", 100_000)
+    again = decode_line(content, HEIGHT)
+    assert np.array_equal(again.ink, whole.ink)
+    assert (again.size, again.version) == (whole.size, whole.version)
+
+
 def huge_png(width: int, height: int) -> bytes:
     """A PNG of a few bytes that says it is huge."""
 
@@ -1295,6 +1306,23 @@ def test_name_with_a_character_that_nobody_sees_is_no_other_name(tmp_path: Path)
     assert "in two forms: from byte 9 on nothing and e2 80 8f" in refused(
         lambda: find_lines(tmp_path)
     )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("\u0639\u0644\u06cc", "\u0639\u0644\u0649", "\u0639\u0640\u0644\u064a"),
+        *("\u0639\u0644\u064a ", "\u0639\u0644\u064a\u00a0", "\ufecb\ufee0\ufef2"),
+    ],
+)
+def test_name_as_another_keyboard_writes_it_is_no_other_name(other: str, tmp_path: Path) -> None:
+    name = "\u0639\u0644\u064a"
+    write_lines(
+        tmp_path, [f"{split}/{w}/p/1.png" for split in ("train", "val") for w in ("a", name)]
+    )
+    find_lines(tmp_path)
+    write_lines(tmp_path, [f"test/{other}/p/1.png"])
+    assert "two writers have one name" in refused(lambda: find_lines(tmp_path))
 
 
 def test_one_page_in_two_unicode_forms_is_one_page(tmp_path: Path) -> None:

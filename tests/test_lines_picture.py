@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data import LineSet
+from writer_search.results.pictures import lines as pictures
 from writer_search.results.pictures.lines import FIRST_WRITERS, draw_lines, lines_picture
 
 
@@ -39,6 +40,19 @@ def test_of_many_writers_the_first_are_drawn(data: LineSet, tmp_path: Path) -> N
     draw_lines(tmp_path, many)
     with Image.open(tmp_path / "lines.png") as drawn:
         assert drawn.size == lines_picture(many, names[:FIRST_WRITERS]).size
+
+
+@pytest.mark.parametrize("name", ["\u0643\u0627\u062a\u0628", "Ren\u00e9", "\u6587", "anna"])
+def test_names_are_in_letters_that_the_font_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = name.encode("ascii", "backslashreplace").decode()
+    label, font = pictures._label(name)
+    if label == name != codes:  # this system has the font
+        unknown = bytes(font.getmask("\U0010ffff"))
+        assert all(bytes(font.getmask(letter)) != unknown for letter in name)
+    else:
+        assert label == codes
+    monkeypatch.setattr(pictures, "FONT", "no such font")
+    assert pictures._label(name)[0] == codes
 
 
 def test_a_picture_that_cannot_be_written_is_a_warning(

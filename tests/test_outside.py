@@ -113,6 +113,33 @@ def test_a_soft_edge_leaves_no_outline() -> None:
             assert difference(read(cut), read(plain)) < 3
 
 
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("outside", [0, 65535])
+def test_an_outside_takes_no_grey_levels_from_a_line_of_few_bits(outside: int, bits: int) -> None:
+    for seed in range(4):
+        grey = written_line(seed)
+        inside = polygon(grey.shape, 0.8, seed)
+        deep = grey.astype(np.uint16) << (bits - 8)
+        cut = read(Image.fromarray(np.where(inside, deep, outside).astype(np.uint16)), "TIFF")
+        paper = np.median(deep[inside])
+        plain = read(Image.fromarray(np.where(inside, deep, paper).astype(np.uint16)), "TIFF")
+        assert difference(cut, plain) < 2, seed
+        assert cut.version == (3 if bits == 16 or not outside else 4)
+
+
+@pytest.mark.parametrize("paper", [0, 65535])
+def test_strokes_of_few_levels_are_no_line_within_an_outside(paper: int) -> None:
+    """Paper clipped at an extreme, and ink that is all alike, as of 12 bits."""
+    grey = written_line(5)
+    ink = grey < np.median(grey) - 40
+    noise = np.random.default_rng(0).integers(0, 3000, grey.shape)
+    deep = np.where(ink, abs(paper - 60000) + noise, paper).astype(np.uint16)
+    binary = np.where(ink, 255 - paper // 257, paper // 257).astype(np.uint8)
+    line = read(Image.fromarray(deep), "TIFF")
+    assert line.version == 1
+    assert difference(line, read(binary)) < 2
+
+
 @pytest.mark.parametrize("height", [130, 300])
 def test_a_jpeg_that_is_decoded_smaller_leaves_no_outline(height: int) -> None:
     """Its edge is mixed with paper then, more in some rows than in others."""

@@ -15,13 +15,15 @@ from writer_search.common.text import one_line
 from writer_search.lines.kinds import describe_content
 from writer_search.lines.outside import Shape, find_outside, is_solid
 
-VERSION = 3
+VERSION = 4
 INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
 EXIF_ORIENTATION, BY_A_QUARTER = 0x0112, (5, 6, 7, 8)
 # What transparency leaves of a line that was cut out; ink on a transparent ground is in pieces.
 VISIBLE = Shape(area=0.03, filled=0.93, single=0.85, thick=0.25)
 INK_ALONE = 8.0  # grey levels that what is visible deviates, where it is ink of one colour
+LEAST_OTHERS = 0.1  # of a picture is a line, and not its outside
+MUCH_LESS = 0.25  # of all values' range is the line's
 BIG = 16_000_000  # pixels; such pictures are decoded one at a time, to save memory
 _big_pictures = threading.Lock()
 
@@ -38,7 +40,8 @@ class DecodedLine:
     size: width and height of the upright picture, in its own pixels.
     is_light: the ink is lighter than its paper.
     version: the first version of this decoding that gives this ink: 1 knew no outside, took the
-    geometry of a header, and reduced big pictures less; 2 left an outline of outsides in JPEGs.
+    geometry of a header, and reduced big pictures less; 2 left an outline of outsides in JPEGs; 3
+    let an outside of 16 bits take the grey levels of a line of 12.
     """
 
     ink: NDArray[np.uint8]
@@ -115,7 +118,7 @@ def _read_upright(
         ImageOps.exif_transpose(image, in_place=True)
     if is_whole:  # Pillow turns TIFFs by itself, some of its versions when it opens them
         width, height = image.size
-    step = height // (4 * line_height) if width * height > BIG else 0
+    step = image.height // (4 * line_height) if image.width * image.height > BIG else 0
     grey, version = _to_grey(_reduced(image, step) if step > 1 else image)
     wanted = (max(1, round(width * line_height / height)), line_height)
     resized = np.asarray(grey.resize(wanted, Image.Resampling.BILINEAR))
@@ -154,7 +157,11 @@ def _reduced(image: Image.Image, step: int) -> Image.Image:
 def _to_grey(image: Image.Image) -> tuple[Image.Image, int]:
     """Make a picture grey; what lies outside of the line becomes paper. Also gives the version."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        grey = _spread(image)
+        values = np.asarray(image, dtype=np.float32)
+        of_line = _without_extreme(values)
+        if of_line is not None and (line := _without_outside(_spread(of_line))) is not None:
+            return line, 4
+        grey = _spread(values)
     elif image.has_transparency_data:
         seen = image.convert("RGBA")
         grey, is_repainted = _on_paper(seen)
@@ -162,18 +169,39 @@ def _to_grey(image: Image.Image) -> tuple[Image.Image, int]:
             return grey, 2
     else:
         grey = image.convert("L")
+    line = _without_outside(grey)
+    return (grey, 1) if line is None else (line, 3)
+
+
+def _without_outside(grey: Image.Image) -> Image.Image | None:
+    """Give what lies outside of a line the grey of its paper; None where nothing does."""
     values = np.asarray(grey)
     outside = find_outside(values)
     if outside is None:
-        return grey, 1
+        return None
     painted = values.copy()
     painted[outside] = _median(values[~outside])
-    return Image.fromarray(painted), 3
+    return Image.fromarray(painted)
 
 
-def _spread(image: Image.Image) -> Image.Image:
-    """Spread an image's own range: Pillow would clip 16 bits at 255."""
-    values = np.asarray(image, dtype=np.float32)
+def _without_extreme(values: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """Clip one extreme value that is far from all others, as white of 16 bits is from 12.
+
+    What stays has nearly all of the range then. None where no extreme is so far away.
+    """
+    whole = float(np.ptp(values))
+    for extreme in (values.max(), values.min()):
+        others = values[values != extreme]
+        if others.size > LEAST_OTHERS * values.size:
+            low, high = np.percentile(others, (0.1, 99.9)).tolist()  # a few are mixed with it
+            margin = 0.1 * (high - low)
+            if 0 < high - low + 2 * margin < MUCH_LESS * whole < math.inf:
+                return values.clip(low - margin, high + margin)
+    return None
+
+
+def _spread(values: NDArray[np.float32]) -> Image.Image:
+    """Spread a picture's own range over 256 greys: Pillow would clip 16 bits at 255."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise BrokenImageError("holds values that are no numbers")

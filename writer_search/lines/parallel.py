@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
+
+from PIL import Image
 
 from writer_search.common.cores import usable_cores
 
@@ -34,7 +37,10 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
         while waiting:
             yield waiting.popleft().result()
 
-    try:
-        yield results()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with warnings.catch_warnings():  # they are the process's, not a thread's
+        # `decode_line` refuses what is too large.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            yield results()
+        finally:
+            pool.shutdown(cancel_futures=True)

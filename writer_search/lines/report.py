@@ -28,6 +28,11 @@ EMPTY, FULL = "lines with almost no ink", "lines that are almost only ink"
 STRANGERS = "test lines of writers without training lines"
 
 
+# What other keyboards write in place of the same letter or digit of Arabic script: yeh without dots
+# and the Persian one, the Persian kaf, the stroke that makes a word longer, Persian digits.
+ALIKE = {0x0649: 0x064A, 0x06CC: 0x064A, 0x06A9: 0x0643, 0x0640: None} | {
+    0x06F0 + digit: 0x0660 + digit for digit in range(10)
+}
 NO_PAGE = "."  # the page of lines that lie in the writer's directory itself: it is not known
 
 
@@ -63,12 +68,17 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def _as_seen(name: str) -> str:
+    """Give a name as people tell it from others: without what nobody sees, spaces at its ends."""
+    letters = unicodedata.normalize("NFKC", name).translate(ALIKE)
+    return " ".join("".join(c for c in letters if unicodedata.category(c) != "Cf").split())
+
+
 def refuse_two_forms(writers: Iterable[str]) -> None:
-    """Raise UserError for one name in two forms: of Unicode, or by characters that nobody sees."""
+    """Raise UserError for one name in two forms: of Unicode, or by characters that look alike."""
     forms: dict[str, str] = {}
     for writer in sorted(set(writers)):
-        seen = "".join(c for c in _nfc(writer) if unicodedata.category(c) != "Cf")
-        other = forms.setdefault(seen, writer)
+        other = forms.setdefault(_as_seen(writer), writer)
         if other != writer:
             one, two = os.fsencode(other), os.fsencode(writer)
             place = next(i for i in range(len(two)) if one[i : i + 1] != two[i : i + 1])

@@ -24,7 +24,8 @@ SYSTEM_FOLDERS = {
 BESIDE_LINES = {".txt", ".xml", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml"}
 HIDDEN, SYSTEM, DANGLING = "hidden", "system folders", "links to nothing"
 REPEATED = "links to directories that were read already"
-UNREMARKABLE = {HIDDEN, SYSTEM, *(f"{suffix} files" for suffix in BESIDE_LINES)}
+OTHERS = "writers beyond the chosen number"  # the first ones by name
+UNREMARKABLE = {HIDDEN, SYSTEM, OTHERS, *(f"{suffix} files" for suffix in BESIDE_LINES)}
 
 
 Identity = tuple[int, int]  # of a directory, whatever its name

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from writer_search.common.files import write_json
 from writer_search.common.output import live, wrapped
 from writer_search.common.text import counted, percent
+from writer_search.lines.walk import OTHERS
 from writer_search.processes.plan import Plan
 from writer_search.results.pictures.lines import draw_lines
 from writer_search.results.rows import Row, count_complete, count_states
@@ -74,8 +75,12 @@ def describe_plan(plan: Plan) -> str:
     """Say on what the search runs, as wide as the terminal."""
     lines = plan.data.report["lines"]
     counts = ", ".join(f"{lines[split]} {split}" for split in lines)
+    writers = counted(len(plan.data.writers), "writer")
+    if others := plan.data.report["left_out"].get(OTHERS, {}).get("count", 0):
+        used = len(plan.data.writers)
+        writers = f"{used} of {used + others} writers (--use_all_writers takes all)"
     facts = [
-        counted(len(plan.data.writers), "writer"),
+        writers,
         f"lines: {counts}",
         f"{plan.data.line_height} px",
         f"weights: {plan.settings['weights']}",

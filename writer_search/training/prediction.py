@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -174,9 +172,7 @@ def _decode(images: Sequence[Path], line_height: int) -> list[tuple[Path, Decode
         except MemoryError:
             return "out of memory"
 
-    with warnings.catch_warnings(), in_order(read, images) as results:
-        # `decode_line` refuses what is too large.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with in_order(read, images) as results:
         return list(zip(images, results, strict=True))
 
 

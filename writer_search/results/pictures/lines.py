@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +19,7 @@ FIRST_WRITERS = 12  # the report shows more
 LINES_EACH = 3
 WIDTH = 1000  # pixels that are shown of a line
 LABEL, GAP = 18, 6  # pixels
+FONT = "DejaVuSans.ttf"  # of most Linux systems; has Arabic letters; Pillow's own has ASCII
 
 
 def draw_lines(summary: Path, data: LineSet) -> None:
@@ -40,9 +42,10 @@ def lines_picture(data: LineSet, writers: Sequence[str]) -> Image.Image:
     rows = sum(map(len, chosen.values()))
     height = len(writers) * (LABEL + GAP) + rows * (data.line_height + 2)
     picture = Image.new("L", (WIDTH, height), 255)
-    draw, font, top = ImageDraw.Draw(picture), ImageFont.load_default(), 0
+    draw, top = ImageDraw.Draw(picture), 0
     for writer, lines in chosen.items():
-        draw.text((2, top + 2), _label(writer), fill=0, font=font)
+        label, font = _label(writer)
+        draw.text((2, top + 2), label, fill=0, font=font)
         top += LABEL
         for line in lines:
             picture.paste(Image.fromarray(255 - data.ink(line, WIDTH).T), (0, top))
@@ -61,6 +64,16 @@ def some_lines(data: LineSet, writer: str) -> list[int]:
     return [int(line) for line in own[places]]
 
 
-def _label(writer: str) -> str:
-    """Give a name in the letters that Pillow's own font has; others as their codes."""
-    return one_line(writer, 100).encode("latin-1", "backslashreplace").decode("latin-1")
+def _label(writer: str) -> tuple[str, Any]:
+    """Give a name, and a font that has its letters; where none has, letters as their codes."""
+    name = one_line(writer, 100)
+    plain = name.encode("ascii", "backslashreplace").decode()
+    if name == plain:
+        return name, ImageFont.load_default()
+    try:
+        font = ImageFont.truetype(FONT, 12)
+    except OSError:  # this system has no such font
+        return plain, ImageFont.load_default()
+    unknown = bytes(font.getmask("\U0010ffff"))
+    has_all = all(bytes(font.getmask(letter)) != unknown for letter in name)
+    return (name, font) if has_all else (plain, ImageFont.load_default())
