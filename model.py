@@ -8,6 +8,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,6 @@ from writer_search.descriptor import CoHOG
 CONNECT_SECONDS = 8.0  # a machine without network is noticed within this time
 
 # ------------------------------------------------------------------------------------ backbones
-
-
-def _resnet_features(network: Any) -> tuple[nn.Module, int]:
-    parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    channels = network.layer4[-1].bn2.num_features
-    if hasattr(network.layer4[-1], "bn3"):
-        channels = network.layer4[-1].bn3.num_features
-    return nn.Sequential(*[getattr(network, part) for part in parts]), channels
 
 
 class ResidualBlock(nn.Module):
@@ -104,7 +97,13 @@ def _tiny(pretrained: bool) -> tuple[nn.Module, int]:
 
 
 def _resnet(name: str) -> Callable[[bool], tuple[nn.Module, int]]:
-    return lambda pretrained: _resnet_features(_torchvision(name, pretrained))
+    """Build a torchvision network whose last two layers are pooling and classifier."""
+
+    def build(pretrained: bool) -> tuple[nn.Module, int]:
+        network = _torchvision(name, pretrained)
+        return nn.Sequential(*list(network.children())[:-2]), network.fc.in_features
+
+    return build
 
 
 def _features(name: str) -> Callable[[bool], tuple[nn.Module, int]]:
@@ -112,14 +111,10 @@ def _features(name: str) -> Callable[[bool], tuple[nn.Module, int]]:
 
     def build(pretrained: bool) -> tuple[nn.Module, int]:
         network = _torchvision(name, pretrained)
-        last = [m for m in network.features.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        return network.features, _out_channels(last[-1])
+        first = next(layer for layer in network.classifier if isinstance(layer, nn.Linear))
+        return network.features, first.in_features
 
     return build
-
-
-def _out_channels(layer: nn.Module) -> int:
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else int(layer.out_features)  # type: ignore[arg-type]
 
 
 def _torchvision(name: str, pretrained: bool) -> Any:
@@ -254,39 +249,33 @@ class Standardised(nn.Module):
 
 
 class WriterModel(nn.Module):
-    """A backbone, a pooling, dropout and a classifier.
+    """A backbone, a pooling, dropout and a classifier, as a trial's configuration has them.
 
     Images (batch, 1, height, width), float; returns logits (batch, writers), float32; with the
     cosface loss they are `scale` times a cosine. The backbone "cohog" is a descriptor of whole
-    lines, of which nothing is trained; `descriptor` is the one to take, if not the default. Beside
-    a network (`beside`) a descriptor has a classifier of its own: of a whole line, the two are
-    asked and their log-probabilities added, see `line_logits`; `forward` asks the network alone.
-    Raises KeyError for an unknown backbone or pooling.
+    lines, of which nothing is trained. Beside a network (`beside`) a descriptor has a classifier of
+    its own: of a whole line, the two are asked and their log-probabilities added, see
+    `line_logits`; `forward` asks the network alone.
     """
 
-    def __init__(
-        self,
-        backbone: str,
-        num_writers: int,
-        *,
-        pooling: str = "avg",
-        dropout: float = 0.0,
-        loss: str = "cross_entropy",
-        scale: float = 32.0,
-        pretrained: bool = False,
-        descriptor: CoHOG | None = None,
-    ) -> None:
+    def __init__(self, config: TrialConfig, num_writers: int) -> None:
         super().__init__()
-        self.sees_whole_lines = backbone == COHOG
+        self.sees_whole_lines = config.is_fitted
         self.beside: WriterModel | None = None
         self.backbone: nn.Module
         self.pool: nn.Module
-        if backbone == COHOG:
-            self.backbone = descriptor = descriptor or CoHOG()
+        has_cosines = config.loss == "cosface" and not config.is_fitted
+        if config.is_fitted:
+            self.backbone = descriptor = CoHOG(
+                config.cohog_directions,
+                config.cohog_reach,
+                config.cohog_smoothing,
+                config.cohog_edge,
+            )
             channels = descriptor.channels
             self.pool = Standardised(channels)
         else:
-            self.backbone, channels = BUILDERS[backbone](pretrained)
+            self.backbone, channels = BUILDERS[config.backbone](config.pretrained)
             _to_one_channel(self.backbone)
             for module in self.backbone.modules():
                 if type(module) is nn.BatchNorm2d and module.momentum is not None:
@@ -294,42 +283,15 @@ class WriterModel(nn.Module):
                     # MobileNet's 0.01 is for long trainings: here its statistics would still be
                     # those of the start when it validates.
                     module.momentum = max(module.momentum, 0.1)
-            self.pool = POOLINGS[pooling](channels)
-        self.dropout = nn.Dropout(dropout)
-        self.scale = scale if loss == "cosface" else 1.0
-        self.classifier: nn.Module = (
-            CosineClassifier(channels, num_writers)
-            if loss == "cosface"
-            else nn.Linear(channels, num_writers)
-        )
-
-    @classmethod
-    def of(cls, config: TrialConfig, num_writers: int) -> WriterModel:
-        """Build a configuration's model."""
-        if config.backbone == COHOG:
-            return cls._described(config, num_writers)
-        model = cls(
-            config.backbone,
-            num_writers,
-            pooling=config.pooling,
-            dropout=config.dropout,
-            loss=config.loss,
-            scale=config.scale,
-            pretrained=config.pretrained,
-        )
-        if config.with_cohog:  # built last: the network's first weights are the same without it
-            model.beside = cls._described(config, num_writers).requires_grad_(False)
-        return model
-
-    @classmethod
-    def _described(cls, config: TrialConfig, num_writers: int) -> WriterModel:
-        descriptor = CoHOG(
-            config.cohog_directions,
-            config.cohog_reach,
-            config.cohog_smoothing,
-            config.cohog_edge,
-        )
-        return cls(COHOG, num_writers, descriptor=descriptor)
+            self.pool = POOLINGS[config.pooling](channels)
+        self.dropout = nn.Dropout(0.0 if config.is_fitted else config.dropout)
+        self.scale = config.scale if has_cosines else 1.0
+        head = CosineClassifier if has_cosines else nn.Linear
+        self.classifier: nn.Module = head(channels, num_writers)
+        if config.with_cohog and not config.is_fitted:
+            # Built last: the network's first weights are the same without it.
+            beside = WriterModel(replace(config, backbone=COHOG), num_writers)
+            self.beside = beside.requires_grad_(False)
 
     def embed(self, images: Tensor) -> Tensor:
         """Describe images by (batch, channels)."""
@@ -386,26 +348,19 @@ def margin_logits(logits: Tensor, labels: Tensor, margin: float, scale: float) -
     return logits - taken
 
 
-def classification_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    margin: float | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Cross-entropy with label smoothing; with a margin where one is given. Returns the mean."""
-    if margin is not None:
-        logits = margin_logits(logits, labels, margin, scale)
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+def classification_loss(logits: Tensor, config: TrialConfig, labels: Tensor) -> Tensor:
+    """Give the mean loss of a batch, (), as the configuration has it."""
+    if config.loss == "cosface":
+        logits = margin_logits(logits, labels, config.margin, config.scale)
+    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
 
-def mix_images(images: Tensor, share: float, partner: Tensor) -> Tensor:
-    """Mix each image with its partner. After mixup (Zhang et al. 2018).
+def mix_images(images: Tensor, share: float) -> Tensor:
+    """Mix each image with the one before it. After mixup (Zhang et al. 2018).
 
-    images (batch, 1, height, width);  share in [0, 1];  partner (batch,), int64: a permutation
+    images (batch, 1, height, width);  share of the image itself, in [0, 1]
     """
-    return images * share + images[partner] * (1 - share)
+    return images * share + images.roll(1, 0) * (1 - share)
 
 
 # ------------------------------------------------------------------------------ ImageNet weights

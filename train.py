@@ -39,7 +39,6 @@ from torch import Tensor, nn
 
 from data import LineSet, default_cache_dir
 from model import classification_loss, mix_images
-from writer_search.common.environment import as_in_a_trial
 from writer_search.common.errors import UserError, place_errors_told, told
 from writer_search.common.files import write_json
 from writer_search.common.output import lasting_output
@@ -210,8 +209,8 @@ def train_epoch(
             covered = (done - 1) % AVERAGE_STEPS + 1
             update_average(state.pairs, state.step, config.epochs * steps, covered)
         if state.step % CHECK_LOSS_STEPS == 0:
-            require_finite(state.loss_sum, "the training loss", state)
-    require_finite(state.loss_sum, "the training loss", state)
+            require_finite_loss(state)
+    require_finite_loss(state)
 
 
 def fit_at_once(state: TrainingState, config: TrialConfig, lines: Lines, check: Check) -> None:
@@ -224,7 +223,7 @@ def fit_at_once(state: TrainingState, config: TrialConfig, lines: Lines, check: 
     loss = fit_descriptor(state, config, lines, check)
     state.loss_sum += loss.to(state.loss_sum) / state.ranks.size
     state.step += 1
-    require_finite(state.loss_sum, "the training loss", state)
+    require_finite_loss(state)
 
 
 def fit_descriptor(state: TrainingState, config: TrialConfig, lines: Lines, check: Check) -> Tensor:
@@ -260,8 +259,7 @@ def training_step(
     if mixes(config):
         rng = np.random.default_rng([config.seed, 3, state.step])
         share = float(rng.beta(config.mixup_alpha, config.mixup_alpha))
-        partner = torch.arange(len(labels), device=labels.device).roll(1)
-        images = mix_images(images, share, partner)
+        images = mix_images(images, share)
         if ranks.size > 1:
             images, labels, mixed_in = images[1:], labels[1:], mixed_in[1:]
     images = images.contiguous(memory_format=torch.channels_last)
@@ -275,9 +273,10 @@ def training_step(
         with nullcontext() if last else ranks.accumulating(state.replicated):
             with autocast(config, images.device):
                 logits = state.replicated(images[part] if micro_batch else images)
-            loss = batch_loss(logits, config, labels[part])
+            loss = classification_loss(logits, config, labels[part])
             if share is not None:
-                loss = share * loss + (1 - share) * batch_loss(logits, config, mixed_in[part])
+                other = classification_loss(logits, config, mixed_in[part])
+                loss = share * loss + (1 - share) * other
             loss = loss * (len(part) / batch)
             # Times their number, since the gradients of all ranks are averaged.
             (loss * ranks.size).backward()  # type: ignore[no-untyped-call]
@@ -290,17 +289,6 @@ def training_step(
 def mixes(config: TrialConfig) -> bool:
     """Tell whether each image is mixed with its neighbour in the batch."""
     return config.mixup_alpha > 0 and config.loss == "cross_entropy"
-
-
-def batch_loss(logits: Tensor, config: TrialConfig, labels: Tensor) -> Tensor:
-    """Give the mean loss of a batch as the configuration has it."""
-    return classification_loss(
-        logits,
-        labels,
-        label_smoothing=config.label_smoothing,
-        margin=config.margin if config.loss == "cosface" else None,
-        scale=config.scale,
-    )
 
 
 def end_epoch(
@@ -328,7 +316,7 @@ def end_epoch(
         row["learning_rate"] = config.learning_rate * share
     state.history.append(row)
     state.epoch = epoch
-    state.seconds = 0.0
+    state.seconds, state.started = 0.0, time.perf_counter()
     state.loss_sum.zero_()
     is_best = metrics is not None and (state.best is None or _merit(row) > _merit(state.best))
     if is_best and metrics is not None:
@@ -423,9 +411,9 @@ def validate(
     )
 
 
-def require_finite(loss: Tensor, what: str, state: TrainingState) -> None:
-    if not math.isfinite(loss.item()):
-        raise DivergedError(f"{what} is not finite", state.epoch + 1)
+def require_finite_loss(state: TrainingState) -> None:
+    if not math.isfinite(state.loss_sum.item()):
+        raise DivergedError("the training loss is not finite", state.epoch + 1)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -477,8 +465,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             require_directories()
             args = parse_train_args(sys.argv[1:] if argv is None else argv)
-            if argv is None and args.config is not None:
-                as_in_a_trial()  # some seconds; steps of large models gain up to a quarter
             with place_errors_told(), StopSignals() as stop:
                 return predict_command(args) if args.predict else retrain_command(args, stop)
         except UserError as error:

@@ -84,13 +84,14 @@ def exit_silently(connection: Connection, job: Any) -> None:
     os._exit(7)
 
 
+def _refuse_thread(_: Any) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def without_threads(connection: Connection, job: Any) -> None:
     from writer_search.processes import child as worker
 
-    def refuse(_: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
-    threading.Thread.start = refuse  # type: ignore[method-assign]
+    threading.Thread.start = _refuse_thread  # type: ignore[method-assign]
     worker.run_trial(connection, job)
 
 
@@ -334,6 +335,8 @@ def name_fake_device(connection: Connection, entry: str) -> None:
             time.sleep(600)
         return "cuda"
 
+    if entry.startswith("crowded"):
+        threading.Thread.start = _refuse_thread  # type: ignore[method-assign]
     machine.open_device = open_device
     machine.torch.cuda.is_bf16_supported = lambda **_: not entry.endswith("V100")  # type: ignore[assignment]
     machine.torch.cuda.get_device_name = lambda number: f"the {entry}"  # type: ignore[assignment]

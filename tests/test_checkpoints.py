@@ -274,6 +274,19 @@ def test_an_epoch_s_seconds_are_those_of_all_its_parts(
     assert row["images_per_second"] == pytest.approx(images / row["seconds"], rel=0.01)
 
 
+def test_an_epoch_before_a_stop_is_not_the_next_one_s_time(
+    data: LineSet, config: TrialConfig, tmp_path: Path
+) -> None:
+    def report(epoch: int, metrics: dict[str, Any]) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path, report, lambda progress: time.sleep(0.3))
+    train(config, data, tmp_path, continue_from=tmp_path)
+    first, second, *_ = (row["seconds"] for row in read_history(tmp_path))
+    assert second < first / 2
+
+
 @pytest.mark.parametrize("k", range(14))
 def test_best_model_is_the_checkpoint_s_wherever_a_kill_comes(
     k: int,

@@ -87,7 +87,7 @@ class InlineChild:
                 continue_from=job.continue_from,
             )
         except (train_module.Pruned, train_module.Stopped) as error:
-            return worker._outcome(error)
+            return worker._outcome(error, job)
         return "done", {"metrics": asdict(metrics)}
 
     def _report(self, epoch: int, metrics: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def test_it_counts_pairs_of_directions(directions: int, reach: int, smoothing: f
 
 @pytest.mark.parametrize("margins", [(0, 40, 0, 0), (17, 5, 0, 0), (3, 3, 8, 2)])
 def test_background_and_other_lines_change_nothing(margins: tuple[int, ...]) -> None:
-    cohog = CoHOG()
+    cohog = CoHOG(16, 3, 1.0, 0.6)
     images = blobs(4)
     alone = cohog(images)
     assert torch.equal(cohog(torch.nn.functional.pad(images, margins)), alone)
@@ -109,7 +109,7 @@ def test_background_and_other_lines_change_nothing(margins: tuple[int, ...]) -> 
 
 
 def test_a_writer_gets_the_most_that_one_of_a_line_s_sizes_gives_him(data: LineSet) -> None:
-    model = WriterModel(COHOG, 4)
+    model = WriterModel(DESCRIPTOR, 4)
     lines = Lines.of(data, "val", torch.from_numpy(data.strip))
     config = replace(DESCRIPTOR, cohog_sizes=3, cohog_variation=2.0)
     logits = line_logits(model, config, lines, 4)
@@ -122,11 +122,11 @@ def test_a_writer_gets_the_most_that_one_of_a_line_s_sizes_gives_him(data: LineS
 
 
 def test_an_empty_line_is_all_zeros() -> None:
-    assert CoHOG()(torch.zeros(1, 1, 8, 3)).count_nonzero() == 0
+    assert CoHOG(16, 3, 1.0, 0.6)(torch.zeros(1, 1, 8, 3)).count_nonzero() == 0
 
 
 def test_lines_of_all_widths_are_described_in_their_own_place(data: LineSet) -> None:
-    model = WriterModel(COHOG, 4)
+    model = WriterModel(DESCRIPTOR, 4)
     lines = Lines.of(data, "train", torch.from_numpy(data.strip))
     described, line = describe(model, lines, variation=0)
     assert sorted(line.tolist()) == list(range(len(lines)))
@@ -138,7 +138,7 @@ def test_lines_of_all_widths_are_described_in_their_own_place(data: LineSet) -> 
 
 def test_lines_are_also_described_larger_smaller_and_more_slanted(data: LineSet) -> None:
     lines = Lines.of(data, "train", torch.from_numpy(data.strip))
-    model = WriterModel(COHOG, 4)
+    model = WriterModel(DESCRIPTOR, 4)
     described, line = describe(model, lines, variation=1)
     itself, own_line = describe(model, lines, variation=0)
     assert torch.bincount(line).tolist() == [1 + len(VARIANTS)] * len(lines)
@@ -175,7 +175,7 @@ def test_what_is_out_of_memory_is_done_in_halves(
     data: LineSet, config: TrialConfig, small_memory: Callable[[int], list[int]]
 ) -> None:
     lines = Lines.of(data, "train", torch.from_numpy(data.strip))
-    network, descriptor = WriterModel(config.backbone, 4), WriterModel(COHOG, 4)
+    network, descriptor = WriterModel(config, 4), WriterModel(DESCRIPTOR, 4)
 
     def found() -> list[Tensor]:
         return [
@@ -201,10 +201,10 @@ def test_many_lines_take_turns_at_the_variants(
 ) -> None:
     lines = Lines.of(data, "train", torch.from_numpy(data.strip))
     monkeypatch.setattr(fitting, "MOST_ROWS", 3 * len(lines))
-    _, line = describe(WriterModel(COHOG, 4), lines, variation=1)
+    _, line = describe(WriterModel(DESCRIPTOR, 4), lines, variation=1)
     assert torch.bincount(line).tolist() == [3] * len(lines)
     monkeypatch.setattr(fitting, "NO_VARIANTS", len(lines) - 1)
-    _, line = describe(WriterModel(COHOG, 4), lines, variation=1)
+    _, line = describe(WriterModel(DESCRIPTOR, 4), lines, variation=1)
     assert torch.bincount(line).tolist() == [1] * len(lines)
 
 
@@ -235,7 +235,7 @@ def test_slivers_of_one_column_are_described(data: LineSet, variation: float) ->
     narrow = replace(data, widths=np.ones_like(data.widths))
     lines = Lines.of(narrow, "train", torch.from_numpy(data.strip))
     config = replace(DESCRIPTOR, cohog_sizes=5, cohog_variation=variation)
-    model = WriterModel.of(config, len(data.writers)).eval()
+    model = WriterModel(config, len(data.writers)).eval()
     described, _ = describe(model, lines, variation)
     assert described.isfinite().all()
     assert line_logits(model, config, lines, len(data.writers)).isfinite().all()

@@ -259,6 +259,11 @@ def test_each_gpu_is_opened_and_named_by_a_process_of_its_own(gpus_found: Any) -
     assert machine._precision_on_gpus(("resnet18",), found[::2]) == {"resnet18": "bfloat16"}
 
 
+def test_machine_without_room_for_a_thread_is_no_broken_gpu(gpus_found: Any) -> None:
+    with pytest.raises(UserError, match=r"can't start new thread \(.*ulimit -u"):
+        gpus_found("GPU-a", "crowded")
+
+
 @pytest.mark.parametrize("emulated", [True, False])
 def test_bfloat16_that_is_only_emulated_is_told(
     run: Run, emulated: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -23,7 +23,7 @@ import hyperparameter_search
 import train
 from writer_search.config import LIMITS
 from writer_search.flags import STUDY_NAME, build_parser, parse_args
-from writer_search.space import default_space, narrow
+from writer_search.space import BACKBONES_BY_TIER, default_space, narrow
 from writer_search.study.shared.storage import find_study, opened_storage
 from writer_search.train_flags import build_train_parser, parse_train_args
 
@@ -270,13 +270,24 @@ def test_python_works(project: Path) -> None:
 
 def one_liners(of_a_server: bool) -> list[str]:
     found = re.findall(r'python -c "([^"]*)"', EVERYTHING)
-    return [code for code in found if ("postgresql" in code) == of_a_server]
+    here = [code for code in found if "fetch" not in code]  # which needs a network
+    return [code for code in here if ("postgresql" in code) == of_a_server]
 
 
 @pytest.mark.parametrize("code", one_liners(of_a_server=False))
 def test_one_liners_work(code: str, project: Path) -> None:
     run_python(code, project)
     assert "copy.db" not in code or (project / "copy.db").stat().st_size > 0
+
+
+def test_weights_to_be_fetched_are_those_of_a_default_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("model.ensure_imagenet_weights", fetched.append)
+    (code,) = re.findall(r'python -c "([^"]*fetch[^"]*)"', EVERYTHING)
+    exec(code, {})
+    assert tuple(fetched) == BACKBONES_BY_TIER["gpu", True]
 
 
 @pytest.mark.timeout(600)

@@ -12,15 +12,15 @@ from torch import nn
 
 from benchmarks import operations
 from data import LineSet
-from model import UncountedBatchNorm2d, WriterModel
+from model import UncountedBatchNorm2d
 from writer_search.config import TrialConfig
 from writer_search.training import evaluation
 from writer_search.training.batches import Lines, strip_on
 from writer_search.training.optimisation import build_model, seed_generator
 
 
-def test_batch_norm_that_does_not_count_is_batch_norm() -> None:
-    model = WriterModel("tiny", 2)
+def test_batch_norm_that_does_not_count_is_batch_norm(config: TrialConfig) -> None:
+    model = build_model(config, 2)
     own = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert type(own) is UncountedBatchNorm2d
     own.reset_running_stats()

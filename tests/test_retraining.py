@@ -27,6 +27,7 @@ from writer_search.common.environment import training_environment
 from writer_search.common.errors import UserError
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.config import TrialConfig
+from writer_search.train_flags import tell_before_torch
 from writer_search.training import repeat as retraining
 from writer_search.training.checkpoints import load_model
 from writer_search.training.repeat import with_validation_lines
@@ -354,7 +355,7 @@ def test_configuration_that_is_none_is_refused(
 
 
 def test_the_program_takes_the_environment_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a call of its function, which may be another program's, and not for a prediction."""
+    """Before it imports torch, once, and not for a prediction."""
 
     class Replaced(Exception):
         pass
@@ -366,20 +367,15 @@ def test_the_program_takes_the_environment_of_trials(monkeypatch: pytest.MonkeyP
     for name in training_environment({}):
         monkeypatch.delenv(name, raising=False)
     training = ["--config", "nowhere.json", "--data_root", "lines", "--output_dir", "again"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *training])
     with pytest.raises(Replaced) as replaced:
-        main()
+        tell_before_torch(training)
     program, words, environment = replaced.value.args
     assert (program, words) == (sys.executable, sys.orig_argv)
     assert environment == os.environ | training_environment({})
-    assert main(training) == 2
+    tell_before_torch(["--predict", "a.png", "--model", "nowhere.pth"])
     for name, value in training_environment({}).items():
         monkeypatch.setenv(name, value)
-    assert main() == 2, "it does so once"
-    for name in training_environment({}):
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--predict", "a.png", "--model", "nowhere.pth"])
-    assert main() == 2
+    tell_before_torch(training)
 
 
 def test_signal_while_a_checkpoint_is_read_blames_no_file(

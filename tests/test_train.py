@@ -19,8 +19,8 @@ from torch import nn
 
 import train as train_module
 from data import LineSet, find_lines, load_lines
-from model import WriterModel, classification_loss
-from train import batch_loss, train, training_step
+from model import WriterModel
+from train import train, training_step
 from writer_search.config import TrialConfig
 from writer_search.training import batches
 from writer_search.training.batches import Lines, strip_on
@@ -193,16 +193,6 @@ def test_lines_of_another_height_are_refused(
         train(changed(config, line_height=32), data, tmp_path)
 
 
-def test_smoothing_margin_and_scale_reach_the_loss(config: TrialConfig) -> None:
-    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
-    smooth = batch_loss(logits, changed(config, label_smoothing=0.15), labels)
-    assert smooth == nn.functional.cross_entropy(logits, labels, label_smoothing=0.15)
-    cosface = changed(config, loss="cosface", margin=0.3, scale=20.0, label_smoothing=0.0)
-    expected = classification_loss(logits, labels, margin=0.3, scale=20.0)
-    assert batch_loss(logits, cosface, labels) == expected
-    assert expected != classification_loss(logits, labels, margin=0.1, scale=20.0)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -300,8 +290,8 @@ def test_schedule_rises_then_falls_to_nothing() -> None:
     assert rates[-1] < 0.001
 
 
-def test_average_is_the_moving_average_of_weights_and_statistics() -> None:
-    model, average = (WriterModel("tiny", 3) for _ in range(2))
+def test_average_is_the_moving_average_of_weights_and_statistics(config: TrialConfig) -> None:
+    model, average = (WriterModel(config, 3) for _ in range(2))
     before = {name: value.clone() for name, value in average.state_dict().items()}
     model(torch.rand(4, 1, 16, 64))
     pairs = TensorPairs.of(average, model)

@@ -5,7 +5,6 @@ Imports neither torch nor Optuna: the search process and the trial processes sha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -172,7 +171,9 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         for name, rule in (LIMITS | LIMITS_BESIDE_THE_SPACE).items():
-            check_value(name, getattr(self, name), rule)
+            value = getattr(self, name)
+            if value not in rule:
+                raise UserError(f"{name}={value} is out of range: {name} is {rule}")
 
     def hash(self) -> str:
         """Name this configuration; a checkpoint carries it and no other configuration loads it."""
@@ -212,12 +213,6 @@ class TrialConfig:
             return cls(**values)
         except TypeError as error:
             raise UserError(f"incomplete trial configuration: {error}") from None
-
-
-def check_value(name: str, value: Value, rule: Rule) -> None:
-    """Raise UserError when a hyperparameter's value breaks its rule."""
-    if value not in rule or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"{name}={value} is out of range: {name} is {rule}")
 
 
 STEPS_BETWEEN_RANKS = 4  # before ranks hear whether to go on

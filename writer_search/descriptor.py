@@ -26,9 +26,7 @@ class CoHOG(nn.Module):
     gradient that counts, in deviations of ink over two pixels.
     """
 
-    def __init__(
-        self, directions: int = 16, reach: int = 6, smoothing: float = 1.0, edge: float = 0.6
-    ) -> None:
+    def __init__(self, directions: int, reach: int, smoothing: float, edge: float) -> None:
         super().__init__()
         self.directions, self.edge = directions, edge
         far = round(reach * 7 / 3)

@@ -124,22 +124,6 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Value]:
     return values
 
 
-class _Given:
-    """Stands for a trial whose values are known."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return float(self._values[name])
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        return int(self._values[name])
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._values[name]
-
-
 class _InTurn:
     """Stands for a trial that takes the first option of each entry of `path`, and lengthens it."""
 
@@ -183,10 +167,9 @@ def fixed_of(described: Mapping[str, Any], params: Mapping[str, Any]) -> dict[st
     described: the space as `Space.to_dict` has it.   params: what was drawn. Empty where the space
     is another version's.
     """
-    searched: dict[str, Rule] = {n: Choice(()) for n, v in described.items() if isinstance(v, dict)}
-    fixed = {name: value for name, value in described.items() if name not in searched}
+    fixed = {name: value for name, value in described.items() if not isinstance(value, dict)}
     try:
-        values = suggest(_Given(params), Space(searched, fixed))
+        values = suggest(_InTurn([]), Space({}, {**fixed, **params}))
     except KeyError:
         return {}
     return {name: value for name, value in values.items() if name in fixed}
@@ -362,7 +345,7 @@ def _settle_cohog(space: Space, named: Set[str]) -> None:
 
     Whoever chooses networks alone wants no descriptor beside them, unless it is named.
     """
-    unused = {name for name, value in BEFORE.items() if space.fixed.get(name, None) == value}
+    unused = {name for name, value in BEFORE.items() if space.fixed.get(name) == value}
     is_alone = COHOG in backbones_of(space)
     if not networks_of(space) or not (is_alone or "with_cohog" in named):
         unused.add("with_cohog")

@@ -31,6 +31,7 @@ from writer_search.processes.messages import (
     Job,
     Message,
     TestQuestion,
+    answer,
     obey_in_thread,
 )
 from writer_search.training.device_errors import is_device_fault, is_out_of_memory
@@ -248,13 +249,13 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def measure_on_test(connection: Connection, question: TestQuestion) -> None:
     """Send ("measured", metrics with intervals) or ("failed", …) of a model on the test lines."""
-    try:
-        obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
-        torch.set_num_threads(question.threads)
-        device = torch.device(open_device(question.gpus[0] if question.gpus else None))
-        measured = measure_test_split(question.model_file, question.data, device)
-        answer: Message = ("measured", measured)
-    except Exception as error:  # told in a line: the search's results stand without it
-        answer = ("failed", {"cause": one_line(f"{type(error).__name__}: {error}")})
-    with contextlib.suppress(OSError):
-        connection.send(answer)
+
+    def measure() -> Message:
+        try:
+            torch.set_num_threads(question.threads)
+            device = torch.device(open_device(question.gpus[0] if question.gpus else None))
+            return "measured", measure_test_split(question.model_file, question.data, device)
+        except Exception as error:  # told in a line: the search's results stand without it
+            return "failed", {"cause": one_line(f"{type(error).__name__}: {error}")}
+
+    answer(connection, measure)

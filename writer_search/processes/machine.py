@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from model import WeightsUnavailableError, WriterModel, ensure_imagenet_weights
-from writer_search.common.errors import UserError, why
+from writer_search.common.errors import UserError
 from writer_search.common.files import read_dict, write_json
 from writer_search.common.provenance import processor
 from writer_search.common.text import counted, one_line
-from writer_search.config import BACKBONES, PRECISIONS
+from writer_search.config import BACKBONES, PRECISIONS, TrialConfig
 from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
-from writer_search.processes.messages import Gpu, MachineQuestion, Message, obey_in_thread
+from writer_search.processes.messages import Gpu, MachineQuestion, Message, answer
 from writer_search.space import BACKBONES_BY_TIER
 from writer_search.training.optimisation import emulates_bfloat16
 
@@ -30,19 +30,12 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
 
     Before that, ("step", …) for each step that may take long.
     """
-    try:
-        obey_in_thread(connection, lambda order: None)  # downloads end with the search, too
+
+    def find() -> Message:
         torch.set_num_threads(question.threads)
-        answer: Message = (
-            "machine",
-            _describe_machine(question, lambda step: _begin(connection, step)),
-        )
-    except UserError as error:
-        answer = ("mistake", {"cause": str(error)})
-    except BlockingIOError as error:
-        answer = ("mistake", {"cause": why(error)})
-    with contextlib.suppress(OSError):  # nobody waits for it any more
-        connection.send(answer)
+        return "machine", _describe_machine(question, lambda step: _begin(connection, step))
+
+    answer(connection, find)
 
 
 def _describe_machine(
@@ -92,26 +85,21 @@ def say_ready(connection: Connection, _: None) -> None:
 
 def list_devices(connection: Connection, device: str) -> None:
     """Send ("devices", …) or ("mistake", …): what CUDA counts, which it may be unable to use."""
-    obey_in_thread(connection, lambda order: None)
-    try:
-        answer: Message = ("devices", {"entries": _visible_gpus(device)})
-    except UserError as error:
-        answer = ("mistake", {"cause": str(error)})
-    with contextlib.suppress(OSError):
-        connection.send(answer)
+    answer(connection, lambda: ("devices", {"entries": _visible_gpus(device)}))
 
 
 def name_device(connection: Connection, entry: str) -> None:
     """Send ("gpu", …) of a device that this process can compute on, or ("failed", …)."""
-    obey_in_thread(connection, lambda order: None)
-    try:
-        open_device(entry)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        answer: Message = ("gpu", {"gpu": Gpu(entry, torch.cuda.get_device_name(0), native)})
-    except DeviceError as error:
-        answer = ("failed", {"cause": error.cause})
-    with contextlib.suppress(OSError):
-        connection.send(answer)
+
+    def find() -> Message:
+        try:
+            open_device(entry)
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return "gpu", {"gpu": Gpu(entry, torch.cuda.get_device_name(0), native)}
+        except DeviceError as error:
+            return "failed", {"cause": error.cause}
+
+    answer(connection, find)
 
 
 def _visible_gpus(device: str) -> list[str]:
@@ -198,7 +186,8 @@ def _faster_precision(backbone: str) -> str:
     convolution = torch.nn.Conv2d(64, 64, 3, padding=1)
     if _bfloat16_time(convolution, torch.randn(8, 64, 32, 128)) > 1.2:
         return "float32"
-    share = _bfloat16_time(WriterModel(backbone, 8), torch.randn(16, 1, 64, 256))
+    config = TrialConfig(seed=0, epochs=1, patience=1, backbone=backbone)
+    share = _bfloat16_time(WriterModel(config, 8), torch.randn(16, 1, 64, 256))
     return "bfloat16" if share < 0.9 else "float32"
 
 

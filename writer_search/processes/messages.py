@@ -8,12 +8,14 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from data import LineSet
+from writer_search.common.errors import UserError, why
 from writer_search.config import TrialConfig
 
 CONTINUE, PRUNE, STOP = "continue", "prune", "stop"
@@ -92,6 +94,22 @@ class TestQuestion:
     data: LineSet
     threads: int
     gpus: tuple[str, ...]  # one or none
+
+
+def answer(connection: Connection, find: Callable[[], Message]) -> None:
+    """Send what `find` gives, or ("mistake", …) where it raises UserError.
+
+    This process ends with the search process meanwhile, downloads included.
+    """
+    try:
+        obey_in_thread(connection, lambda order: None)
+        message = find()
+    except UserError as error:
+        message = "mistake", {"cause": str(error)}
+    except BlockingIOError as error:
+        message = "mistake", {"cause": why(error)}
+    with suppress(OSError):  # nobody waits for it any more
+        connection.send(message)
 
 
 def obey_in_thread(connection: Connection, act: Callable[[str], object]) -> None:

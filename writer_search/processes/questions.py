@@ -82,6 +82,8 @@ def find_gpus(device: str) -> tuple[tuple[Gpu, ...], list[str]]:
     entries = _told(Question(MACHINE + "list_devices", device).answer())["entries"]
     questions = {entry: Question(MACHINE + "name_device", entry) for entry in entries}
     answers = {entry: question.answer(OPEN_SECONDS) for entry, question in questions.items()}
+    if mistake := next((answer for answer in answers.values() if answer[0] == "mistake"), None):
+        _told(mistake)
     working = tuple(content["gpu"] for kind, content in answers.values() if kind == "gpu")
     causes = {
         e: one_line(content["cause"]) for e, (kind, content) in answers.items() if kind != "gpu"

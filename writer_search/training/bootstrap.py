@@ -54,9 +54,7 @@ def count_pages(
     )
 
 
-def resample(
-    pages: Pages, resamples: int = RESAMPLES, seed: int = SEED
-) -> dict[str, NDArray[np.float64]]:
+def resample(pages: Pages, resamples: int = RESAMPLES) -> dict[str, NDArray[np.float64]]:
     """Compute each metric on resampled pages: name → (resamples,), as fractions.
 
     Pages are what is resampled, since the lines of one page stand or fall together. Each resample
@@ -64,7 +62,7 @@ def resample(
     would come out (n - 1) / n of what it is, half of it with two pages. Rao & Wu 1988; McCarthy &
     Snowden 1985. Of a single page nothing is known.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     writers = np.unique(pages.labels)
     shares: dict[str, NDArray[np.float64]] = {
         name: np.zeros(resamples) for name in ("macro_top1", "macro_top5", "page_macro_top1")

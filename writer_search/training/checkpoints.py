@@ -322,7 +322,7 @@ def load_for_prediction(
         if len(writers) < 2:
             raise ValueError("it knows fewer than two writers")
         # Built without ImageNet weights: its own follow.
-        model = WriterModel.of(replace(config, pretrained=False), len(writers))
+        model = WriterModel(replace(config, pretrained=False), len(writers))
         model.load_state_dict(saved["model"])
     except Exception as error:  # nearly anything, where a file holds nearly anything
         raise UserError(f"{path} is not a model of this program: {one_line(error, 150)}") from None
