@@ -38,10 +38,10 @@ from writer_search.common.text import one_line
 from writer_search.flags import parse_args
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
-from writer_search.results.page.snapshot import FINISHED, STOPPED, Standing
+from writer_search.results.page.snapshot import FINISHED, RUNNING, STOPPED, Standing
 from writer_search.results.rows import DATABASE
 from writer_search.results.status import LOOKS_BETWEEN_TRIALS, read_status, show
-from writer_search.results.tables import closing_lines, keep_failing, saved_text, write_summary
+from writer_search.results.tables import closing_lines, keep_failing, saved_text
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -60,8 +60,6 @@ EXIT_OK, EXIT_NOTHING_COMPLETE, EXIT_USAGE, EXIT_FAILURES = 0, 1, 2, 3
 
 def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Search:
     """Open or create the study, settle what a dead search left, print the banner."""
-    from writer_search.results.events import Events
-    from writer_search.results.report import ReportPage
     from writer_search.study.banner import announce, banner, describe_run
     from writer_search.study.draws import make_pruner
     from writer_search.study.loop import Search
@@ -82,7 +80,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     for directory in (args.checkpoint_dir, args.checkpoint_dir / CONFIRM):
         remove_workplace(directory)
     if not plan.trains and not is_finished(args):  # the rebuilt study has fewer trials
-        plan = prepare(args, recorded_settings(args, None))
+        plan = prepare(args, recorded_settings(args))
     is_new = "settings" not in study.user_attrs
     record_settings(study, plan.settings, args.checkpoint_dir)
     study.pruner = make_pruner(args.pruner, args.epochs)
@@ -97,8 +95,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     study.set_user_attr("run", describe_run(args.n_trials, len(plan.slots), rows))
     database = str(args.checkpoint_dir / DATABASE)
     announce(args, plan, banner(args, database, None if is_new else rows), settled)
-    page = ReportPage(args.checkpoint_dir, plan.data)
-    return Search(plan, stop, supply, page, Events(plan.on_event))
+    return Search(plan, stop, supply)
 
 
 def open_shared_search(
@@ -110,8 +107,6 @@ def open_shared_search(
     is_new: bool,
 ) -> Search:
     """Take part in a study in a shared storage; print the banner."""
-    from writer_search.results.events import Events
-    from writer_search.results.report import ReportPage
     from writer_search.study.banner import announce, banner
     from writer_search.study.draws import Drawer, make_pruner
     from writer_search.study.loop import Search
@@ -130,8 +125,7 @@ def open_shared_search(
         study, drawer, args.n_trials, args.checkpoint_dir, lock, args.continue_interrupted
     )
     settled = bury_dead(fleet, fleet.trials())
-    page = ReportPage(args.checkpoint_dir, plan.data)
-    search = Search(plan, stop, SharedSupply(fleet), page, Events(plan.on_event))
+    search = Search(plan, stop, SharedSupply(fleet))
     shown = f"{shown_url(args.storage)}, study {args.study_name}"
     announce(args, plan, banner(args, shown, None if is_new else search.rows), settled)
     return search
@@ -171,10 +165,10 @@ def conclude(args: argparse.Namespace, search: Search) -> int:
         (search, True, []) if args.confirm_top is None else confirm_best(args, search)
     )
     search.recorder.read()
-    rows, fixed, study = search.rows, search.plan.space.fixed, search.supply.study
+    rows, study = search.rows, search.supply.study
     if search.exhausted:
         study.set_user_attr("run", {**study.user_attrs["run"], "exhausted": True})
-    search.recorder.attempt(lambda: write_summary(args.checkpoint_dir, rows, fixed))
+    search.recorder.attempt(lambda: search.recorder.summary.write(rows))
     chosen = chosen_model(args.checkpoint_dir, rows)
     published = search.recorder.attempt(lambda: publish(args.checkpoint_dir, chosen))
     lines = closing_lines(
@@ -225,9 +219,10 @@ def exit_code(args: argparse.Namespace, search: Search, last: Search) -> int:
 
 
 def update_page(search: Search, state: str) -> None:
-    """Write the report. state: where the search stands."""
-    study = search.supply.study
-    search.page.write(search.rows, lambda: study.user_attrs, lambda: Standing(state))
+    """Write the report. state: where the search stands, unless others go on with the study."""
+    if any(row.state == "RUNNING" for row in search.rows):
+        state = RUNNING
+    search.page.write(search.rows, search.supply.study, lambda: Standing(state))
 
 
 def measured_on_test(search: Search, chosen: Chosen | None, model_file: Path | None) -> list[str]:
@@ -313,7 +308,7 @@ def run_search(args: argparse.Namespace) -> int:
             if args.data_root is None:
                 return EXIT_OK
         standing_settings(args.checkpoint_dir / CONFIRM)  # or its damage is told
-        plan = prepare(args, recorded_settings(args, None), trains=not is_finished(args))
+        plan = prepare(args, recorded_settings(args), trains=not is_finished(args))
         make_checkpoint_dir(args.checkpoint_dir)
         with told_when_unwritable(args.checkpoint_dir), DirectoryLock(args.checkpoint_dir):
             live.begin("opening the study")
@@ -351,9 +346,12 @@ def run_or_stop(args: argparse.Namespace, search: Search, where: Path | str) -> 
             search.run()
             return conclude(args, search)
     except UserError as error:
-        if search.stop.name is None:
+        goes_by_itself = error.passes and args.requeue_exit_code is not None
+        if search.stop.name is None and not goes_by_itself:
             raise
         print(hidden(told(error), args.storage), file=sys.stderr)
+        if search.stop.name is None:
+            return int(args.requeue_exit_code)
         unsaved = search.recorder.unsaved
         raise Interrupted(search.stop.name, began=True, unsaved=unsaved) from None
 

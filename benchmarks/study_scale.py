@@ -44,11 +44,9 @@ from writer_search.common.signals import StopSignals
 from writer_search.processes import runner
 from writer_search.processes.plan import Plan
 from writer_search.processes.running import Complete, Report
-from writer_search.results.events import Events
-from writer_search.results.report import ReportPage
 from writer_search.results.rows import DATABASE, read_database
 from writer_search.results.status import read_status, status_text
-from writer_search.results.tables import write_summary
+from writer_search.results.tables import SummaryFiles
 from writer_search.space import BACKBONES_BY_TIER, Space, default_space, narrow, suggest
 from writer_search.study.draws import make_pruner, make_sampler
 from writer_search.study.loop import Search
@@ -223,7 +221,7 @@ def search_side(
     study.pruner = make_pruner("median", EPOCHS)
     settle_unfinished(study, directory)
     supply = LocalSupply(study, plan)
-    running_search = Search(plan, stop, supply, ReportPage(directory), Events(None))
+    running_search = Search(plan, stop, supply)
 
     def trial() -> None:
         running_search.start_next()
@@ -307,7 +305,7 @@ def opening(directory: Path, size: int) -> dict[str, float]:
     sides = {
         "open": open_it,
         "status": lambda: status_text(read_status(directory)),
-        "summary": lambda: write_summary(directory, rows, SPACE.fixed),
+        "summary": lambda: SummaryFiles(directory, SPACE.fixed).write(rows),
     }
     return {
         name: 1000 * min(common.seconds_of(work) for _ in range(3)) for name, work in sides.items()

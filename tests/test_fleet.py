@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,9 +28,10 @@ from writer_search.common.locks import DirectoryLock, SharedLock, holder_is_dead
 from writer_search.flags import STUDY_NAME
 from writer_search.processes import runner as runner_module
 from writer_search.processes.parent import TrialProcesses
-from writer_search.results.rows import rows_of, trial_dir
-from writer_search.space import default_space, narrow
+from writer_search.results.rows import has_saved, rows_of, trial_dir
+from writer_search.space import Space, default_space, narrow
 from writer_search.study import loop as loop_module
+from writer_search.study import outlook, unfinished
 from writer_search.study.draws import Drawer, SpaceExhaustedError, params_key
 from writer_search.study.shared import fleet as fleet_module
 from writer_search.study.shared import storage as storage_module
@@ -48,6 +50,7 @@ from writer_search.study.shared.storage import (
     shown_url,
 )
 from writer_search.study.shared.supply import bury_dead
+from writer_search.study.store import record_settings
 from writer_search.study.unfinished import checkpoint_to_continue, continue_interrupted
 
 __all__ = ["run"]  # the fixture
@@ -157,16 +160,23 @@ def test_same_draw_of_a_search_that_is_interrupted_meanwhile_is_drawn_again(
     claims_another_draw(a)
 
 
+def space_of_two() -> Space:
+    numbers = ("learning_rate", "weight_decay", "label_smoothing", "dropout")
+    fix = dict.fromkeys(numbers, 0.01) | {"augment_geometry": 1.0, "augment_photometry": 1.0}
+    pooling = {"pooling": {"choices": ["avg", "gem"]}}
+    return narrow(default_space("cpu", False), {**fix, "backbone": "tiny", "mixup": False}, pooling)
+
+
+def make_config(home: Path, trial: optuna.Trial) -> None:
+    trial_dir(home, trial.number).mkdir(parents=True)
+    write_json(trial_dir(home, trial.number) / "config.json", {})
+
+
 def test_what_failed_in_an_earlier_run_is_drawn_again_where_there_is_nothing_else(
     member: Member,
 ) -> None:
     """By one search that has begun since, and not by the one in which it failed."""
-    numbers = ("learning_rate", "weight_decay", "label_smoothing", "dropout")
-    fix = dict.fromkeys(numbers, 0.01) | {"augment_geometry": 1.0, "augment_photometry": 1.0}
-    pooling = {"pooling": {"choices": ["avg", "gem"]}}
-    space = narrow(
-        default_space("cpu", False), {**fix, "backbone": "tiny", "mixup": False}, pooling
-    )
+    space = space_of_two()
     a = member(4, space=space)
     failed = a.claim()
     tell(a, failed, TrialState.FAIL)
@@ -291,22 +301,23 @@ def test_one_run_starts_what_was_missing_whoever_starts_it(member: Member) -> No
 # --------------------------------------------------------------------------------- being alive
 
 
-def test_silence_by_the_observer_s_own_clock(member: Member) -> None:
+def test_silence_by_the_observer_s_own_clock(member: Member, tmp_path: Path) -> None:
     now = [0.0]
     a, b = member(9), member(9, clock=lambda: now[0])
     trial = a.claim()
     assert trial is not None
+    make_config(tmp_path, trial)
     trial.set_user_attr("alive", "1970-01-01T00:00:00+00:00")  # its clock is wrong: no matter
-    for now[0] in (0.0, 100.0, 200.0, 299.0):
+    for now[0] in (0.0, 200.0, 400.0, 419.0):
         assert b.dead(b.trials()) == []
     a.sign(trial)
-    for now[0] in (301.0, 400.0, 500.0, 600.0):
-        assert b.dead(b.trials()) == [], "a sign was seen at 301 s"
-    for now[0] in (800.0, 1000.0, 1200.0, 1400.0):
+    for now[0] in (421.0, 600.0, 800.0, 840.0):
+        assert b.dead(b.trials()) == [], "a sign was seen at 421 s"
+    for now[0] in (1060.0, 1280.0, 1500.0, 1720.0):
         assert b.dead(b.trials()) == [], "who did not look for so long begins anew"
-    for now[0] in (1500.0, 1600.0, 1700.0):
+    for now[0] in (1900.0, 2100.0, 2140.0):
         assert b.dead(b.trials()) == []
-    now[0] = 1701.0
+    now[0] = 2141.0
     assert [t.number for t in b.dead(b.trials())] == [0]
     assert a.dead(a.trials()) == [], "nobody buries its own"
 
@@ -723,11 +734,13 @@ def test_trial_that_another_has_recorded_is_given_up(
 
     monkeypatch.setattr(loop_module.Search, "hear_report", late)
     assert command(n_trials="2") == 0
-    assert "trial   0 | given up: " in capfd.readouterr().out
+    assert "trial   0 | this search was silent" in capfd.readouterr().out
     assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
+@pytest.mark.parametrize("flags", [(), ("--requeue_exit_code", "99")])
 def test_storage_lost_before_a_trial_starts_is_not_its_failure(
+    flags: tuple[str, ...],
     shared: tuple[Run, Flaky],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -746,7 +759,7 @@ def test_storage_lost_before_a_trial_starts_is_not_its_failure(
 
     with monkeypatch.context() as patched:
         patched.setattr(loop_module, "checkpoint_to_continue", cut)
-        assert command(n_trials="1") == 2
+        assert command(*flags, n_trials="1") == (99 if flags else 2)
     assert "nothing that was recorded is lost" in capfd.readouterr().err
     assert states_of(backend) == ["RUNNING"]
     assert not (tmp_path / "c" / "trial_000").exists()
@@ -779,7 +792,7 @@ def test_trial_that_another_has_recorded_may_end_in_any_way(
         monkeypatch.setattr(loop_module.Search, "hear_report", report)
     code = command(n_trials="2", epochs="40" if ending == "stopped" else "2")
     said, problems = capfd.readouterr()
-    assert "trial   0 | given up: " in said
+    assert "trial   0 | this search was silent" in said
     assert "Traceback" not in problems
     if ending == "stopped":
         assert (code, states_of(backend)) == (143, ["FAIL"])
@@ -802,7 +815,7 @@ def test_trial_that_another_has_recorded_may_fail_to_start(
 
     monkeypatch.setattr(runner_module.Runner, "start", fail_once)
     assert command(n_trials="2") == 0
-    assert "trial   0 | given up: " in capfd.readouterr().out
+    assert "trial   0 | this search was silent" in capfd.readouterr().out
     assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
@@ -823,7 +836,7 @@ def test_displaced_trial_that_another_has_recorded_is_given_up(
 
     monkeypatch.setattr(loop_module.Search, "loop", displace)
     assert command(n_trials="2") == 143
-    assert "trial   0 | given up: " in capfd.readouterr().out
+    assert "trial   0 | this search was silent" in capfd.readouterr().out
     monkeypatch.setattr(loop_module.Search, "loop", loop)
     assert command(n_trials="2") == 0
     assert states_of(backend) == ["FAIL", "COMPLETE", "COMPLETE"]
@@ -853,7 +866,7 @@ def test_search_waits_for_a_dead_one_s_trial_and_takes_its_place(
     assert command(n_trials="1") == 0
     monkeypatch.setattr(shared_supply, "LOOK_SECONDS", 0.1)
     monkeypatch.setattr(shared_supply, "SIGN_SECONDS", 0.1)
-    monkeypatch.setattr(fleet_module, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(fleet_module, "SILENT_FAR_SECONDS", 0.5)
     study = optuna.load_study(study_name=STUDY_NAME, storage=backend)
     drawer = Drawer(default_space("cpu", False), "random", 0, salt=[1])
     other = Fleet(study, drawer, 2, tmp_path / "elsewhere")
@@ -861,6 +874,75 @@ def test_search_waits_for_a_dead_one_s_trial_and_takes_its_place(
     assert command(n_trials="2") == 0
     assert "trial 1 was cut off at epoch 1: recorded as interrupted" in capfd.readouterr().out
     assert states_of(backend) == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_what_others_have_of_a_finite_space_is_waited_for(member: Member) -> None:
+    """It may be interrupted, and is no reason to call the search finished."""
+    a, b = (member(4, space=space_of_two()) for _ in range(2))
+    tell(a, a.claim(), TrialState.COMPLETE)
+    theirs = a.claim()
+    supply = shared_supply.SharedSupply(b)
+    supply.look()
+    assert (supply.next(), supply.is_done()) == (None, False)
+    assert supply._next_look(True) > 0, "it looks again at its usual pace"
+    tell(a, theirs, TrialState.COMPLETE)
+    with pytest.raises(SpaceExhaustedError):
+        supply.next()
+
+
+def test_search_that_has_all_it_wants_waits_for_no_other(member: Member) -> None:
+    one, more = member(1), member(3)
+    tell(more, more.claim(), TrialState.COMPLETE)
+    assert more.claim() is not None
+    assert shared_supply.SharedSupply(one).is_done()
+    assert not shared_supply.SharedSupply(more).is_done()
+
+
+def test_directory_that_nobody_may_see_is_out_of_reach(member: Member, tmp_path: Path) -> None:
+    a, b = member(3), member(3)
+    a.checkpoint_dir = tmp_path / ("x" * 300)  # an error for Path.exists, as one without a right
+    trial = a.claim()
+    assert trial is not None
+    assert not b._is_within_reach(b.trials()[trial.number])
+    assert not has_saved(trial_dir(a.checkpoint_dir, trial.number))
+
+
+def test_trial_whose_directory_cannot_be_written_is_recorded_all_the_same(
+    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = member(3), member(3)
+    a.checkpoint_dir = tmp_path / "theirs"
+    trial = a.claim()
+    assert trial is not None
+    own = trial_dir(a.checkpoint_dir, trial.number)
+    make_config(a.checkpoint_dir, trial)
+    write = unfinished.write_error_log
+
+    def refused(directory: Path, *given: Any, **more: Any) -> None:
+        if directory == own:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        write(directory, *given, **more)
+
+    monkeypatch.setattr(unfinished, "write_error_log", refused)
+    assert "recorded as interrupted" in str(b.bury(b.trials()[trial.number]))
+    assert (trial_dir(b.checkpoint_dir, trial.number) / "error.log").exists()
+    assert b.trials()[trial.number].state == TrialState.FAIL
+
+
+def test_trial_out_of_reach_has_longer_to_come_back(member: Member, tmp_path: Path) -> None:
+    """It may have finished where only its own search can see it."""
+    now = [0.0]
+    a, b = member(3), member(3, clock=lambda: now[0])
+    near, a.checkpoint_dir = a.claim(), tmp_path / "elsewhere"
+    far = a.claim()
+    assert near is not None
+    assert far is not None
+    make_config(tmp_path, near)
+    found = []
+    for _ in range(40):
+        found += [trial.number for trial in b.dead(b.trials())]
+        now[0] += 60.0
+    assert found.count(near.number) > found.count(far.number) > 0
 
 
 def test_signal_while_waiting_for_others(
@@ -871,15 +953,38 @@ def test_signal_while_waiting_for_others(
     study = optuna.load_study(study_name=STUDY_NAME, storage=backend)
     drawer = Drawer(default_space("cpu", False), "random", 0, salt=[1])
     assert Fleet(study, drawer, 2, tmp_path / "elsewhere").claim() is not None
-    look = shared_supply.SharedSupply.look
+    look, left = shared_supply.SharedSupply.look, outlook.seconds_left
+    at_once = []
 
     def signalled(self: Any) -> list[str]:
         os.kill(os.getpid(), signal.SIGTERM)
         return look(self)
 
+    def noted(*given: Any) -> Any:
+        at_once.append(given[4])
+        return left(*given)
+
+    monkeypatch.setattr(outlook, "seconds_left", noted)
     monkeypatch.setattr(shared_supply.SharedSupply, "look", signalled)
     assert command(n_trials="2") == 143
     assert states_of(backend) == ["COMPLETE", "RUNNING"]
+    assert at_once[-1] == 2, "the other search's trial too"
+    page = (tmp_path / "c" / "summary" / "report.html").read_text()
+    assert "The search runs." in page, "somewhere else"
+
+
+def test_settings_that_another_search_records_meanwhile_hold(
+    memory: InMemoryStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.create_study(storage=memory)
+    record = study.set_user_attr
+    monkeypatch.setattr(study, "set_user_attr", lambda name, _: record(name, {"epochs": 9}))
+    record_settings(study, {"epochs": 9}, tmp_path)
+    study = optuna.create_study(storage=memory)
+    record_other = study.set_user_attr
+    monkeypatch.setattr(study, "set_user_attr", lambda name, _: record_other(name, {"epochs": 9}))
+    with pytest.raises(UserError, match="other settings"):
+        record_settings(study, {"epochs": 8}, tmp_path)
 
 
 def test_unexpected_error_is_told_without_the_password(

@@ -378,7 +378,7 @@ def test_study_lives_in_a_directory_of_any_name(
     open_study(directory).enqueue_trial({"dropout": 0.5})
     open_study(directory)
     assert find_damage(directory) is None
-    assert len(read_database(directory / "optuna_study.db").trials) == 1
+    assert len(read_database(directory / "optuna_study.db").rows) == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -398,6 +398,14 @@ def test_search_of_a_gpu_goes_on_without_one_only_on_demand(
     settings = None if recorded is None else {"tier": recorded}
     with pytest.raises(UserError, match="--device cpu") if is_refused else nullcontext():
         refuse_other_kind(settings, {"tier": here}, device)
+
+
+@pytest.mark.parametrize("here", ["cpu", "gpu"])
+def test_search_begun_without_a_gpu_says_that_it_goes_on_so(
+    here: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_other_kind({"tier": "cpu"}, {"tier": here}, "auto")
+    assert ("started without a GPU" in capsys.readouterr().err) == (here == "gpu")
 
 
 def test_search_asks_for_the_kind_of_its_device(

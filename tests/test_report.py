@@ -26,6 +26,7 @@ from PIL import Image
 from searches import make_search
 
 from data import LineSet
+from writer_search.common.errors import UserError
 from writer_search.common.files import read_json, write_json
 from writer_search.common.text import percent
 from writer_search.lines.predictions import Prediction, write_predictions
@@ -267,31 +268,29 @@ def test_page_is_written_within_a_second_of_an_end_and_not_too_often(
 def test_charts_are_files_when_the_search_has_ended(search: Path, tmp_path: Path) -> None:
     directory = tmp_path / "c"
     shutil.copytree(search, directory)
-    reading = read_database(directory / DATABASE)
+    rows, study = read_database(directory / DATABASE).rows, open_study(directory)
     page = ReportPage(directory)
-    (directory / "summary" / "confusion.png").write_bytes(b"of an earlier version")
     for standing in (Standing(RUNNING), Standing(FINISHED)):
         assert not list((directory / "summary").glob("*.svg"))
-        page.write(reading.rows, lambda: reading.recorded, lambda of=standing: of)
+        page.write(rows, study, lambda of=standing: of)
     assert (directory / "summary" / "report.html").read_text().rstrip().endswith("</html>")
     names = {path.name for path in (directory / "summary").glob("*.svg")}
     assert names == {"history.svg", "learning_curves.svg", "hyperparameters.svg"}
-    assert not list((directory / "summary").glob("*.png")), "it would show an old state"
     assert not list((directory / "summary").glob(".*"))
     curves = directory / "trial_000" / "curves.svg"
     drawn = curves.stat().st_mtime_ns
-    ReportPage(directory).write(reading.rows, lambda: reading.recorded, lambda: Standing(FINISHED))
+    ReportPage(directory).write(rows, study, lambda: Standing(FINISHED))
     assert curves.stat().st_mtime_ns == drawn, "drawn once"
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(
     search: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reading = read_database(search / DATABASE)
+    rows, study = read_database(search / DATABASE).rows, open_study(search)
     (tmp_path / "summary").write_text("no directory")
     page = ReportPage(tmp_path)
     for _ in range(2):
-        page.write(reading.rows, lambda: reading.recorded, lambda: Standing(RUNNING))
+        page.write(rows, study, lambda: Standing(RUNNING))
     assert capsys.readouterr().err.count("warning: writing the report: ") == 1
 
 
@@ -300,13 +299,27 @@ def test_a_database_that_cannot_be_read_costs_a_page(
 ) -> None:
     """The loop that writes the page goes on, whatever becomes of it."""
 
-    def fail() -> Any:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    class Lost:
+        @property
+        def user_attrs(self) -> dict[str, Any]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     rows, page = read_database(search / DATABASE).rows, ReportPage(tmp_path)
-    page.write(rows, fail, lambda: Standing(RUNNING))
-    page.write(rows, dict, fail)
+    lost: Any = Lost()
+    page.write(rows, lost, lambda: Standing(RUNNING))
+    page.write(rows, open_study(search), lambda: lost.user_attrs)
     assert capsys.readouterr().err.count("warning: writing the report: ") == 1
+
+
+def test_a_storage_that_was_waited_for_in_vain_ends_the_search(tmp_path: Path) -> None:
+    class Lost:
+        @property
+        def user_attrs(self) -> dict[str, Any]:
+            raise UserError("the storage cannot be reached")
+
+    lost: Any = Lost()
+    with pytest.raises(UserError):
+        ReportPage(tmp_path).write([], lost, lambda: Standing(RUNNING))
 
 
 def test_a_damaged_file_costs_its_part_of_the_page(search: Path, tmp_path: Path) -> None:
@@ -320,7 +333,7 @@ def test_a_damaged_file_costs_its_part_of_the_page(search: Path, tmp_path: Path)
     for curves in directory.glob("trial_*/curves.svg"):
         curves.unlink()
         curves.mkdir()  # they cannot be drawn
-    ReportPage(directory).write(rows, dict, lambda: Standing(FINISHED))
+    ReportPage(directory).write(rows, open_study(directory), lambda: Standing(FINISHED))
     page = (directory / "summary" / "report.html").read_text()
     assert page.count("Cannot be shown: TypeError") == 1
     assert "<h2>The search</h2>" in page

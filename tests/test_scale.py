@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.study_scale import SPACE, fill, instant_trials, search_side
 from writer_search.common.signals import StopSignals
 from writer_search.results.rows import DATABASE, Row, best_row, read_database
-from writer_search.results.tables import SummaryFiles, write_summary
+from writer_search.results.tables import SummaryFiles
 from writer_search.study.weights import remove_weights
 
 FIXED = {"line_height": 64}
@@ -39,7 +39,7 @@ def test_summary_kept_up_to_date_is_the_summary_written_anew(tmp_path: Path) -> 
     ]
     for rows_now in changes:
         files.write(rows_now)
-        write_summary(anew, rows_now, FIXED)
+        SummaryFiles(anew, FIXED).write(rows_now)
         assert summary_of(kept) == summary_of(anew)
     header, first = summary_of(kept)[0].splitlines()[:2]
     assert header.endswith(",line_height (fixed),failure")
@@ -79,5 +79,5 @@ def test_search_knows_its_rows_without_reading_all(tmp_path: Path) -> None:
     assert search.rows == rows
     assert search.outlook.finished()[0] == best_row(rows)
     kept = (tmp_path / "summary" / "trials.csv").read_text()
-    write_summary(tmp_path, rows, SPACE.fixed)
+    SummaryFiles(tmp_path, SPACE.fixed).write(rows)
     assert (tmp_path / "summary" / "trials.csv").read_text() == kept

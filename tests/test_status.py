@@ -33,10 +33,10 @@ from writer_search.results.estimate import (
 from writer_search.results.rows import Row, trial_dir
 from writer_search.results.status import read_status, status_json, status_text, watch
 from writer_search.results.tables import (
+    SummaryFiles,
     closing_lines,
     floor_lines,
     was_cut_short,
-    write_summary,
 )
 from writer_search.study.store import open_study
 
@@ -339,7 +339,7 @@ def test_best_trial_of_another_machine_is_named_where_it_is(
     (own / "summary").mkdir(parents=True)
     for attributes, directory in ((itself, "trial_003"), (owner, str(other / "trial_003"))):
         row = Row(3, "COMPLETE", 0.5, {}, None, None, attributes)
-        write_summary(own, [row], {})
+        SummaryFiles(own, {}).write([row])
         best = json.loads((own / "summary" / "best_trial.json").read_text())
         assert (best["directory"], best["model"]) == (directory, f"{directory}/best_model.pth")
     model = other / "trial_003" / "best_model.pth"

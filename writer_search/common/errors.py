@@ -14,7 +14,10 @@ class UserError(Exception):
     """A mistake that the user can fix, in one line: what is wrong, the value, what to do.
 
     details: further lines, printable as they are, where there is a list to be told.
+    passes: by itself, so that it is worth while to run the same command again later.
     """
+
+    passes = False
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
         super().__init__(message)

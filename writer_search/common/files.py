@@ -90,6 +90,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is nested too deeply") from None
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether a file is seen from here; no error where nobody may look, or a mount is gone."""
+    return os.path.exists(path)
+
+
 def read_dict(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty where the file is not there, or holds none."""
     try:

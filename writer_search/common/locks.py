@@ -147,7 +147,7 @@ def _in_use(directory: Path) -> UserError:
     holder = one_line(lock.read_text(errors="replace")) if lock.exists() else ""
     return UserError(
         f"{directory} is in use by another search ({holder or 'its search.lock was removed'}); "
-        "wait for it, stop it, or give another --checkpoint_dir"
+        "wait for it, stop it, or give another directory"
     )
 
 

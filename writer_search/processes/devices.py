@@ -6,6 +6,7 @@ file imports no torch.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -160,7 +161,7 @@ class Devices:
 def refuse_other_kind(
     recorded: Mapping[str, Any] | None, machine: Mapping[str, Any], device: str
 ) -> None:
-    """Raise UserError where a GPU's search would silently go on without one.
+    """Raise UserError where a GPU's search would silently go on without one; warn of the reverse.
 
     recorded: the study's settings.   device: what --device asks for.
     """
@@ -169,4 +170,10 @@ def refuse_other_kind(
         raise UserError(
             "this search was started on a GPU, and none is visible here: look at nvidia-smi and "
             "CUDA_VISIBLE_DEVICES; or give --device cpu to go on without one, many times slower"
+        )
+    if recorded is not None and recorded["tier"] != "gpu" and machine["tier"] == "gpu":
+        print(
+            "warning: this search was started without a GPU, and keeps its lines' height and its "
+            "networks; a fresh --checkpoint_dir takes those for a GPU",
+            file=sys.stderr,
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.files import read_json, write_whole
+from writer_search.common.files import is_there, read_dict, write_whole
 from writer_search.results.rows import Row, best_row, home_of, trial_dir
 
 CONFIRM = "confirm"
@@ -33,12 +33,9 @@ class Chosen:
 
 def read_confirmation(checkpoint_dir: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     """Read summary/confirmation.json; None where there is none, or trials have come since."""
-    try:
-        found: dict[str, Any] = read_json(checkpoint_dir / "summary" / "confirmation.json")
-        complete = [row.number for row in rows if row.state == "COMPLETE"]
-        return found if found["of_trials"] == complete else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = read_dict(checkpoint_dir / "summary" / "confirmation.json")
+    complete = [row.number for row in rows if row.state == "COMPLETE"]
+    return found if found.get("of_trials") == complete else None
 
 
 def chosen_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Chosen | None:
@@ -61,7 +58,7 @@ def best_copy(checkpoint_dir: Path) -> Path:
 
 def publish(checkpoint_dir: Path, chosen: Chosen | None) -> Path | None:
     """Copy the chosen model to summary/best_model.pth; None when there is none."""
-    if chosen is None or not (chosen.directory / "best_model.pth").exists():
+    if chosen is None or not is_there(chosen.directory / "best_model.pth"):
         return None
     target = best_copy(checkpoint_dir)
     with open(chosen.directory / "best_model.pth", "rb") as model:

@@ -10,12 +10,13 @@ import base64
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data import LineSet
+from writer_search.common.errors import UserError
 from writer_search.common.files import write_text
 from writer_search.common.text import one_line
 from writer_search.results.page.html import part, section, soft, text
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 
 SOON = 1.0  # seconds between one writing and the next, at least
 SIGN_OF_LIFE = 60.0  # seconds: the page is written anew so often, also when no trial ends
-OLD_PICTURES = (
-    *("history", "learning_curves", "slices", "parallel_coordinates", "importances", "durations"),
-    *("writers", "confusion", "more_lines"),
-)
 SHARE = 0.03  # of the search process's time, at most, is spent on the page
 
 
@@ -65,43 +62,29 @@ class ReportPage:
         return max(0.0, soonest - monotonic())
 
     def write_if_due(
-        self,
-        rows: Sequence[Row],
-        study: Study,
-        standing: Callable[[], Standing],
+        self, rows: Sequence[Row], study: Study, standing: Callable[[], Standing]
     ) -> None:
         """Write the page if something has changed, or for a sign of life; not too often."""
         if self.seconds_to_next() <= 0:
-            self.write(rows, lambda: study.user_attrs, standing)
+            self.write(rows, study, standing)
 
-    def write(
-        self,
-        rows: Sequence[Row],
-        recorded: Callable[[], Mapping[str, Any]],
-        standing: Callable[[], Standing],
-    ) -> None:
-        """Write the page, and the charts as files when the search runs no more.
-
-        recorded: gives the study's user attributes, from its database.
-        """
+    def write(self, rows: Sequence[Row], study: Study, standing: Callable[[], Standing]) -> None:
+        """Write the page, and the charts as files when the search runs no more."""
         started = monotonic()
-        self._attempt(lambda: self._write(Snapshot(self._files, rows, recorded(), standing())))
-        self._last, self._is_due = monotonic(), False
-        self._next = self._last + max(SOON, (self._last - started) / SHARE)
-
-    def _write(self, shown: Snapshot) -> None:
-        write_page(shown, self._pictures)
-        if not shown.standing.is_live:
-            write_charts(shown)
-
-    def _attempt(self, write: Callable[[], object]) -> None:
         try:
-            write()
+            shown = Snapshot(self._files, rows, study.user_attrs, standing())  # asks the database
+            write_page(shown, self._pictures)
+            if not shown.standing.is_live:
+                write_charts(shown)
+        except UserError:  # a storage out of reach, which has been waited for
+            raise
         except Exception as error:
             if not self._failed:
                 cause = one_line(f"{type(error).__name__}: {error}")
                 print(f"warning: writing the report: {cause}", file=sys.stderr, flush=True)
             self._failed = True
+        self._last, self._is_due = monotonic(), False
+        self._next = self._last + max(SOON, (self._last - started) / SHARE)
 
 
 def write_page(shown: Snapshot, pictures: LinePictures) -> None:
@@ -153,12 +136,7 @@ def made(make: Callable[..., str], *of: object) -> str:
 
 
 def write_charts(shown: Snapshot) -> None:
-    """Write each chart into summary/ as a file of its own; remove what is there no more.
-
-    Also what earlier versions drew there: it would show an old state beside the new report.
-    """
-    for name in OLD_PICTURES:
-        (shown.checkpoint_dir / "summary" / f"{name}.png").unlink(missing_ok=True)
+    """Write each chart into summary/ as a file of its own; remove what is there no more."""
     drawn = {chart.name: chart for chart in charts_of(shown)}
     for name in ("history", "learning_curves", "hyperparameters"):
         path = shown.checkpoint_dir / "summary" / f"{name}.svg"

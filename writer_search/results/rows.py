@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError
+from writer_search.common.files import is_there
 from writer_search.common.text import one_line
 from writer_search.config import COHOG
 from writer_search.flags import STUDY_NAME
@@ -74,7 +75,7 @@ def trial_dir(checkpoint_dir: Path, number: int) -> Path:
 
 def has_saved(directory: Path) -> bool:
     """Tell whether a trial has saved a state of its own, beyond the one that it went on from."""
-    return (directory / "latest_checkpoint.pth").exists()
+    return is_there(directory / "latest_checkpoint.pth")
 
 
 def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
@@ -135,9 +136,8 @@ class OtherVersionError(UserError):
 
 
 class Reading(NamedTuple):
-    """What a database holds: Optuna's trials, the same for people, the study's user attributes."""
+    """What a database holds: its trials, and the study's user attributes."""
 
-    trials: list[FrozenTrial]
     rows: list[Row]
     recorded: dict[str, Any]
 
@@ -157,16 +157,15 @@ def read_database(database: Path) -> Reading:
         with opened(database) as connection:
             connection.backup(memory)
         if not memory.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            return Reading([], [], {})  # killed before Optuna made its tables
+            return Reading([], {})  # killed before Optuna made its tables
         try:
             storage = optuna.storages.RDBStorage(
                 "sqlite://", engine_kwargs={"creator": lambda: memory, "poolclass": StaticPool}
             )
             if not storage.get_all_studies():  # killed before Optuna made the study
-                return Reading([], [], {})
+                return Reading([], {})
             study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
-            trials = study.get_trials(deepcopy=False)
-            return Reading(trials, rows_of(trials), study.user_attrs)
+            return Reading(rows_of(study.get_trials(deepcopy=False)), study.user_attrs)
         except Exception as error:  # nearly anything, where contents make no sense
             if type(error) is RuntimeError:  # Optuna's word on another version of its tables
                 raise OtherVersionError(f"{database}: {one_line(error)}") from None

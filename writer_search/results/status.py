@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,8 +71,8 @@ class Status:
     rows: Sequence[Row]
     running: Sequence[RunningStatus]
     left: Range | None  # seconds; None when it cannot be known, or nothing runs
-    space: Mapping[str, Any] = field(default_factory=dict)  # the study's, as its settings have it
-    exhausted: bool = False  # the last run has found no other configuration
+    space: Mapping[str, Any]  # the study's, as its settings have it
+    exhausted: bool  # the last run has found no other configuration
 
 
 def read_status(checkpoint_dir: Path) -> Status:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from writer_search.common.files import read_json, write_json, write_text
+from writer_search.common.files import is_there, read_dict, write_json, write_text
 from writer_search.common.output import wrapped
 from writer_search.common.text import counted, one_line, percent, shown_value
 from writer_search.results.chosen import best_copy, chosen_model
@@ -68,11 +68,6 @@ class SummaryFiles:
         return _csv_line(header) + "".join(self._lines[row.number][1] for row in rows)
 
 
-def write_summary(checkpoint_dir: Path, rows: Sequence[Row], fixed: Mapping[str, Any]) -> None:
-    """Write summary/trials.csv and, once a trial is complete, summary/best_trial.json."""
-    SummaryFiles(checkpoint_dir, fixed).write(rows)
-
-
 def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
     home = home_of(best.attributes, checkpoint_dir)
     is_own = home.absolute() == checkpoint_dir.absolute()
@@ -82,19 +77,11 @@ def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
         "value": best.value,
         "metric": "validation macro top-1 accuracy",
         "params": best.params,
-        "config": _config(trial_dir(home, best.number)),
+        "config": read_dict(trial_dir(home, best.number) / "config.json").get("config"),
         "seconds": best.seconds,
         "directory": str(directory),
         "model": str(directory / "best_model.pth"),
     }
-
-
-def _config(directory: Path) -> Any:
-    """Give a trial's whole configuration, what was fixed included."""
-    try:
-        return read_json(directory / "config.json")["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[Any]:
@@ -203,7 +190,7 @@ def _model_line(checkpoint_dir: Path, rows: Sequence[Row], copy: Path | None) ->
     assert chosen is not None, "there is a best trial"
     path = copy or chosen.directory / "best_model.pth"
     whose = f" of the confirmed winner, {chosen.name}" if chosen.is_confirmed else ""
-    if path.exists():
+    if is_there(path):
         return f"Model{whose}: {path}"
     stale = best_copy(checkpoint_dir)
     other = f"; {stale} may be another trial's" if stale.exists() else ""

@@ -7,8 +7,6 @@ trains is not drawn but given.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,20 +141,18 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     missing = repeater.missing(rows)
     n_trials = count_complete(rows) + missing
     study.set_user_attr("run", describe_run(n_trials, len(plan.slots), rows))
-    left = finished.deadline - time.monotonic()
     own = replace(
         plan,
         checkpoint_dir=directory,
         n_trials=n_trials,
         kept_models=None,
         continues=True,
-        timeout=None if math.isinf(left) else max(left, 1e-9),
     )
     print("\n".join(banner(directory, candidates, missing)), flush=True)
     for line in settled:
         print(line, flush=True)
     supply = LocalSupply(study, own, repeater)
-    search = Search(own, finished.stop, supply, finished.page, finished.events, finished)
+    search = Search(own, finished.stop, supply, finished)
     search.run()
     runs_left = len(repeater.seeds - seeds_of(search.rows, "COMPLETE", "FAIL"))
     return Confirmation(search, candidates, runs_left)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection
 
@@ -42,8 +42,6 @@ from writer_search.study.shared.storage import StorageUnreachableError
 from writer_search.study.supplies import Supply
 from writer_search.study.unfinished import checkpoint_to_continue
 
-LONGEST_WAIT = 3600.0  # seconds; poll takes no more than 24 days
-
 
 class Preload:
     """Lets torchvision be imported for later trials while the first one trains.
@@ -66,22 +64,22 @@ class Preload:
 class Search:
     """Runs a supply's trials until there are no more, a signal comes, or too many fail.
 
-    page: the report, which is kept up to date.   confirms: the finished search whose best trials
-    are trained again here; the report is of that one.
+    confirms: the finished search whose best trials are trained again here; the report is of that
+    one.
     """
 
     plan: Plan
     stop: StopSignals
     supply: Supply
-    page: ReportPage
-    events: Events
     confirms: Search | None = None
     exhausted: bool = False  # every configuration of a finite space has been drawn
-    deadline: float = field(init=False)  # after which no trial starts
 
     def __post_init__(self) -> None:
-        plan = self.plan
-        rows = self.supply.rows()
+        plan, whole, rows = self.plan, self.confirms, self.supply.rows()
+        self.page: ReportPage = whole.page if whole else ReportPage(plan.checkpoint_dir, plan.data)
+        self.events: Events = whole.events if whole else Events(plan.on_event)
+        latest = time.monotonic() + (plan.timeout or math.inf)
+        self.deadline: float = whole.deadline if whole else latest  # no trial starts after it
         self.progress = Progress(count_complete(rows), plan.n_trials)
         self.runner = Runner(plan, self.progress, partial(write_config, plan))
         self.recorder = Recorder(
@@ -89,7 +87,6 @@ class Search:
         )
         self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
         self.preload = Preload(backbones_of(plan.space))
-        self.deadline = time.monotonic() + (plan.timeout or math.inf)
 
     @property
     def rows(self) -> list[Row]:
@@ -201,7 +198,7 @@ class Search:
     def seconds_to_next_deadline(self) -> float:
         soonest = min(self.runner.next_deadline(), self.supply.next_deadline(self.runner.has_room))
         others = self.page.seconds_to_next(), self.events.seconds_to_next_deadline()
-        return min(LONGEST_WAIT, max(0.0, soonest - time.monotonic()), *others)
+        return min(max(0.0, soonest - time.monotonic()), *others)
 
     def standing(self) -> Standing:
         """Say how the search stands, for the report."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 from writer_search.processes.deadlines import SAVED_SECONDS, longest_epoch
 from writer_search.processes.plan import Plan
 from writer_search.processes.runner import Runner
+from writer_search.processes.running import RunningTrial
 from writer_search.results.estimate import (
     Timed,
     finished_epochs,
@@ -47,7 +49,7 @@ class Outlook:
         """
         if self._plan.stop_at == math.inf:
             return False
-        running = [(int(r.epochs_here), seconds) for r, seconds in self._running()]
+        running = [(int(r.epochs_here), r.seconds) for r in self._running()]
         seconds = longest_epoch([*self.finished()[1], *running])
         if self._plan.continues:
             seconds = min(seconds, SAVED_SECONDS)
@@ -60,7 +62,7 @@ class Outlook:
 
     def _best(self) -> tuple[float, int] | None:
         best = self.finished()[0]
-        values = [(r.best, -r.number) for r, _ in self._running() if r.best is not None]
+        values = [(r.best, -r.number) for r in self._running() if r.best is not None]
         if best is not None and best.value is not None:
             values.append((best.value, -best.number))
         if not values:
@@ -70,8 +72,8 @@ class Outlook:
 
     def _time_left(self) -> tuple[float, float] | None:
         running = [
-            unbroken(r.progress, min(r.begun, r.progress), seconds)
-            for r, seconds in self._running()
+            unbroken(r.progress, min(r.begun, r.progress), r.seconds)
+            for r in self._running()
             if r.job.config.is_fitted == self._fits
         ]
         return seconds_left(
@@ -79,7 +81,7 @@ class Outlook:
             running,
             self._supply.room,
             1 if self._fits else self._plan.epochs,
-            len(self._plan.slots),
+            len(self._plan.slots) + self._elsewhere(),
             self._plan.patience,
         )
 
@@ -87,9 +89,14 @@ class Outlook:
         """Say how the search stands, for its page."""
         running = [
             TrialProgress(r.number, r.epoch, r.job.config.most_epochs, r.best)
-            for r, _ in self._running()
+            for r in self._running()
         ]
         return Standing(RUNNING, self._time_left(), running)
 
-    def _running(self) -> list[tuple[Any, float]]:
-        return [(r, r.seconds) for r in self._runner.running.values()]
+    def _elsewhere(self) -> int:
+        """Count the trials that other searches run, where several share the study."""
+        running = {row.number for row in self._recorder.rows if row.state == "RUNNING"}
+        return len(running - set(self._runner.numbers))
+
+    def _running(self) -> Collection[RunningTrial]:
+        return self._runner.running.values()

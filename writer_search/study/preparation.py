@@ -69,14 +69,8 @@ def is_finished(args: argparse.Namespace) -> bool:
     return database.exists() and read_brief(database).complete >= int(args.n_trials)
 
 
-def recorded_settings(
-    args: argparse.Namespace, storage: BaseStorage | None
-) -> dict[str, Any] | None:
+def recorded_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """Read the settings of the study that is to be gone on with; None for a new one."""
-    if storage is not None:
-        from writer_search.study.shared.storage import settings_of
-
-        return settings_of(storage, args.study_name)
     settings = standing_settings(args.checkpoint_dir)
     if settings is None:
         return None
@@ -323,12 +317,10 @@ def make_plan(
 
 def prepare_shared(args: argparse.Namespace, storage: BaseStorage) -> tuple[Plan, bool]:
     """Prepare, and create the study where it is not there; also tell whether this search did."""
-    from writer_search.study.shared.storage import create_shared_study, find_study, settings_of
+    from writer_search.study.shared.storage import create_shared_study, settings_of
 
-    plan = prepare(args, recorded_settings(args, storage))
-    if find_study(storage, args.study_name) is None and create_shared_study(
-        storage, args.study_name, plan.settings
-    ):
+    plan = prepare(args, settings_of(storage, args.study_name))
+    if create_shared_study(storage, args.study_name, plan.settings):
         return plan, True
     recorded = settings_of(storage, args.study_name)
     if recorded not in (None, json.loads(json.dumps(plan.settings))):

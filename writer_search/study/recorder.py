@@ -52,7 +52,7 @@ class Recorder:
         self._plan, self._supply, self._study = plan, supply, supply.study
         self._runner = runner  # which trials run, meanwhile
         self._progress, self._events, self._page = progress, events, page
-        self._summary = SummaryFiles(plan.checkpoint_dir, plan.space.fixed)
+        self.summary = SummaryFiles(plan.checkpoint_dir, plan.space.fixed)
         self._failures: list[Cause] = []  # in a row
         self._without_weights: set[int] = set()  # trials whose weights were deleted
 
@@ -129,7 +129,7 @@ class Recorder:
         """Say that another search has recorded a trial of this one."""
         self._progress.end(
             number,
-            "given up: this search was silent for too long, and another one has recorded it",
+            "this search was silent for too long, and another one has recorded the trial",
             self.complete,
         )
 
@@ -159,7 +159,7 @@ class Recorder:
         self.rows = self._supply.rows(self.rows, [trial.number, *self._runner.numbers])
         # The database has it. What a full disk keeps from being written now is written later.
         self.attempt(lambda: write_record(directory, told))
-        self.attempt(lambda: self._summary.write(self.rows))
+        self.attempt(lambda: self.summary.write(self.rows))
         self._page.trial_has_ended()
         self._events.send(trial_event(directory, trial.number, self.rows, self._plan.n_trials))
 

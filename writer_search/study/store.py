@@ -76,5 +76,5 @@ def record_settings(study: optuna.Study, settings: Mapping[str, Any], checkpoint
     recorded = study.user_attrs.get("settings")
     if recorded is None:
         study.set_user_attr("settings", dict(settings))
-        return
+        recorded = study.user_attrs["settings"]  # another search may have been first after all
     refuse_changes(recorded, settings, checkpoint_dir)

@@ -20,7 +20,7 @@ from writer_search.results.rows import Row, best_row, home_of, read_history, tri
 from writer_search.space import fixed_of
 
 RUNNING, CONFIRMING, FINISHED, STOPPED = "running", "confirming", "finished", "stopped"
-CURVES = ("curves.svg", "curves.png")  # an earlier version drew the latter
+CURVES = "curves.svg"
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,11 @@ def draw_curves(
     directory: Path, number: int, history: Sequence[Mapping[str, Any]], written: float
 ) -> None:
     """Draw a trial's own curves, unless there are newer ones than its history."""
-    for name in CURVES:
-        path = directory / name
-        if path.exists() and path.stat().st_mtime >= written:
-            return
+    path = directory / CURVES
+    if path.exists() and path.stat().st_mtime >= written:
+        return
     if panels := trial_curves(number, history):
-        write_text(directory / CURVES[0], alone(panels, CHART_STYLE))
+        write_text(path, alone(panels, CHART_STYLE))
 
 
 def range_text(rule: object) -> str:

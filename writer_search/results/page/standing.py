@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 
-from writer_search.common.files import read_dict
+from writer_search.common.files import is_there, read_dict
 from writer_search.common.provenance import pasted
 from writer_search.common.text import duration, percent, shown_value
 from writer_search.results.chosen import chosen_model, read_confirmation
@@ -97,9 +96,10 @@ def best_trial(shown: Snapshot) -> str:
     parts += [f"<p>{text(line)}</p>" for line in floor_lines(shown.rows, shown.space)]
     parts.append(_hyperparameters(shown, best))
     model = shown.files.directory(best) / "best_model.pth"
-    if os.path.exists(model):  # also where nobody may look
+    if is_there(model):
         parts.append(f"<p>Its model: <code>{text(model)}</code></p>")
     parts += [
+        _winner(shown, best),
         section("Confirmed with new seeds", _confirmation(shown)),
         section("Test lines", _test(shown)),
     ]
@@ -201,6 +201,21 @@ def share_variance(pages: Sequence[tuple[int, int]]) -> float:
         return independent
     apart = math.fsum((hits - share * number) ** 2 for number, hits in pages) / lines**2
     return max(independent, apart * len(pages) / (len(pages) - 1))
+
+
+def _winner(shown: Snapshot, best: Row) -> str:
+    """Say whose the search's model is, where the confirmation has chosen another trial."""
+    try:
+        chosen = chosen_model(shown.checkpoint_dir, shown.rows)
+    except (KeyError, TypeError):
+        return ""
+    if chosen is None or not chosen.is_confirmed or chosen.trial == best.number:
+        return ""
+    return (
+        f"<p>The confirmation has chosen another one: <code>summary/best_model.pth</code> is of "
+        f"{text(chosen.name)}. Its configuration is in the same directory. Lines, writers and "
+        f"pages on this page are those of trial {best.number}.</p>"
+    )
 
 
 def _confirmation(shown: Snapshot) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from writer_search.common.files import is_there
 from writer_search.common.text import duration, percent, shown_value
 from writer_search.results.page.html import Column, cell, part, soft, table, text
 from writer_search.results.page.snapshot import CURVES, Snapshot
@@ -21,7 +22,7 @@ from writer_search.results.pictures.charts import (
 )
 from writer_search.results.rows import Row, state_of
 
-LINKED = (*CURVES, "config.json", "error.log")  # where they are there
+LINKED = (CURVES, "config.json", "error.log")  # where they are there
 TRY = re.compile(r"^try: +(.*)$", re.MULTILINE)
 
 
@@ -73,7 +74,7 @@ def _links(shown: Snapshot, row: Row) -> str:
     return " ".join(
         f'<a href="{where}/{name}">{name.partition(".")[0]}</a>'
         for name in LINKED
-        if os.path.exists(directory / name)  # also where nobody may look
+        if is_there(directory / name)
     )
 
 

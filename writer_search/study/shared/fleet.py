@@ -23,13 +23,17 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from writer_search.common.files import is_there
 from writer_search.common.locks import SharedLock, holder_is_dead
 from writer_search.results.rows import home_of, is_interrupted, is_surplus, trial_dir
 from writer_search.study.draws import Drawer, params_key
 from writer_search.study.unfinished import continuations, continued_by, settle
 
 SIGN_SECONDS = 60.0  # between two signs of life of a running trial
-SILENT_SECONDS = 300.0  # a trial without a new sign for so long is dead
+# A trial without a new sign for so long is dead: longer than an outage that its search waits out.
+SILENT_SECONDS = 420.0
+# Where its directory is out of reach nobody can tell whether it had finished, nor go on with it.
+SILENT_FAR_SECONDS = 1800.0
 
 
 @dataclass
@@ -184,7 +188,8 @@ class Fleet:
             if trial.number not in self.seen or known != sign:
                 self.seen[trial.number] = sign, now
                 since = now
-            if now - since > SILENT_SECONDS or _died_here(trial):
+            patience = SILENT_SECONDS if self._is_within_reach(trial) else SILENT_FAR_SECONDS
+            if now - since > patience or _died_here(trial):
                 found.append(trial)
         return found
 
@@ -198,7 +203,10 @@ class Fleet:
         home = home_of(trial.user_attrs, self.checkpoint_dir)
         directory = home if self._is_within_reach(trial) else self.checkpoint_dir
         try:
-            return settle(self.study, directory, trial, where)
+            try:
+                return settle(self.study, directory, trial, where)
+            except OSError:  # its directory may be read, and not written
+                return settle(self.study, self.checkpoint_dir, trial, where)
         except (UpdateFinishedTrialError, ValueError):
             if self.trials()[trial.number].state == TrialState.RUNNING:
                 raise
@@ -207,7 +215,7 @@ class Fleet:
     def _is_within_reach(self, trial: FrozenTrial) -> bool:
         """Tell whether a trial's directory, with its checkpoint, can be read from here."""
         directory = trial_dir(home_of(trial.user_attrs, self.checkpoint_dir), trial.number)
-        return (directory / "config.json").exists()
+        return is_there(directory / "config.json")
 
 
 def _is_live(trial: FrozenTrial) -> bool:

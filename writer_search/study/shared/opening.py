@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError
-from writer_search.common.files import read_json
+from writer_search.common.files import read_dict
 from writer_search.common.text import counted
 from writer_search.results.rows import trial_dir
 from writer_search.study.damage import trial_directories
@@ -58,11 +58,8 @@ def refuse_strangers(storage: BaseStorage, name: str, url: str, checkpoint_dir: 
 
 
 def _differs(checkpoint_dir: Path, trial: FrozenTrial) -> bool:
-    try:
-        config = read_json(trial_dir(checkpoint_dir, trial.number) / "config.json")
-        return bool(config["hyperparameters"] != trial.params)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    config = read_dict(trial_dir(checkpoint_dir, trial.number) / "config.json")
+    return bool(config.get("hyperparameters", trial.params) != trial.params)
 
 
 def recover_shared(storage: BaseStorage, name: str, url: str, checkpoint_dir: Path) -> list[str]:

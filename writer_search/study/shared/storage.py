@@ -35,11 +35,14 @@ KEEPALIVE = {
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,  # milliseconds; also where something was sent meanwhile
 }  # libpq's: a network that swallows packets is noticed in a minute
 
 
 class StorageUnreachableError(UserError):
     """The storage has not answered for longer than the search is patient."""
+
+    passes = True
 
 
 # --------------------------------------------------------------------------------------- passwords

@@ -11,7 +11,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial
 
 from writer_search.common.locks import remove_dead_locks
-from writer_search.results.rows import Row, rows_of
+from writer_search.results.rows import Row, count_complete, rows_of
+from writer_search.study.draws import SpaceExhaustedError
 from writer_search.study.shared.fleet import SIGN_SECONDS, Fleet
 from writer_search.study.shared.storage import StorageUnreachableError
 
@@ -28,20 +29,29 @@ class SharedSupply:
         self._last_look = -math.inf
         self._pause = FIRST_LOOK_SECONDS
         self._next_sign = -math.inf
+        self._others_have_the_rest = False  # of a finite space
 
     def next(self) -> Trial | None:
         self._pause = FIRST_LOOK_SECONDS
-        trial = self.fleet.claim()
+        try:
+            trial = self.fleet.claim()
+        except SpaceExhaustedError:
+            # What others still train may be interrupted: then somebody has to go on with it.
+            self._others_have_the_rest = bool(self.fleet.others_running(self.fleet.trials()))
+            if not self._others_have_the_rest:
+                raise
+            trial = None
         self.room = self.room - 1 if trial is not None else 0
         return trial
 
     def is_done(self) -> bool:
-        """Stay while others run trials that somebody may have to take over."""
+        """Stay while others run trials that are wanted, and that somebody may have to take over."""
         trials = self.fleet.trials()
         self.room = self.fleet.room(trials)
-        if self.room:  # another search was quicker, and has left room since
-            self._last_look = -math.inf
-        return not self.room and not self.fleet.others_running(trials)
+        if self.room and not self._others_have_the_rest:
+            self._last_look = -math.inf  # another search was quicker, and has left room since
+        has_all = count_complete(rows_of(trials)) >= self.fleet.n_trials
+        return has_all or not (self.room or self.fleet.others_running(trials))
 
     def rows(self, known: Sequence[Row] = (), changed: Collection[int] | None = None) -> list[Row]:
         trials = self.fleet.trials()
