@@ -1073,7 +1073,7 @@ def test_database_of_another_version_is_refused(
 
 
 def test_file_system_without_locks_is_warned_of(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real = locks.fcntl.flock
 
@@ -1083,9 +1083,27 @@ def test_file_system_without_locks_is_warned_of(
             raise OSError(errno.ENOLCK, "No locks available")
         real(descriptor, operation)
 
+    def no_records(file: Any, command: int, argument: bytes) -> None:
+        assert (command, Path(file.name).name) == (locks.fcntl.F_GETLK, "search.lock")
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    opened = []
+    connect = sqlite3.connect
+
+    def noted(database: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(str(database))
+        return connect(database, **options)
+
     monkeypatch.setattr(locks.fcntl, "flock", no_locks)
+    monkeypatch.setattr(locks.fcntl, "fcntl", no_records)
+    monkeypatch.setattr(sqlite3, "connect", noted)
     assert run(n_trials="1") == 0
     assert "this file system has no locks" in capfd.readouterr().err
+    files = [database for database in opened if database != ":memory:"]
+    assert files
+    assert all("vfs=unix-none" in database for database in files), "SQLite would see a broken disk"
+    assert main(["--status", "--checkpoint_dir", str(tmp_path / "c")]) == 0
+    assert "it cannot be told whether it runs" in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------- signals to every process

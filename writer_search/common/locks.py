@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import stat
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -198,6 +199,20 @@ def _try_lock(descriptor: int, kind: int, seconds: float = 0.5) -> bool:
                     file=sys.stderr,
                 )
             return True
+
+
+def is_without_locks(directory: Path) -> bool:
+    """Tell whether a directory's file system refuses the locks that databases use.
+
+    By its search.lock, of which nothing is changed; False where there is none.
+    """
+    question = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # a struct flock
+    try:
+        with open(directory / "search.lock", "rb") as file:
+            fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except OSError as error:
+        return error.errno in WITHOUT_LOCKS
+    return False
 
 
 def _is_held(path: Path) -> bool | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from writer_search.common.environment import count_in_utc
 from writer_search.common.errors import UserError
 from writer_search.common.files import is_there
+from writer_search.common.locks import is_without_locks
 from writer_search.common.text import one_line
 from writer_search.config import COHOG
 from writer_search.flags import STUDY_NAME
@@ -179,7 +180,7 @@ def opened(database: Path) -> Iterator[sqlite3.Connection]:
     Such a one has a journal to be rolled back, which reading only forbids: a copy is read then.
     """
     journal = database.with_name(database.name + "-journal")
-    uri = f"file:{_quoted(database)}?mode=ro"
+    uri = _uri(database, "mode=ro")
     with ExitStack() as stack:
         try:
             connection = stack.enter_context(closing(sqlite3.connect(uri, uri=True, timeout=10)))
@@ -200,11 +201,17 @@ def connect(database: Path) -> sqlite3.Connection:
 
     By its absolute path: to SQLite a relative one may be a URI, `file:x/optuna_study.db`.
     """
+    if is_without_locks(database.parent):
+        return sqlite3.connect(_uri(database), uri=True, check_same_thread=False)
     return sqlite3.connect(database.absolute(), timeout=60, check_same_thread=False)
 
 
-def _quoted(path: Path) -> str:
-    return str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+def _uri(database: Path, *options: str) -> str:
+    """Name a database to SQLite, which takes a file system without locks for a broken disk."""
+    path = str(database.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    if is_without_locks(database.parent):
+        options = (*options, "vfs=unix-none")
+    return f"file:{path}?{'&'.join(options)}"
 
 
 def read_recorded(checkpoint_dir: Path) -> tuple[list[Row], dict[str, Any]]:

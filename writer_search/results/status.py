@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from writer_search.common.clock import seconds_since
 from writer_search.common.files import read_dict
-from writer_search.common.locks import is_locked
+from writer_search.common.locks import is_locked, is_without_locks
 from writer_search.common.text import duration, one_line, percent
 from writer_search.results.chosen import CONFIRM
 from writer_search.results.estimate import Range, range_text, recorded_left
@@ -89,6 +89,8 @@ def read_status(checkpoint_dir: Path) -> Status:
         left = recorded_left(rows, timed, _to_start(run, rows), run.get("n_jobs", 1), settings)
     holder = _holder(checkpoint_dir) if active else None
     runs = f"running ({holder})" if holder else "running" if active else "not running"
+    if not active and is_without_locks(checkpoint_dir):
+        runs = "it cannot be told whether it runs, on a file system without locks"
     if confirms:
         runs += f", confirms: see --checkpoint_dir {checkpoint_dir / CONFIRM} --status"
     return Status(
