@@ -662,6 +662,20 @@ def test_lost_study_is_rebuilt_in_the_storage(
     assert [path.name for path in (tmp_path / "d").glob("trial_*")] == ["trial_003"]
 
 
+def test_best_trials_of_a_shared_study_are_confirmed_without_it(
+    shared: tuple[Run, Flaky], run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, _ = shared
+    assert command(n_trials="3") == 0
+    assert command("--confirm_top", "2", n_trials="3") == 2
+    assert "when the search has ended, leave that out" in capfd.readouterr().err
+    assert run("--confirm_top", "2", "--confirm_seeds", "2", n_trials="3") == 0
+    printed = capfd.readouterr()
+    assert "it was rebuilt with 3 trials from their directories: 3 COMPLETE" in printed.err
+    assert "Confirmed with 2 new seeds each" in printed.out
+    assert (tmp_path / "c" / "summary" / "confirmation.json").exists()
+
+
 def test_storage_that_stays_away_leaves_saved_trials(
     shared: tuple[Run, Flaky],
     tmp_path: Path,

@@ -371,7 +371,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_confirmation(args: argparse.Namespace) -> None:
     if args.confirm_top is not None and args.storage is not None:
-        raise UserError("--confirm_top does not work with --storage")
+        raise UserError(
+            "--confirm_top does not work with --storage: when the search has ended, leave that "
+            "out; the same command then rebuilds the study from a --checkpoint_dir that holds all "
+            "trials, and confirms on this machine"
+        )
     if args.confirm_seeds is not None and args.confirm_top is None:
         raise UserError("--confirm_seeds needs --confirm_top")
     args.confirm_seeds = args.confirm_seeds or CONFIRM_SEEDS
