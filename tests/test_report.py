@@ -232,7 +232,8 @@ def test_a_running_search_says_what_runs_and_how_long(search: Path) -> None:
     assert "trained again with new seeds. 4 runs to go. Time left: not known yet." in text
     assert "Run 2 of the confirmation: epoch 1 of 20." in text
     assert "data-written=" in text
-    assert "data-written=" not in page_of(search, Standing(STOPPED)), "it is not loaded again"
+    assert 'data-every="60"' in page_of(search, Standing(STOPPED)), "it may be started again"
+    assert "data-written=" not in page_of(search, Standing(FINISHED)), "it is not loaded again"
 
 
 def test_page_is_written_within_a_second_of_an_end_and_not_too_often(

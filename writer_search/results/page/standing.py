@@ -27,6 +27,7 @@ from writer_search.results.tables import floor_lines
 from writer_search.results.tested import describe
 
 EVERY_SECONDS = 10  # the page looks for a newer one
+EVERY_SECONDS_STOPPED = 60  # the same, where the search may be started again
 SAID = {
     RUNNING: "The search runs.",
     CONFIRMING: "All trials are complete; the best ones are being trained again with new seeds.",
@@ -39,7 +40,9 @@ RUNS = {RUNNING: "Trial {} runs", CONFIRMING: "Run {} of the confirmation"}
 def head(shown: Snapshot) -> str:
     """Say how the search stands, and for how long it still runs."""
     standing, now = shown.standing, datetime.now().astimezone()
-    live = f' data-written="{now.timestamp():.0f}" data-every="{EVERY_SECONDS}"'
+    every = EVERY_SECONDS if standing.is_live else EVERY_SECONDS_STOPPED
+    looks = f' data-written="{now.timestamp():.0f}" data-every="{every}"'
+    looks = "" if standing.state == FINISHED else looks
     said = SAID[standing.state]
     if standing.state == CONFIRMING:
         said += f" {count(standing.runs_left, 'run')} to go."
@@ -47,7 +50,7 @@ def head(shown: Snapshot) -> str:
         said += f" Time left: {range_text(standing.left)}."
     parts = [
         soft(f"Search {text(shown.checkpoint_dir.absolute())}, as of {now:%Y-%m-%d %H:%M:%S %Z}"),
-        f'<p class="state" role="status"{live if standing.is_live else ""}>{text(said)}</p>',
+        f'<p class="state" role="status"{looks}>{text(said)}</p>',
         f"<p>{_counts(shown)}</p>",
     ]
     parts += [

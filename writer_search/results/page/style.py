@@ -179,6 +179,7 @@ if (state) {
   const minutes = () => (Date.now() / 1000 - state.dataset.written) / 60;
   const late = document.getElementById("late");
   const warn = () => {
+    if (!late) return;
     late.hidden = minutes() <= 10;
     late.querySelector("span").textContent = Math.round(minutes());
   };
