@@ -700,7 +700,7 @@ def test_storage_that_stays_away_leaves_saved_trials(
     assert command(n_trials="1", epochs="3") == 2
     assert not sent_meanwhile
     problems = capfd.readouterr().err
-    assert "running trials have saved their state" in problems
+    assert "running trials were told to save" in problems
     assert "s3cr" not in problems
     assert (tmp_path / "c" / "trial_000" / "latest_checkpoint.pth").exists()
 

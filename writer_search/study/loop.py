@@ -219,9 +219,8 @@ class Search:
             self.progress.line(line)
         if has_news:
             self.recorder.read()
-        for running in under_way:
-            if running.number in gone:
-                self.let_go(running)
+        for running in [trial for trial in under_way if trial.number in gone]:
+            self.let_go(running)
 
     def hear(self, running: RunningTrial, news: News | None) -> None:
         """Record what a trial says."""
@@ -305,6 +304,8 @@ class Search:
             for running, news in [*told, *self.runner.watch_the_clock()]:
                 if isinstance(news, Report):
                     running.child.order(STOP)
+                elif isinstance(news, Failed) and news.cause.unsaved and not can_record:
+                    self.recorder.unsaved.append(running.number)
                 elif news is not None and can_record:
                     try:
                         self.hear_end(running, news)

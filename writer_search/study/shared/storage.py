@@ -190,8 +190,8 @@ class PatientStorage:
         hurried = self._stop is not None and self._stop.name is not None
         if now - began > (HURRIED_SECONDS if hurried else PATIENCE_SECONDS):
             raise StorageUnreachableError(
-                f"{shown_url(self._url)} cannot be reached ({cause}); running trials have saved "
-                "their state, nothing that was recorded is lost, and the same command goes on"
+                f"{shown_url(self._url)} cannot be reached ({cause}); running trials were told "
+                "to save, nothing that was recorded is lost, and the same command goes on"
             ) from None
         deadline = now + pause * random.uniform(0.5, 1.0)
         while time.monotonic() < deadline and (hurried or not (self._stop and self._stop.name)):
