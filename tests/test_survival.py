@@ -565,6 +565,34 @@ def test_how_a_trial_ended_is_said_when_its_log_cannot_be_written(
     assert (kind, content["cause"].text) == ("failed", "ValueError: the true cause")
 
 
+def test_log_that_cannot_be_opened_is_told_once(
+    tmp_path: Path, data: LineSet, config: TrialConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = connection.Pipe()
+    child_module.run_trial(theirs, messages.Job(config, data, tmp_path / "missing", 1))
+    kind, content = ours.recv()
+    assert (kind, content["cause"].kind) == ("failed", Kind.OTHER)
+    assert "No such file" in str(content["cause"])
+    assert "Traceback" in content["cause"].traceback
+    assert capfd.readouterr().err == "", "nothing of it on the search's own screen"
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_database_whose_making_was_cut_off_is_made_anew(rows: int, tmp_path: Path) -> None:
+    """Optuna would leave out the index that keeps a name unique. What has rows is left alone."""
+    database = tmp_path / "optuna_study.db"
+    with contextlib.closing(sqlite3.connect(database)) as begun, begun:
+        begun.execute("CREATE TABLE studies (study_id INTEGER PRIMARY KEY, study_name VARCHAR)")
+        for row in range(rows):
+            begun.execute("INSERT INTO studies VALUES (?, 'another')", (row,))
+    open_study(tmp_path)
+    with contextlib.closing(sqlite3.connect(database)) as made:
+        (indexes,) = made.execute(
+            "SELECT count(*) FROM sqlite_master WHERE name = 'ix_studies_study_name'"
+        ).fetchone()
+    assert indexes == (rows == 0)
+
+
 def test_records_that_a_full_disk_kept_back_are_written_later(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import os
 import queue
 import signal
@@ -125,7 +126,8 @@ def run_trial(connection: Connection, job: Job) -> None:
         with _output_to(job.log):
             ended = _run(connection, job)
     except OSError as error:  # no log can be opened or written, no thread be started
-        ended = ended or _outcome(error, job)
+        with contextlib.redirect_stderr(io.StringIO()):  # it would be the search's own
+            ended = ended or _outcome(error, job)
     kind, content = ended
     if job.rank == 0 or kind not in ("done", "pruned", "stopped"):
         with contextlib.suppress(OSError):  # nobody listens: the search is gone

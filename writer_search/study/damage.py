@@ -121,6 +121,19 @@ def read_brief(database: Path) -> Brief:
         )
 
 
+def is_half_made(database: Path) -> bool:
+    """Tell a database whose making was cut off: Optuna would go on with it without its indexes.
+
+    Its version stands in there last; before that no trial can. Raises sqlite3.DatabaseError.
+    """
+    with opened(database) as connection:
+        found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        tables = [name for (name,) in found if name != "version_info"]
+        return not any(
+            connection.execute(f'SELECT 1 FROM "{table}" LIMIT 1').fetchone() for table in tables
+        )
+
+
 def _head(database: Path) -> bytes:
     with open(database, "rb") as file:
         return file.read(100).ljust(20, b"\0") if database.stat().st_size else b""

@@ -19,7 +19,7 @@ from writer_search.common.text import one_line
 from writer_search.flags import STUDY_NAME
 from writer_search.results.rows import DATABASE, OtherVersionError, connect
 from writer_search.study.changes import refuse_changes
-from writer_search.study.damage import is_unwritable
+from writer_search.study.damage import is_half_made, is_unwritable
 from writer_search.study.value_column import add_value_column
 
 
@@ -45,6 +45,8 @@ def open_study(checkpoint_dir: Path) -> optuna.Study:
     count_in_utc()
     database = checkpoint_dir / DATABASE
     try:
+        if database.exists() and is_half_made(database):
+            database.unlink()
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{DATABASE}",  # its place is in `creator`: a URL cannot name every path
             engine_kwargs={"creator": partial(connect, database)},
