@@ -47,6 +47,7 @@ from writer_search.lines.report import (
     NO_PAGE,
     STRANGERS,
     LineFile,
+    as_seen,
     data_report,
     hash_lines,
     odd_lines,
@@ -207,7 +208,7 @@ def _check_writers(
         )
     strangers = sorted({line.writer for line in lines if line.split == "val"} - set(writers))
     if strangers:
-        alike = {writer.casefold(): writer for writer in writers}.get(strangers[0].casefold())
+        alike = {as_seen(writer): writer for writer in writers}.get(as_seen(strangers[0]))
         raise UserError(
             f"{data_root}/val has {counted(len(strangers), 'writer')} without training lines, "
             f"first {one_line(strangers[0])}"

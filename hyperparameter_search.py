@@ -39,7 +39,7 @@ from writer_search.flags import parse_args
 from writer_search.results.chosen import CONFIRM, Chosen, chosen_model, publish
 from writer_search.results.compare import compare_text
 from writer_search.results.page.snapshot import FINISHED, RUNNING, STOPPED, Standing
-from writer_search.results.rows import DATABASE
+from writer_search.results.rows import DATABASE, home_of
 from writer_search.results.status import LOOKS_BETWEEN_TRIALS, read_status, show
 from writer_search.results.tables import closing_lines, keep_failing, saved_text
 
@@ -219,9 +219,10 @@ def exit_code(args: argparse.Namespace, search: Search, last: Search) -> int:
 
 
 def update_page(search: Search, state: str) -> None:
-    """Write the report. state: where the search stands, unless others go on with the study."""
-    if any(row.state == "RUNNING" for row in search.rows):
-        state = RUNNING
+    """Write the report. state: where the search stands, unless others go on in this directory."""
+    here = search.plan.checkpoint_dir.absolute()
+    homes = [home_of(r.attributes, here).absolute() for r in search.rows if r.state == "RUNNING"]
+    state = RUNNING if here in homes else state
     search.page.write(search.rows, search.supply.study, lambda: Standing(state))
 
 
@@ -346,13 +347,14 @@ def run_or_stop(args: argparse.Namespace, search: Search, where: Path | str) -> 
             search.run()
             return conclude(args, search)
     except UserError as error:
-        goes_by_itself = error.passes and args.requeue_exit_code is not None
-        if search.stop.name is None and not goes_by_itself:
+        unsaved, code = search.recorder.unsaved, args.requeue_exit_code
+        if search.stop.name is None and unsaved:
+            print(saved_text(unsaved), file=sys.stderr)
+        if search.stop.name is None and (code is None or not error.passes):
             raise
         print(hidden(told(error), args.storage), file=sys.stderr)
         if search.stop.name is None:
-            return int(args.requeue_exit_code)
-        unsaved = search.recorder.unsaved
+            return int(code)
         raise Interrupted(search.stop.name, began=True, unsaved=unsaved) from None
 
 

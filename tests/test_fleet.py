@@ -31,7 +31,7 @@ from writer_search.processes.parent import TrialProcesses
 from writer_search.results.rows import has_saved, rows_of, trial_dir
 from writer_search.space import Space, default_space, narrow
 from writer_search.study import loop as loop_module
-from writer_search.study import outlook, unfinished
+from writer_search.study import outlook, records, unfinished
 from writer_search.study.draws import Drawer, SpaceExhaustedError, params_key
 from writer_search.study.shared import fleet as fleet_module
 from writer_search.study.shared import storage as storage_module
@@ -308,16 +308,16 @@ def test_silence_by_the_observer_s_own_clock(member: Member, tmp_path: Path) -> 
     assert trial is not None
     make_config(tmp_path, trial)
     trial.set_user_attr("alive", "1970-01-01T00:00:00+00:00")  # its clock is wrong: no matter
-    for now[0] in (0.0, 200.0, 400.0, 419.0):
+    for now[0] in (0.0, 200.0, 400.0, 479.0):
         assert b.dead(b.trials()) == []
     a.sign(trial)
-    for now[0] in (421.0, 600.0, 800.0, 840.0):
-        assert b.dead(b.trials()) == [], "a sign was seen at 421 s"
-    for now[0] in (1060.0, 1280.0, 1500.0, 1720.0):
+    for now[0] in (481.0, 700.0, 900.0, 960.0):
+        assert b.dead(b.trials()) == [], "a sign was seen at 481 s"
+    for now[0] in (1210.0, 1460.0, 1710.0, 1960.0):
         assert b.dead(b.trials()) == [], "who did not look for so long begins anew"
-    for now[0] in (1900.0, 2100.0, 2140.0):
+    for now[0] in (2200.0, 2400.0, 2439.0):
         assert b.dead(b.trials()) == []
-    now[0] = 2141.0
+    now[0] = 2441.0
     assert [t.number for t in b.dead(b.trials())] == [0]
     assert a.dead(a.trials()) == [], "nobody buries its own"
 
@@ -904,6 +904,27 @@ def test_what_others_have_of_a_finite_space_is_waited_for(member: Member) -> Non
         supply.next()
 
 
+def test_what_another_gives_up_while_this_one_draws_is_no_end(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (member(4, space=space_of_two()) for _ in range(2))
+    tell(a, a.claim(), TrialState.COMPLETE)
+    theirs = a.claim()
+    supply, claim = shared_supply.SharedSupply(b), b.claim
+
+    def slow() -> optuna.Trial | None:
+        try:
+            return claim()
+        finally:
+            tell(a, theirs, TrialState.FAIL, interrupted=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(b, "claim", slow)
+        assert supply.next() is None
+    assert supply._pause > 0
+    assert supply.next() is not None, "it takes the interrupted one's place"
+
+
 def test_search_that_has_all_it_wants_waits_for_no_other(member: Member) -> None:
     one, more = member(1), member(3)
     tell(more, more.claim(), TrialState.COMPLETE)
@@ -921,8 +942,14 @@ def test_directory_that_nobody_may_see_is_out_of_reach(member: Member, tmp_path:
     assert not has_saved(trial_dir(a.checkpoint_dir, trial.number))
 
 
+@pytest.mark.parametrize("fails", ["write_error_log", "write_record", "remove_temporaries"])
+@pytest.mark.parametrize("has_finished", [True, False])
 def test_trial_whose_directory_cannot_be_written_is_recorded_all_the_same(
-    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_finished: bool,
+    fails: str,
+    member: Member,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a, b = member(3), member(3)
     a.checkpoint_dir = tmp_path / "theirs"
@@ -930,17 +957,23 @@ def test_trial_whose_directory_cannot_be_written_is_recorded_all_the_same(
     assert trial is not None
     own = trial_dir(a.checkpoint_dir, trial.number)
     make_config(a.checkpoint_dir, trial)
-    write = unfinished.write_error_log
+    if has_finished:
+        monkeypatch.setattr(unfinished, "finished_value", {own: 0.75}.get)
+    module: Any = records if fails == "write_record" else unfinished
+    write = getattr(module, fails)
 
     def refused(directory: Path, *given: Any, **more: Any) -> None:
-        if directory == own:
+        if directory in (own, a.checkpoint_dir):
             raise PermissionError(errno.EACCES, "Permission denied")
         write(directory, *given, **more)
 
-    monkeypatch.setattr(unfinished, "write_error_log", refused)
-    assert "recorded as interrupted" in str(b.bury(b.trials()[trial.number]))
-    assert (trial_dir(b.checkpoint_dir, trial.number) / "error.log").exists()
-    assert b.trials()[trial.number].state == TrialState.FAIL
+    monkeypatch.setattr(module, fails, refused)
+    b.bury(b.trials()[trial.number])
+    found = b.trials()[trial.number]
+    assert found.state == (TrialState.COMPLETE if has_finished else TrialState.FAIL)
+    assert found.value == (0.75 if has_finished else None)
+    logs = [*tmp_path.rglob("error.log")]
+    assert len(logs) == (not has_finished)
 
 
 def test_trial_out_of_reach_has_longer_to_come_back(member: Member, tmp_path: Path) -> None:
@@ -959,14 +992,15 @@ def test_trial_out_of_reach_has_longer_to_come_back(member: Member, tmp_path: Pa
     assert found.count(near.number) > found.count(far.number) > 0
 
 
+@pytest.mark.parametrize("home", ["c", "elsewhere"])
 def test_signal_while_waiting_for_others(
-    shared: tuple[Run, Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: str, shared: tuple[Run, Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, backend = shared
     assert command(n_trials="1") == 0
     study = optuna.load_study(study_name=STUDY_NAME, storage=backend)
     drawer = Drawer(default_space("cpu", False), "random", 0, salt=[1])
-    assert Fleet(study, drawer, 2, tmp_path / "elsewhere").claim() is not None
+    assert Fleet(study, drawer, 2, tmp_path / home).claim() is not None
     look, left = shared_supply.SharedSupply.look, outlook.seconds_left
     at_once = []
 
@@ -984,7 +1018,7 @@ def test_signal_while_waiting_for_others(
     assert states_of(backend) == ["COMPLETE", "RUNNING"]
     assert at_once[-1] == 2, "the other search's trial too"
     page = (tmp_path / "c" / "summary" / "report.html").read_text()
-    assert "The search runs." in page, "somewhere else"
+    assert ("The search runs." in page) == (home == "c"), "the other one writes it as well"
 
 
 def test_settings_that_another_search_records_meanwhile_hold(

@@ -18,6 +18,7 @@ import torch
 from test_search import Run, arguments, run, trials_of
 
 from data import LineSet
+from writer_search import flags
 from writer_search.common import files, place
 from writer_search.common.errors import UserError, place_errors_told
 from writer_search.common.provenance import git_state
@@ -398,6 +399,20 @@ def test_search_of_a_gpu_goes_on_without_one_only_on_demand(
     settings = None if recorded is None else {"tier": recorded}
     with pytest.raises(UserError, match="--device cpu") if is_refused else nullcontext():
         refuse_other_kind(settings, {"tier": here}, device)
+
+
+def test_writers_beyond_the_chosen_number_are_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parse = flags.parse_args
+
+    def first_two(argv: list[str]) -> Any:
+        words = [word for word in argv if word != "--use_all_writers"]
+        return parse([*words, "--num_writers_subset", "2"])
+
+    monkeypatch.setattr("hyperparameter_search.parse_args", first_two)
+    assert run(n_trials="1") == 0
+    assert "\n2 of 4 writers (--use_all_writers takes all) | lines: " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("here", ["cpu", "gpu"])

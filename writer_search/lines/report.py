@@ -28,11 +28,12 @@ EMPTY, FULL = "lines with almost no ink", "lines that are almost only ink"
 STRANGERS = "test lines of writers without training lines"
 
 
-# What other keyboards write in place of the same letter or digit of Arabic script: yeh without dots
-# and the Persian one, the Persian kaf, the stroke that makes a word longer, Persian digits.
-ALIKE = {0x0649: 0x064A, 0x06CC: 0x064A, 0x06A9: 0x0643, 0x0640: None} | {
+# What other keyboards write in place of the same letter or digit of Arabic script: the Persian yeh
+# and kaf, the stroke that makes a word longer, Persian digits.
+ALIKE = {0x06CC: 0x064A, 0x06A9: 0x0643, 0x0640: None} | {
     0x06F0 + digit: 0x0660 + digit for digit in range(10)
 }
+PRESENTATION_FORMS = {chr(code) for code in (*range(0xFB50, 0xFE00), *range(0xFE70, 0xFEFF))}
 NO_PAGE = "."  # the page of lines that lie in the writer's directory itself: it is not known
 
 
@@ -68,17 +69,24 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _as_seen(name: str) -> str:
-    """Give a name as people tell it from others: without what nobody sees, spaces at its ends."""
-    letters = unicodedata.normalize("NFKC", name).translate(ALIKE)
-    return " ".join("".join(c for c in letters if unicodedata.category(c) != "Cf").split())
+def _visible(name: str) -> str:
+    """Give a name's composed form without characters that nobody sees."""
+    return "".join(c for c in _nfc(name) if unicodedata.category(c) != "Cf")
+
+
+def as_seen(name: str) -> str:
+    """Give a name as people tell it from others, whatever keyboard has written it."""
+    letters = (
+        unicodedata.normalize("NFKC", c) if c in PRESENTATION_FORMS else c for c in _visible(name)
+    )
+    return " ".join("".join(letters).translate(ALIKE).casefold().split())
 
 
 def refuse_two_forms(writers: Iterable[str]) -> None:
-    """Raise UserError for one name in two forms: of Unicode, or by characters that look alike."""
+    """Raise UserError for one name in two forms: of Unicode, or by characters that nobody sees."""
     forms: dict[str, str] = {}
     for writer in sorted(set(writers)):
-        other = forms.setdefault(_as_seen(writer), writer)
+        other = forms.setdefault(_visible(writer), writer)
         if other != writer:
             one, two = os.fsencode(other), os.fsencode(writer)
             place = next(i for i in range(len(two)) if one[i : i + 1] != two[i : i + 1])
@@ -107,6 +115,7 @@ def data_report(
             {(line.split, line.writer, line.page) for line in kept if line.page != NO_PAGE}
         ),
         "writers": counts,
+        "writers_alike": _alike(counts),
         "writers_without_validation": [w for w, own in counts.items() if not own["val"]],
         "broken": broken,
         "pages_in_two_splits": _in_two_splits(
@@ -122,6 +131,13 @@ def data_report(
         "images_in_two_splits": _in_two_splits(kept, lambda i: contents[i]),
         "identical_images": len(kept) - len(set(contents)),
     }
+
+
+def _alike(writers: Iterable[str]) -> list[list[str]]:
+    """Give the pairs of writers whose names look alike."""
+    forms: dict[str, str] = {}
+    pairs = [[forms.setdefault(as_seen(writer), writer), writer] for writer in sorted(writers)]
+    return [[one, other] for one, other in pairs if one != other]
 
 
 def doubt_of(line: DecodedLine) -> str:
@@ -201,6 +217,11 @@ def describe_report(report: Mapping[str, Any], file: str = "summary/data_report.
             f"{counted(len(without), 'writer')} without validation lines, not included in the "
             f"mean: {names}"
         )
+    warned += [
+        f"the names of writers {one_line(one)} and {one_line(other)} look alike: if they are one, "
+        "give their directories one name"
+        for one, other in report.get("writers_alike", [])
+    ]
     measured = {writer: n for writer, own in report["writers"].items() if (n := own["val"])}
     if few := {writer: n for writer, n in measured.items() if n < FEW}:
         first = min(few, key=lambda writer: few[writer])

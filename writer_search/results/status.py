@@ -78,7 +78,8 @@ class Status:
 def read_status(checkpoint_dir: Path) -> Status:
     """Read how a search stands; changes nothing. Raises UserError."""
     rows, recorded = read_recorded(checkpoint_dir)
-    active = is_locked(checkpoint_dir)
+    has_no_locks = is_without_locks(checkpoint_dir)
+    active = is_locked(checkpoint_dir) or has_no_locks
     confirms = is_locked(checkpoint_dir / CONFIRM)
     run = recorded.get("run", {})
     settings = recorded.get("settings", {})
@@ -89,7 +90,7 @@ def read_status(checkpoint_dir: Path) -> Status:
         left = recorded_left(rows, timed, _to_start(run, rows), run.get("n_jobs", 1), settings)
     holder = _holder(checkpoint_dir) if active else None
     runs = f"running ({holder})" if holder else "running" if active else "not running"
-    if not active and is_without_locks(checkpoint_dir):
+    if has_no_locks:
         runs = "it cannot be told whether it runs, on a file system without locks"
     if confirms:
         runs += f", confirms: see --checkpoint_dir {checkpoint_dir / CONFIRM} --status"

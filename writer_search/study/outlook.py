@@ -96,7 +96,8 @@ class Outlook:
     def _elsewhere(self) -> int:
         """Count the trials that other searches run, where several share the study."""
         running = {row.number for row in self._recorder.rows if row.state == "RUNNING"}
-        return len(running - set(self._runner.numbers))
+        here = {*self._runner.numbers, *(trial.number for trial in self._runner.displaced)}
+        return len(running - here)
 
     def _running(self) -> Collection[RunningTrial]:
         return self._runner.running.values()

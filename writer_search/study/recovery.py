@@ -134,6 +134,7 @@ def _put_in_place(
     workplace.mkdir(exist_ok=True)
     for leftover in workplace.iterdir():
         leftover.unlink()
+    (workplace / "search.lock").touch()  # by which `connect` sees whether there are locks
     study = open_study(workplace)
     if settings is not None:
         study.set_user_attr("settings", dict(settings))

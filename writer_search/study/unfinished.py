@@ -55,11 +55,20 @@ CUT_OFF = "kill -9, power loss or out-of-memory kill of the search"
 
 
 def settle(
-    study: optuna.Study, checkpoint_dir: Path, trial: FrozenTrial, why: str = CUT_OFF
+    study: optuna.Study,
+    checkpoint_dir: Path,
+    trial: FrozenTrial,
+    why: str = CUT_OFF,
+    written: Path | None = None,
 ) -> str:
-    """Finish a trial whose search is dead; returns what became of it, in a line."""
+    """Finish a trial whose search is dead; returns what became of it, in a line.
+
+    written: the checkpoint directory to write to, where the trial's own can only be read.
+    """
     directory = trial_dir(checkpoint_dir, trial.number)
-    remove_temporaries(directory)
+    if written is None:
+        written = checkpoint_dir
+        remove_temporaries(directory)
     epochs = len(trial.intermediate_values)
     most = study.user_attrs.get("settings", {}).get("epochs", epochs + 1)
     handle = Trial(study, trial._trial_id)  # Optuna has no public way to a trial that runs
@@ -79,11 +88,11 @@ def settle(
     value = finished_value(directory)
     if value is not None:
         handle.set_user_attr("epochs", epochs)
-        tell(study, checkpoint_dir, trial.number, TrialState.COMPLETE, value)
+        tell(study, written, trial.number, TrialState.COMPLETE, value)
         return f"trial {trial.number} had finished with {100 * value:.2f}%: recorded"
     cause = f"cut off without a word at epoch {min(epochs + 1, most)}: {why}"
     write_error_log(
-        directory,
+        trial_dir(written, trial.number),
         cause,
         epoch=epochs or None,
         advice=THE_SAME_COMMAND,
@@ -93,7 +102,7 @@ def settle(
     handle.set_user_attr("interrupted", True)
     if is_here:
         handle.set_user_attr("advanced", has_saved(directory))
-    tell(study, checkpoint_dir, trial.number, TrialState.FAIL)
+    tell(study, written, trial.number, TrialState.FAIL)
     epoch = min(epochs + 1, most)
     return f"trial {trial.number} was cut off at epoch {epoch}: recorded as interrupted"
 

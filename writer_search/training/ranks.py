@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Seconds that a rank waits for the others, in whatever they do together: longer than rank 0 may
 # wait for the search's answer, while a shared storage is out of reach.
-TIME_LIMIT = 420.0
+TIME_LIMIT = 480.0
 
 # The option of torch, named anew since 2.11.
 _OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters

@@ -31,7 +31,7 @@ from writer_search.study.unfinished import continuations, continued_by, settle
 
 SIGN_SECONDS = 60.0  # between two signs of life of a running trial
 # A trial without a new sign for so long is dead: longer than an outage that its search waits out.
-SILENT_SECONDS = 420.0
+SILENT_SECONDS = 480.0
 # Where its directory is out of reach nobody can tell whether it had finished, nor go on with it.
 SILENT_FAR_SECONDS = 1800.0
 
@@ -200,13 +200,15 @@ class Fleet:
         """
         owner = trial.user_attrs.get("owner", {})
         where = f"its search (pid {owner.get('pid')} on {owner.get('host')}) shows no sign of life"
-        home = home_of(trial.user_attrs, self.checkpoint_dir)
-        directory = home if self._is_within_reach(trial) else self.checkpoint_dir
+        own, home = self.checkpoint_dir, home_of(trial.user_attrs, self.checkpoint_dir)
+        read = home if self._is_within_reach(trial) else own
         try:
             try:
-                return settle(self.study, directory, trial, where)
+                return settle(self.study, read, trial, where)
             except OSError:  # its directory may be read, and not written
-                return settle(self.study, self.checkpoint_dir, trial, where)
+                if read == own:
+                    raise
+                return settle(self.study, read, trial, where, written=own)
         except (UpdateFinishedTrialError, ValueError):
             if self.trials()[trial.number].state == TrialState.RUNNING:
                 raise

@@ -32,13 +32,14 @@ class SharedSupply:
         self._others_have_the_rest = False  # of a finite space
 
     def next(self) -> Trial | None:
-        self._pause = FIRST_LOOK_SECONDS
+        others = self.fleet.others_running(self.fleet.trials())
         try:
             trial = self.fleet.claim()
+            self._pause = FIRST_LOOK_SECONDS
         except SpaceExhaustedError:
             # What others still train may be interrupted: then somebody has to go on with it.
-            self._others_have_the_rest = bool(self.fleet.others_running(self.fleet.trials()))
-            if not self._others_have_the_rest:
+            self._others_have_the_rest = bool(others)
+            if not others:
                 raise
             trial = None
         self.room = self.room - 1 if trial is not None else 0
