@@ -134,11 +134,13 @@ def _put_in_place(
     workplace.mkdir(exist_ok=True)
     for leftover in workplace.iterdir():
         leftover.unlink()
-    (workplace / "search.lock").touch()  # by which `connect` sees whether there are locks
+    lock = workplace / "search.lock"
+    lock.touch()  # by which `connect` sees whether there are locks
     study = open_study(workplace)
     if settings is not None:
         study.set_user_attr("settings", dict(settings))
     study.add_trials(rebuilt.trials)
+    lock.unlink()
     aside = _move_aside(checkpoint_dir)
     os.replace(workplace / DATABASE, checkpoint_dir / DATABASE)
     sync_directory(checkpoint_dir)
