@@ -662,6 +662,28 @@ def test_lost_study_is_rebuilt_in_the_storage(
     assert [path.name for path in (tmp_path / "d").glob("trial_*")] == ["trial_003"]
 
 
+def test_rebuilding_beside_another_search_is_told(
+    shared: tuple[Run, Flaky],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its trial has taken a number: those after it would stand under other ones."""
+    command, backend = shared
+    assert command() == 0
+    (study,) = backend.get_all_studies()
+    backend.delete_study(study._study_id)
+    add = optuna.Study.add_trials
+
+    def late(study: optuna.Study, trials: list[FrozenTrial]) -> None:
+        study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+        add(study, trials)
+
+    monkeypatch.setattr(optuna.Study, "add_trials", late)
+    assert main(["--recover", "--storage", URL, "--checkpoint_dir", str(tmp_path / "c")]) == 2
+    assert "another search has added trials" in capfd.readouterr().err
+
+
 def test_best_trials_of_a_shared_study_are_confirmed_without_it(
     shared: tuple[Run, Flaky], run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

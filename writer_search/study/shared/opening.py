@@ -87,4 +87,10 @@ def recover_shared(storage: BaseStorage, name: str, url: str, checkpoint_dir: Pa
     if rebuilt.settings is not None and "settings" not in study.user_attrs:
         study.set_user_attr("settings", rebuilt.settings)
     study.add_trials(missing)
+    added = study.get_trials(deepcopy=False)[len(stored) :]
+    if [trial.params for trial in added] != [trial.params for trial in missing]:
+        raise UserError(
+            f"--recover: another search has added trials to study {name} at {shown_url(url)} "
+            "meanwhile; end all searches, and give another --study_name"
+        )
     return [f"rebuilt {len(missing)} of {len(trials)} trials from their directories"]

@@ -35,7 +35,7 @@ class SharedSupply:
         others = self.fleet.others_running(self.fleet.trials())
         try:
             trial = self.fleet.claim()
-            self._pause = FIRST_LOOK_SECONDS
+            self._pause, self._others_have_the_rest = FIRST_LOOK_SECONDS, False
         except SpaceExhaustedError:
             # What others still train may be interrupted: then somebody has to go on with it.
             self._others_have_the_rest = bool(others)
