@@ -25,7 +25,9 @@ from writer_search.processes import runner as runner_module
 from writer_search.processes.deadlines import END_TIME, MARGIN_SECONDS
 from writer_search.results.chosen import chosen_model, read_confirmation
 from writer_search.results.confirmed import Candidate, describe, remove_other_weights, summarise
-from writer_search.results.rows import Row, read_database
+from writer_search.results.page import standing
+from writer_search.results.page.snapshot import FINISHED, Snapshot, Standing, TrialFiles
+from writer_search.results.rows import DATABASE, Row, read_database
 from writer_search.results.status import read_status
 from writer_search.study import loop as loop_module
 from writer_search.study import outlook
@@ -133,6 +135,18 @@ def test_best_are_trained_again_and_the_winner_is_published(
     assert load_model(model)[1].seed == winner["seed"]
     test = json.loads((directory / "summary" / "test_metrics.json").read_text())
     assert (test["trial"], test["directory"]) == (winner["trial"], winner["directory"])
+    page = (directory / "summary" / "report.html").read_text()
+    where = f"of trial {winner['trial']} ({winner['directory']});"
+    assert f"After the confirmation <code>summary/best_model.pth</code> is {where}" in page
+    assert "not measured yet" not in page
+    assert f"Test split, trial {winner['trial']} ({winner['directory']}), measured" in page
+    earlier = {**test, "directory": f"trial_{winner['trial']:03d}"}
+    shown = Snapshot(
+        TrialFiles(directory), read_database(directory / DATABASE).rows, {}, Standing(FINISHED)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(standing, "read_dict", lambda path: earlier)
+        assert "now it is trial" in standing._test(shown), "the model is another seed's"
     assert f"Winner: trial {winner['trial']}; " in printed
     assert "The ranking " in printed
     after = snapshot(directory)

@@ -152,12 +152,18 @@ def test_pages_that_do_not_differ_give_the_interval_to_lines() -> None:
     pages = np.repeat([0, 1, 2, 3], 4)
     logits = np.eye(3)[labels]
     logits[0] = [0.0, 1.0, 0.0]
-    found = _intervals(count_pages(logits, labels, pages), logits, labels, True)
+    found = _intervals(count_pages(logits, labels, pages), logits, labels, pages, True)
     low, high = found["intervals"]["macro_top1"]
     assert (found["interval_unit"], low < 11 / 12 < high) == ("lines", True)
     logits[8] = [0.0, 1.0, 0.0]  # one of the two pages of a writer
-    found = _intervals(count_pages(logits, labels, pages), logits, labels, True)
+    found = _intervals(count_pages(logits, labels, pages), logits, labels, pages, True)
     assert found["interval_unit"] == "pages"
+    low, high = found["intervals"]["macro_top1"]
+    alone = intervals(count_pages(logits, labels, pages))["macro_top1"]
+    assert alone is not None
+    assert high - low > alone[1] - alone[0], "lines of a single page vary too"
+    by_page = intervals(count_pages(logits, labels, pages))["page_macro_top1"]
+    assert found["intervals"]["page_macro_top1"] == by_page
 
 
 def test_pages_that_are_not_known_are_not_measured(
@@ -173,7 +179,12 @@ def test_pages_that_are_not_known_are_not_measured(
     assert found["page_macro_top1"] is found["pages"] is found["writers_with_one_page"] is None
     assert all(of["page_top1"] is None for of in found["per_writer"].values())
     assert found["interval_unit"] == "lines"
-    found |= {"trial": 0, "earlier": [], "intervals": dict.fromkeys(found["intervals"], (0.2, 0.4))}
+    found |= {
+        "trial": 0,
+        "directory": "trial_000",
+        "earlier": [],
+        "intervals": dict.fromkeys(found["intervals"], (0.2, 0.4)),
+    }
     told = "\n".join(describe(found))
     assert "pages not known" in told
     assert "[95 % intervals by resampling lines]" in told

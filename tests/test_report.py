@@ -487,6 +487,10 @@ def test_all_right_is_not_certain(tmp_path: Path) -> None:
     text = page_of(tmp_path)
     assert "30 validation lines, all recognised" in text
     assert "up to 10.0 points" in text  # 3 / 30
+    assert "did as well" not in text
+    snapshot = Snapshot(TrialFiles(tmp_path), read_database(tmp_path / DATABASE).rows, {}, ENDED)
+    twice = replace(snapshot, rows=[*snapshot.rows, replace(snapshot.rows[0], number=1)])
+    assert "1 other trial did as well; the earliest is named best" in best_trial(twice)
     metrics["best"] |= confusion([[15, 0], [15, 0]])
     write_json(path, metrics)
     text = page_of(tmp_path)

@@ -286,6 +286,8 @@ def test_other_lines_are_refused_unless_asked_for(
     assert "4 writers" in printed
     assert "The trial had" not in printed
     assert problems == ""
+    assert again(tmp_path / "out", other, tmp_path / "repeated") == 0, "its config.json is its own"
+    capfd.readouterr()
     shutil.copy(line.with_name("line_099.png"), sorted((other / "val").rglob("*.png"))[0])
     assert again(trial, other, tmp_path / "doubtful", "--other_data") == 0
     assert "warning: 1 identical image stands in two splits" in capfd.readouterr().err

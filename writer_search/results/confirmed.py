@@ -139,7 +139,7 @@ def _optimism(optimism: float | None) -> str:
 
 
 def _tie(candidates: Sequence[dict[str, Any]]) -> list[str]:
-    """Say it where the winner's lead is no more than chance."""
+    """Say what the winner's lead is worth."""
     order = sorted(candidates, key=lambda entry: int(entry["confirmed_rank"]))
     first, *others = order
     if not others or None in (first["deviation"], others[0]["deviation"]):
@@ -150,7 +150,10 @@ def _tie(candidates: Sequence[dict[str, Any]]) -> list[str]:
     if lead < 0:
         return [f"  trial {second['trial']} has a higher mean, but failed with some of its seeds"]
     if lead > 2 * error:
-        return []
+        return [
+            f"  its lead over trial {second['trial']}, {100 * lead:.2f} points, is more than seeds "
+            "explain; but all runs were measured on the same lines, and others may differ"
+        ]
     return [
         f"  its lead over trial {second['trial']}, {100 * lead:.2f} points, is less than twice "
         f"its standard error ({100 * error:.2f}): take both as equal"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from writer_search.common.text import counted, percent
+from writer_search.results.rows import trial_dir
 
 NOTE = "measured after the choice; never used for choosing"
 
@@ -18,9 +20,12 @@ def describe(found: dict[str, Any]) -> list[str]:
     shown = {name: _with_interval(found, name) for name in METRICS}
     unit = found.get("interval_unit", "pages")
     pages = "pages not known" if found["pages"] is None else f"{found['pages']} pages"
+    where = f"trial {found['trial']}"
+    if found["directory"] != trial_dir(Path(), found["trial"]).name:  # of a confirmation, or shared
+        where += f" ({found['directory']})"
     has_intervals = any("[" in value for value in shown.values())
     lines = [
-        f"Test split, trial {found['trial']}, {NOTE}:",
+        f"Test split, {where}, {NOTE}:",
         f"  macro top-1 {shown['macro_top1']}"
         + (f", pages {shown['page_macro_top1']}" if found["pages"] is not None else ""),
         f"  micro top-1 {shown['micro_top1']}, macro top-5 {shown['macro_top5']}",
@@ -40,7 +45,8 @@ def describe(found: dict[str, Any]) -> list[str]:
     elif has_intervals and found["writers_with_one_page"]:
         lines.append(
             f"  {counted(found['writers_with_one_page'], 'writer has', 'writers have')} one test "
-            "page: the intervals leave out how they vary from page to page, and are too narrow"
+            "page: lines were resampled there; the intervals leave out how such writers vary from "
+            "page to page, and are too narrow"
         )
     if found.get("lines_not_counted"):
         lines.append(

@@ -110,11 +110,16 @@ def _images_at_once(found: dict[str, Any], config: TrialConfig) -> int | None:
     return -(-config.batch_size // ranks)
 
 
+def split_seed(recorded: dict[str, Any]) -> int:
+    """Give the seed that lines were split by, as a study's settings describe them."""
+    split = str(recorded.get("split", "given"))
+    return int(split.rpartition(" ")[2]) if split.startswith("by seed ") else 0
+
+
 def find_data(wanted: Retraining, original: Original) -> LineSet:
     """Find and decode the trial's lines. Raises UserError when they are other ones."""
     recorded = original.settings["data"]
-    split = str(recorded.get("split", "given"))
-    seed = int(split.rpartition(" ")[2]) if split.startswith("by seed ") else 0
+    seed = split_seed(recorded)
     writers = None if wanted.other_data else int(recorded["writers"])
     left_out = LeftOut()
     lines = find_lines(wanted.data_root, writers, seed, left_out)
@@ -191,7 +196,7 @@ def run(
 
     Out of memory, it goes on with half the images at once, as a search does.
     """
-    epochs = last_epoch or original.config.epochs
+    epochs = last_epoch or original.config.most_epochs
     best: list[float] = []
 
     def report(epoch: int, row: dict[str, Any]) -> None:
@@ -339,9 +344,21 @@ def describe(
         "device": str(device),
         "threads": original.threads,
         "micro_batch": original.micro_batch,
-        "settings": original.settings,
+        "settings": {**original.settings, "data": described(wanted, original, data)},
         **provenance(wanted.data_root, machine),
     }
+
+
+def described(wanted: Retraining, original: Original, data: LineSet) -> dict[str, Any]:
+    """Describe the lines as a study's settings do, by which this training can be repeated."""
+    recorded: dict[str, Any] = original.settings["data"]
+    if not wanted.other_data:
+        return recorded
+    is_given = (wanted.data_root / "train").is_dir()
+    split = "given" if is_given else f"by seed {split_seed(recorded)}"
+    lines = {name: len(data.select(name)) for name in SPLITS}
+    own = {"fingerprint": data.fingerprint, "writers": len(data.writers), "lines": lines}
+    return {**recorded, **own, "split": split}
 
 
 OF_A_TRAINING = (
@@ -402,7 +419,9 @@ def opening_lines(
     """Say what is about to be trained, on what."""
     counts = [(split, len(data.select(split))) for split in SPLITS]
     lines = ", ".join(f"{count} {split}" for split, count in counts)
-    lasting = f"{original.config.epochs} epochs"
+    lasting = counted(original.config.most_epochs, "epoch")
+    if wanted.train_on == "train+val" and last_epoch is None and not original.config.is_fitted:
+        lasting += ", since no metrics.json beside that tells which one was best"
     if last_epoch is not None:
         lasting = f"{last_epoch} epochs, after which the trial's validation value was best"
     return [

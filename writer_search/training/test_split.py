@@ -43,7 +43,7 @@ def measure_test_split(model_file: Path, data: LineSet, device: torch.device) ->
     left_out = data.report.get("left_out", {}).get(STRANGERS, {})
     return {
         **{name: getattr(metrics, name) for name in TEST_METRICS},
-        **_intervals(pages, logits, labels, lines.has_pages),
+        **_intervals(pages, logits, labels, numbers, lines.has_pages),
         "lines_not_counted": left_out.get("count", 0),
         "lines": len(labels),
         "pages": len(pages.labels) if lines.has_pages else None,
@@ -59,16 +59,28 @@ def measure_test_split(model_file: Path, data: LineSet, device: torch.device) ->
 
 
 def _intervals(
-    pages: Pages, logits: NDArray[np.float64], labels: NDArray[np.int64], has_pages: bool
+    pages: Pages,
+    logits: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    has_pages: bool,
 ) -> dict[str, Any]:
-    """Give intervals by pages; by lines where they are not known, or no writer's pages differ."""
+    """Give intervals by pages; by lines where they are not known, or no writer's pages differ.
+
+    A writer's single page would never vary: each of its lines is resampled as if it were a page.
+    numbers (lines,): of the lines' pages.
+    """
     if has_pages:
         by_pages = intervals(pages)
         if len(set(by_pages["macro_top1"] or ())) > 1:
+            is_single = (np.bincount(pages.labels) == 1)[labels]
+            apart = np.where(is_single, len(pages.labels) + np.arange(len(labels)), numbers)
+            _, units = np.unique(apart, return_inverse=True)
+            whole = {"page_macro_top1": by_pages["page_macro_top1"]}
             return {
-                "intervals": by_pages,
+                "intervals": {**intervals(count_pages(logits, labels, units)), **whole},
                 "interval_unit": "pages",
-                "interval_method": INTERVAL_METHOD,
+                "interval_method": f"{INTERVAL_METHOD}; the lines of a single page",
             }
     single = count_pages(logits, labels, np.arange(len(labels)))
     return {

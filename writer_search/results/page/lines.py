@@ -27,7 +27,9 @@ from writer_search.results.pictures.lines import some_lines
 
 MOST_LINES, UNFOLDED_LINES = 40, 12
 SEEN_WRITERS, UNFOLDED_WRITERS = 60, 8
-WIDTH, SEEN_WIDTH = 1000, 700  # columns of the strip that are shown of a line
+# Columns of the strip that are shown of a line. Of a mistake all of it, as far as lines go: where
+# one writes from right to left, its beginning comes last.
+WIDTH, SEEN_WIDTH = 6000, 700
 GREYS = 16  # a line of 800 x 64 pixels takes some 4 kB with them; with 256, twice that
 
 
@@ -163,8 +165,9 @@ def seen_lines(pictures: LinePictures) -> str:
     more = "".join(shown[UNFOLDED_WRITERS:])
     return "\n".join(
         [
-            "<p>Three training lines of each writer, after decoding. Lines that lie on their side, "
-            "stand on their head, are white on black or empty were read wrongly.</p>",
+            "<p>Three training lines of each writer, after decoding; of long ones the left part. "
+            "Lines that lie on their side, stand on their head, are white on black or empty were "
+            "read wrongly.</p>",
             f'<ul class="lines">\n{"".join(shown[:UNFOLDED_WRITERS])}</ul>',
             folded(
                 f"{count(len(shown) - UNFOLDED_WRITERS, 'more writer')}",

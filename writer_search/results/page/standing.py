@@ -138,14 +138,17 @@ def _how_sure(shown: Snapshot, best: Row) -> str:
             f"Measured on {count(lines, 'validation line')}. Its standard error is not known: "
             "each writer's lines are all right, or all wrong."
         )
-    if error == 0:
-        return (
-            f"Measured on {count(lines, 'validation line')}, all recognised. Even so, up to "
-            f"{min(100.0, 300 / lines):.1f} points of mistakes in new lines of the same kind would "
-            "be no surprise (95 %, rule of three), more where lines of a page go wrong together."
-        )
     ties = sum((row.value or 0.0) >= value - error for row in shown.complete)
     others = ""
+    if error == 0:
+        if ties > 1:
+            others = f" {count(ties - 1, 'other trial')} did as well; the earliest is named best."
+        return (
+            f"Measured on {count(lines, 'validation line')}, all recognised.{others} Even so, up "
+            f"to {min(100.0, 300 / lines):.1f} points of mistakes in new lines of the same kind "
+            "would be no surprise (95 %, rule of three), more where lines of a page go wrong "
+            "together."
+        )
     if ties > 1:
         others = (
             f" {count(ties - 1, 'other trial')} within one standard error of it cannot be told "
@@ -207,17 +210,17 @@ def share_variance(pages: Sequence[tuple[int, int]]) -> float:
 
 
 def _winner(shown: Snapshot, best: Row) -> str:
-    """Say whose the search's model is, where the confirmation has chosen another trial."""
+    """Say whose the search's model is, where it was confirmed."""
     try:
         chosen = chosen_model(shown.checkpoint_dir, shown.rows)
     except (KeyError, TypeError):
         return ""
-    if chosen is None or not chosen.is_confirmed or chosen.trial == best.number:
+    if chosen is None or not chosen.is_confirmed:
         return ""
     return (
-        f"<p>The confirmation has chosen another one: <code>summary/best_model.pth</code> is of "
-        f"{text(chosen.name)}. Its configuration is in the same directory. Lines, writers and "
-        f"pages on this page are those of trial {best.number}.</p>"
+        f"<p>After the confirmation <code>summary/best_model.pth</code> is of {text(chosen.name)}; "
+        "its configuration is in that directory. Lines, writers and pages on this page are those "
+        f"of trial {best.number} in the search.</p>"
     )
 
 
@@ -236,7 +239,8 @@ def _test(shown: Snapshot) -> str:
     try:
         lines = describe(found)
         chosen = chosen_model(shown.checkpoint_dir, shown.rows)
-        if chosen is not None and chosen.trial != found["trial"]:
+        measured = (shown.checkpoint_dir / found["directory"]).absolute()
+        if chosen is not None and chosen.directory.absolute() != measured:
             lines.append(
                 f"  That was an earlier choice; now it is {chosen.name}, not measured yet."
             )
