@@ -95,6 +95,15 @@ class LineSet:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "strip"}
 
+    def described(self, data_root: Path, seed: int) -> dict[str, Any]:
+        """Describe the lines for a study's settings.   seed: of a split that is not given."""
+        return {
+            "fingerprint": self.fingerprint,
+            "writers": len(self.writers),
+            "lines": {split: len(self.select(split)) for split in SPLITS},
+            "split": "given" if (data_root / "train").is_dir() else f"by seed {seed}",
+        }
+
     @cached_property
     def strip(self) -> NDArray[np.uint8]:
         # Mode c: torch wants memory that it may write to; nothing reaches the file.

@@ -122,6 +122,12 @@ def test_running_trial_saves_before_the_job_s_end(
     assert len(epochs) > done, "it went on"
 
 
+def stand_in(program: Path, does: str) -> None:
+    """Write a program of one line of shell."""
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("preemption", [signal.SIGUSR1, signal.SIGTERM], ids=str)
@@ -135,9 +141,7 @@ def test_example_script_under_a_stand_in_for_slurm(
     """
     requeued, output = tmp_path / "requeued", tmp_path / "output"
     (tmp_path / "bin").mkdir()
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {requeued}\n')
-    scontrol.chmod(0o755)
+    stand_in(tmp_path / "bin" / "scontrol", f'echo "$@" >> {requeued}')
     fixed = ("backbone=tiny", "line_height=16", "crop_width=32", "batch_size=8")
     more = " ".join(f"--fix {value}" for value in (*fixed, "precision=float32"))
     environment = {
@@ -213,9 +217,8 @@ def test_of_an_array_one_task_is_queued_again(
     array: dict[str, str], name: str, tmp_path: Path
 ) -> None:
     """Slurm takes the number of an array's first task for the array, and would end all tasks."""
-    for program, does in (("scontrol", 'echo "$@"'), ("search", "exit 99")):
-        (tmp_path / program).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / program).chmod(0o755)
+    stand_in(tmp_path / "scontrol", 'echo "$@"')
+    stand_in(tmp_path / "search", "exit 99")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "search")}
     paths = {"DATA_ROOT": "d", "CHECKPOINT_DIR": "c", "STORAGE": "s", "SLURM_JOB_ID": "4711"}
     script = ROOT / "examples" / ("slurm_array.sbatch" if array else "slurm.sbatch")

@@ -20,6 +20,7 @@ from optuna.trial import TrialState, create_trial
 from test_search import Run, run, snapshot, trials_of
 from test_train import assert_same_weights
 
+from writer_search.common.files import write_json
 from writer_search.common.locks import DirectoryLock
 from writer_search.processes import runner as runner_module
 from writer_search.processes.deadlines import END_TIME, MARGIN_SECONDS
@@ -84,6 +85,22 @@ def check_status_meanwhile(directory: Path) -> None:
     assert status.left is None, "the trials of this directory are complete"
 
 
+def check_page(directory: Path, winner: dict[str, Any]) -> None:
+    """It says whose the model is, and whose what was measured."""
+    page = (directory / "summary" / "report.html").read_text()
+    where = f"of trial {winner['trial']} ({winner['directory']});"
+    assert f"After the confirmation <code>summary/best_model.pth</code> is {where}" in page
+    assert "not measured yet" not in page
+    assert f"Test split, trial {winner['trial']} ({winner['directory']}), measured" in page
+    rows = read_database(directory / DATABASE).rows
+    shown = Snapshot(TrialFiles(directory), rows, {}, Standing(FINISHED))
+    measured = directory / "summary" / "test_metrics.json"
+    now = measured.read_text()
+    write_json(measured, json.loads(now) | {"directory": f"trial_{winner['trial']:03d}"})
+    assert "now it is trial" in standing._test(shown), "the model is another seed's"
+    measured.write_text(now)
+
+
 def test_best_are_trained_again_and_the_winner_is_published(
     confirm: Run,
     tmp_path: Path,
@@ -135,18 +152,7 @@ def test_best_are_trained_again_and_the_winner_is_published(
     assert load_model(model)[1].seed == winner["seed"]
     test = json.loads((directory / "summary" / "test_metrics.json").read_text())
     assert (test["trial"], test["directory"]) == (winner["trial"], winner["directory"])
-    page = (directory / "summary" / "report.html").read_text()
-    where = f"of trial {winner['trial']} ({winner['directory']});"
-    assert f"After the confirmation <code>summary/best_model.pth</code> is {where}" in page
-    assert "not measured yet" not in page
-    assert f"Test split, trial {winner['trial']} ({winner['directory']}), measured" in page
-    earlier = {**test, "directory": f"trial_{winner['trial']:03d}"}
-    shown = Snapshot(
-        TrialFiles(directory), read_database(directory / DATABASE).rows, {}, Standing(FINISHED)
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(standing, "read_dict", lambda path: earlier)
-        assert "now it is trial" in standing._test(shown), "the model is another seed's"
+    check_page(directory, winner)
     assert f"Winner: trial {winner['trial']}; " in printed
     assert "The ranking " in printed
     after = snapshot(directory)

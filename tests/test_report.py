@@ -295,30 +295,31 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     assert capsys.readouterr().err.count("warning: writing the report: ") == 1
 
 
+class LostStudy:
+    """A study whose storage answers with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        raise self._error
+
+
 def test_a_database_that_cannot_be_read_costs_a_page(
     search: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The loop that writes the page goes on, whatever becomes of it."""
 
-    class Lost:
-        @property
-        def user_attrs(self) -> dict[str, Any]:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
     rows, page = read_database(search / DATABASE).rows, ReportPage(tmp_path)
-    lost: Any = Lost()
+    lost: Any = LostStudy(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
     page.write(rows, lost, lambda: Standing(RUNNING))
     page.write(rows, open_study(search), lambda: lost.user_attrs)
     assert capsys.readouterr().err.count("warning: writing the report: ") == 1
 
 
 def test_a_storage_that_was_waited_for_in_vain_ends_the_search(tmp_path: Path) -> None:
-    class Lost:
-        @property
-        def user_attrs(self) -> dict[str, Any]:
-            raise UserError("the storage cannot be reached")
-
-    lost: Any = Lost()
+    lost: Any = LostStudy(UserError("the storage cannot be reached"))
     with pytest.raises(UserError):
         ReportPage(tmp_path).write([], lost, lambda: Standing(RUNNING))
 

@@ -82,20 +82,24 @@ def as_seen(name: str) -> str:
     return " ".join("".join(letters).translate(ALIKE).casefold().split())
 
 
+def _of_one_form(writers: Iterable[str], form: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Give the pairs of writers whose names have the same form, the first of each form first."""
+    forms: dict[str, str] = {}
+    pairs = [(forms.setdefault(form(writer), writer), writer) for writer in sorted(writers)]
+    return [(one, other) for one, other in pairs if one != other]
+
+
 def refuse_two_forms(writers: Iterable[str]) -> None:
     """Raise UserError for one name in two forms: of Unicode, or by characters that nobody sees."""
-    forms: dict[str, str] = {}
-    for writer in sorted(set(writers)):
-        other = forms.setdefault(_visible(writer), writer)
-        if other != writer:
-            one, two = os.fsencode(other), os.fsencode(writer)
-            place = next(i for i in range(len(two)) if one[i : i + 1] != two[i : i + 1])
-            first, second = (name[place : place + 4].hex(" ") or "nothing" for name in (one, two))
-            raise UserError(
-                f"two writers have one name, {one_line(writer)}, in two forms: "
-                f"from byte {place + 1} on {first} and {second}; give their directories the same "
-                "name"
-            )
+    for other, writer in _of_one_form(set(writers), _visible):
+        one, two = os.fsencode(other), os.fsencode(writer)
+        place = next(i for i in range(len(two)) if one[i : i + 1] != two[i : i + 1])
+        first, second = (name[place : place + 4].hex(" ") or "nothing" for name in (one, two))
+        raise UserError(
+            f"two writers have one name, {one_line(writer)}, in two forms: "
+            f"from byte {place + 1} on {first} and {second}; give their directories the same "
+            "name"
+        )
 
 
 def data_report(
@@ -115,7 +119,7 @@ def data_report(
             {(line.split, line.writer, line.page) for line in kept if line.page != NO_PAGE}
         ),
         "writers": counts,
-        "writers_alike": _alike(counts),
+        "writers_alike": _of_one_form(counts, as_seen),
         "writers_without_validation": [w for w, own in counts.items() if not own["val"]],
         "broken": broken,
         "pages_in_two_splits": _in_two_splits(
@@ -131,13 +135,6 @@ def data_report(
         "images_in_two_splits": _in_two_splits(kept, lambda i: contents[i]),
         "identical_images": len(kept) - len(set(contents)),
     }
-
-
-def _alike(writers: Iterable[str]) -> list[list[str]]:
-    """Give the pairs of writers whose names look alike."""
-    forms: dict[str, str] = {}
-    pairs = [[forms.setdefault(as_seen(writer), writer), writer] for writer in sorted(writers)]
-    return [[one, other] for one, other in pairs if one != other]
 
 
 def doubt_of(line: DecodedLine) -> str:

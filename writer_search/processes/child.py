@@ -32,8 +32,8 @@ from writer_search.processes.messages import (
     Job,
     Message,
     TestQuestion,
-    answer,
     obey_in_thread,
+    reply,
 )
 from writer_search.training.device_errors import is_device_fault, is_out_of_memory
 from writer_search.training.metrics import Metrics
@@ -260,4 +260,4 @@ def measure_on_test(connection: Connection, question: TestQuestion) -> None:
         except Exception as error:  # told in a line: the search's results stand without it
             return "failed", {"cause": one_line(f"{type(error).__name__}: {error}")}
 
-    answer(connection, measure)
+    reply(connection, measure)

@@ -20,7 +20,7 @@ from writer_search.common.text import counted, one_line
 from writer_search.config import BACKBONES, PRECISIONS, TrialConfig
 from writer_search.processes.child import DeviceError, open_device
 from writer_search.processes.devices import visible_entries
-from writer_search.processes.messages import Gpu, MachineQuestion, Message, answer
+from writer_search.processes.messages import Gpu, MachineQuestion, Message, reply
 from writer_search.space import BACKBONES_BY_TIER
 from writer_search.training.optimisation import emulates_bfloat16
 
@@ -35,7 +35,7 @@ def answer_question(connection: Connection, question: MachineQuestion) -> None:
         torch.set_num_threads(question.threads)
         return "machine", _describe_machine(question, lambda step: _begin(connection, step))
 
-    answer(connection, find)
+    reply(connection, find)
 
 
 def _describe_machine(
@@ -85,7 +85,7 @@ def say_ready(connection: Connection, _: None) -> None:
 
 def list_devices(connection: Connection, device: str) -> None:
     """Send ("devices", …) or ("mistake", …): what CUDA counts, which it may be unable to use."""
-    answer(connection, lambda: ("devices", {"entries": _visible_gpus(device)}))
+    reply(connection, lambda: ("devices", {"entries": _visible_gpus(device)}))
 
 
 def name_device(connection: Connection, entry: str) -> None:
@@ -99,7 +99,7 @@ def name_device(connection: Connection, entry: str) -> None:
         except DeviceError as error:
             return "failed", {"cause": error.cause}
 
-    answer(connection, find)
+    reply(connection, find)
 
 
 def _visible_gpus(device: str) -> list[str]:

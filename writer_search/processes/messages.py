@@ -96,7 +96,7 @@ class TestQuestion:
     gpus: tuple[str, ...]  # one or none
 
 
-def answer(connection: Connection, find: Callable[[], Message]) -> None:
+def reply(connection: Connection, find: Callable[[], Message]) -> None:
     """Send what `find` gives, or ("mistake", …) where it raises UserError.
 
     This process ends with the search process meanwhile, downloads included.

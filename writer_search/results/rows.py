@@ -197,13 +197,8 @@ def opened(database: Path) -> Iterator[sqlite3.Connection]:
 
 
 def connect(database: Path) -> sqlite3.Connection:
-    """Open a database for writing. Others may read, a dashboard may even hold it for a moment.
-
-    By its absolute path: to SQLite a relative one may be a URI, `file:x/optuna_study.db`.
-    """
-    if is_without_locks(database.parent):
-        return sqlite3.connect(_uri(database), uri=True, check_same_thread=False)
-    return sqlite3.connect(database.absolute(), timeout=60, check_same_thread=False)
+    """Open a database for writing. Others may read, a dashboard may even hold it for a moment."""
+    return sqlite3.connect(_uri(database), uri=True, timeout=60, check_same_thread=False)
 
 
 def _uri(database: Path, *options: str) -> str:

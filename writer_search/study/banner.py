@@ -75,9 +75,10 @@ def describe_plan(plan: Plan) -> str:
     """Say on what the search runs, as wide as the terminal."""
     lines = plan.data.report["lines"]
     counts = ", ".join(f"{lines[split]} {split}" for split in lines)
-    writers = counted(len(plan.data.writers), "writer")
-    if others := plan.data.report["left_out"].get(OTHERS, {}).get("count", 0):
-        used = len(plan.data.writers)
+    used = len(plan.data.writers)
+    others = plan.data.report["left_out"].get(OTHERS, {}).get("count", 0)
+    writers = counted(used, "writer")
+    if others:
         writers = f"{used} of {used + others} writers (--use_all_writers takes all)"
     facts = [
         writers,

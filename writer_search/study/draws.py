@@ -32,7 +32,12 @@ REDRAWS = 100  # at random, before what is left of a finite space is looked for
 
 
 class SpaceExhaustedError(Exception):
-    """Every configuration of a finite space has been drawn."""
+    """Every configuration of a finite space has been drawn.
+
+    others_train: some of them, of which the draw knew, and which may be interrupted.
+    """
+
+    others_train = False
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:

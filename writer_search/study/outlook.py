@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from writer_search.processes.deadlines import SAVED_SECONDS, longest_epoch
 from writer_search.processes.plan import Plan
@@ -25,6 +25,14 @@ from writer_search.study.recorder import Recorder
 from writer_search.study.supplies import Supply
 
 
+class Judged(NamedTuple):
+    """What the recorded rows say: the best complete trial, how long trials took, which ones run."""
+
+    best: Row | None
+    timed: list[Timed]
+    running: set[int]
+
+
 class Outlook:
     """Reads the recorded rows and the running trials; changes nothing."""
 
@@ -33,13 +41,14 @@ class Outlook:
         self._recorder, self._runner = recorder, runner
         # Of descriptors alone, which have one epoch; otherwise they say nothing of the others.
         self._fits = trains_nothing(plan.settings["space"])
-        self._judged: tuple[list[Row], tuple[Row | None, list[Timed]]] | None = None
+        self._judged: tuple[list[Row], Judged] | None = None
 
-    def finished(self) -> tuple[Row | None, list[Timed]]:
-        """Give the best complete trial, and how long trials took; sought once for given rows."""
+    def finished(self) -> Judged:
+        """Give what the recorded rows say; they are gone through once for given ones."""
         rows = self._recorder.rows
         if self._judged is None or self._judged[0] is not rows:
-            self._judged = rows, (best_row(rows), finished_epochs(rows, self._fits))
+            running = {row.number for row in rows if row.state == "RUNNING"}
+            self._judged = rows, Judged(best_row(rows), finished_epochs(rows, self._fits), running)
         return self._judged[1]
 
     def is_too_late(self) -> bool:
@@ -50,7 +59,7 @@ class Outlook:
         if self._plan.stop_at == math.inf:
             return False
         running = [(int(r.epochs_here), r.seconds) for r in self._running()]
-        seconds = longest_epoch([*self.finished()[1], *running])
+        seconds = longest_epoch([*self.finished().timed, *running])
         if self._plan.continues:
             seconds = min(seconds, SAVED_SECONDS)
         return time.monotonic() + seconds >= self._plan.stop_at
@@ -61,7 +70,7 @@ class Outlook:
         return EpochFacts(loss, value, self._best(), seconds, self._time_left())
 
     def _best(self) -> tuple[float, int] | None:
-        best = self.finished()[0]
+        best = self.finished().best
         values = [(r.best, -r.number) for r in self._running() if r.best is not None]
         if best is not None and best.value is not None:
             values.append((best.value, -best.number))
@@ -77,7 +86,7 @@ class Outlook:
             if r.job.config.is_fitted == self._fits
         ]
         return seconds_left(
-            self.finished()[1],
+            self.finished().timed,
             running,
             self._supply.room,
             1 if self._fits else self._plan.epochs,
@@ -95,9 +104,8 @@ class Outlook:
 
     def _elsewhere(self) -> int:
         """Count the trials that other searches run, where several share the study."""
-        running = {row.number for row in self._recorder.rows if row.state == "RUNNING"}
         here = {*self._runner.numbers, *(trial.number for trial in self._runner.displaced)}
-        return len(running - here)
+        return len(self.finished().running - here)
 
     def _running(self) -> Collection[RunningTrial]:
         return self._runner.running.values()

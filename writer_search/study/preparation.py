@@ -244,12 +244,7 @@ def settings_of_study(
     """
     return {
         "metric": "validation macro top-1 accuracy",
-        "data": {
-            "fingerprint": data.fingerprint,
-            "writers": len(data.writers),
-            "lines": data.report["lines"],
-            "split": "given" if (args.data_root / "train").is_dir() else f"by seed {args.seed}",
-        },
+        "data": data.described(args.data_root, args.seed),
         "epochs": args.epochs,
         "patience": args.patience,
         "tier": decided["tier"],

@@ -333,6 +333,11 @@ def describe(
             "cuda": torch.version.cuda if on_gpu else None,
         },
     }
+    settings = original.settings
+    if wanted.other_data:  # by its own lines this training can be repeated
+        recorded = settings["data"]
+        own = data.described(wanted.data_root, split_seed(recorded))
+        settings = {**settings, "data": {**recorded, **own}}
     return {
         "repeats": str(wanted.config_file),
         "train_on": wanted.train_on,
@@ -344,21 +349,9 @@ def describe(
         "device": str(device),
         "threads": original.threads,
         "micro_batch": original.micro_batch,
-        "settings": {**original.settings, "data": described(wanted, original, data)},
+        "settings": settings,
         **provenance(wanted.data_root, machine),
     }
-
-
-def described(wanted: Retraining, original: Original, data: LineSet) -> dict[str, Any]:
-    """Describe the lines as a study's settings do, by which this training can be repeated."""
-    recorded: dict[str, Any] = original.settings["data"]
-    if not wanted.other_data:
-        return recorded
-    is_given = (wanted.data_root / "train").is_dir()
-    split = "given" if is_given else f"by seed {split_seed(recorded)}"
-    lines = {name: len(data.select(name)) for name in SPLITS}
-    own = {"fingerprint": data.fingerprint, "writers": len(data.writers), "lines": lines}
-    return {**recorded, **own, "split": split}
 
 
 OF_A_TRAINING = (

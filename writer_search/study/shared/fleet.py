@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from writer_search.common.files import is_there
 from writer_search.common.locks import SharedLock, holder_is_dead
 from writer_search.results.rows import home_of, is_interrupted, is_surplus, trial_dir
-from writer_search.study.draws import Drawer, params_key
+from writer_search.study.draws import Drawer, SpaceExhaustedError, params_key
 from writer_search.study.unfinished import continuations, continued_by, settle
 
 SIGN_SECONDS = 60.0  # between two signs of life of a running trial
@@ -58,8 +58,7 @@ class Fleet:
 
     def __post_init__(self) -> None:
         trials = self.trials()
-        complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
-        self.first, self.allowed = len(trials), max(0, self.n_trials - complete)
+        self.first, self.allowed = len(trials), max(0, self.n_trials - count_complete(trials))
         self.drawer.first = self.first
 
     def trials(self) -> list[FrozenTrial]:
@@ -93,7 +92,12 @@ class Fleet:
             if not self.room(trials):
                 return None
             known = len(trials)
-            mine, trials = self._store(self._next(trials))
+            try:
+                template = self._next(trials)
+            except SpaceExhaustedError as error:
+                error.others_train = bool(self.others_running(trials))
+                raise
+            mine, trials = self._store(template)
             smaller = [trial for trial in trials if trial.number < mine.number]
             # An interruption meanwhile has made room: for what it broke off, not for a new draw
             # that was on its way, after which there is none.
@@ -218,6 +222,11 @@ class Fleet:
         """Tell whether a trial's directory, with its checkpoint, can be read from here."""
         directory = trial_dir(home_of(trial.user_attrs, self.checkpoint_dir), trial.number)
         return is_there(directory / "config.json")
+
+
+def count_complete(trials: Sequence[FrozenTrial]) -> int:
+    """Count the trials that are complete."""
+    return sum(trial.state == TrialState.COMPLETE for trial in trials)
 
 
 def _is_live(trial: FrozenTrial) -> bool:

@@ -11,9 +11,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial
 
 from writer_search.common.locks import remove_dead_locks
-from writer_search.results.rows import Row, count_complete, rows_of
+from writer_search.results.rows import Row, rows_of
 from writer_search.study.draws import SpaceExhaustedError
-from writer_search.study.shared.fleet import SIGN_SECONDS, Fleet
+from writer_search.study.shared.fleet import SIGN_SECONDS, Fleet, count_complete
 from writer_search.study.shared.storage import StorageUnreachableError
 
 # Between two looks at what the others do, for a search that has a place free: soon at first.
@@ -32,16 +32,14 @@ class SharedSupply:
         self._others_have_the_rest = False  # of a finite space
 
     def next(self) -> Trial | None:
-        others = self.fleet.others_running(self.fleet.trials())
         try:
             trial = self.fleet.claim()
             self._pause, self._others_have_the_rest = FIRST_LOOK_SECONDS, False
-        except SpaceExhaustedError:
+        except SpaceExhaustedError as error:
             # What others still train may be interrupted: then somebody has to go on with it.
-            self._others_have_the_rest = bool(others)
-            if not others:
+            if not error.others_train:
                 raise
-            trial = None
+            trial, self._others_have_the_rest = None, True
         self.room = self.room - 1 if trial is not None else 0
         return trial
 
@@ -51,7 +49,7 @@ class SharedSupply:
         self.room = self.fleet.room(trials)
         if self.room and not self._others_have_the_rest:
             self._last_look = -math.inf  # another search was quicker, and has left room since
-        has_all = count_complete(rows_of(trials)) >= self.fleet.n_trials
+        has_all = count_complete(trials) >= self.fleet.n_trials
         return has_all or not (self.room or self.fleet.others_running(trials))
 
     def rows(self, known: Sequence[Row] = (), changed: Collection[int] | None = None) -> list[Row]:
