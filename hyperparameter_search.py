@@ -348,7 +348,7 @@ def run_or_stop(args: argparse.Namespace, search: Search, where: Path | str) -> 
             return conclude(args, search)
     except UserError as error:
         unsaved, code = search.recorder.unsaved, args.requeue_exit_code
-        if search.stop.name is None and unsaved:
+        if search.stop.name is None and error.passes and unsaved:
             print(saved_text(unsaved), file=sys.stderr)
         if search.stop.name is None and (code is None or not error.passes):
             raise
