@@ -396,6 +396,30 @@ def test_range_holds_the_truth_as_often_as_it_says(known: int, to_start: int) ->
         assert statistics.median(widths) < 1.0, "a range that holds everything says nothing"
 
 
+@pytest.mark.parametrize("share", [0.0, 1 / 3, 0.7])
+def test_range_holds_the_truth_where_some_trials_are_descriptors(share: float) -> None:
+    generator = random.Random(3)
+
+    def network() -> tuple[float, float]:
+        epochs = generator.randint(45, 90)
+        return float(epochs), epochs * generator.uniform(2.3, 2.7)
+
+    held = []
+    for _ in range(400):
+        networks, descriptors = [network()], [generator.uniform(15, 30)]  # a search's first two
+        for _ in range(3):
+            if generator.random() < share:
+                descriptors.append(generator.uniform(15, 30))
+            else:
+                networks.append(network())
+        is_fitted = [generator.random() < share for _ in range(7)]
+        took = sum(generator.uniform(15, 30) if one else network()[1] for one in is_fitted)
+        left = seconds_left(networks, [], len(is_fitted), 100, 1, 20, descriptors)
+        assert left is not None
+        held.append(left[0] <= took <= left[1])
+    assert statistics.mean(held) > 0.75
+
+
 def test_quantiles_are_student_s() -> None:
     stats = pytest.importorskip("scipy.stats")
     for degrees, quantile in enumerate(T80, 1):

@@ -32,12 +32,14 @@ def seconds_left(
     epochs: int,
     jobs: int,
     patience: int,
+    fitted: Sequence[float] = (),
 ) -> Range | None:
     """Estimate the time left as a range that should hold it four times in five.
 
     finished: complete and pruned trials, since later ones will be pruned too.   to_start: trials to
     come.   epochs: the most of a trial.   jobs: trials at once.   patience: epochs without a better
-    value that end a trial. A pruner judges no trial in the first fifth of its epochs.
+    value that end a trial. A pruner judges no trial in the first fifth of its epochs.   fitted: the
+    seconds of descriptors among networks; some of the trials to come will be descriptors too.
     Returns None before there is evidence: no epoch is done yet. From the third finished trial on,
     their spread makes the range; before, it is what the limits of a trial allow.
     """
@@ -48,7 +50,9 @@ def seconds_left(
     fewest = min(epochs, patience + 1, epochs // 5 + 1)
     rests = [_rest(done, seconds, finished, fewest, epochs) for done, seconds in begun]
     coming = to_start + len(running) - len(begun)
-    low, high = _trials_to_come(finished, coming, fewest, epochs, speeds)
+    took = [*(seconds for _, seconds in finished), *fitted]
+    least = min([fewest * min(speeds), *fitted])
+    low, high = _trials_to_come(took, coming, least, epochs * max(speeds))
     low += sum(rest[0] for rest in rests)
     high += sum(rest[1] for rest in rests)
     if jobs > 1:
@@ -74,7 +78,8 @@ def recorded_left(
     alike = [running[row.number] for row in rows if row.number in running and row.is_fitted == fits]
     epochs, patience = (int(settings.get(name, 0)) for name in ("epochs", "patience"))
     most = 1 if fits else epochs
-    return seconds_left(finished_epochs(rows, fits), alike, to_start, most, jobs, patience)
+    fitted = [] if fits else fitted_seconds(rows)
+    return seconds_left(finished_epochs(rows, fits), alike, to_start, most, jobs, patience, fitted)
 
 
 def _rest(
@@ -88,19 +93,19 @@ def _rest(
     return (min(ends) - done) * speed, max(0.0, max(ends) - done) * speed
 
 
-def _trials_to_come(
-    finished: Sequence[Timed], count: int, fewest: int, epochs: int, speeds: Sequence[float]
-) -> Range:
-    """Say how long so many trials take, one after the other."""
-    if len(finished) < TRIALS_FOR_SPREAD:
-        return count * fewest * min(speeds), count * epochs * max(speeds)
-    took = [seconds for _, seconds in finished]
+def _trials_to_come(took: Sequence[float], count: int, least: float, longest: float) -> Range:
+    """Say how long so many trials take, one after the other.
+
+    took: seconds of finished ones.   least, longest: what the limits of a trial allow.
+    """
     known = len(took)
+    if known < TRIALS_FOR_SPREAD:
+        return count * least, count * longest
     quantile = T80[known - 2] if known - 2 < len(T80) else NORMAL80
     # The sum of `count` new ones deviates by their own spread and by the known mean's error.
     error = quantile * statistics.stdev(took) * math.sqrt(count + count**2 / known)
     middle = count * statistics.mean(took)
-    most = max(middle, count * epochs * max(speeds))
+    most = max(middle, count * longest)
     return max(count * min(took) / 2, middle - error), min(most, middle + error)
 
 
@@ -127,6 +132,11 @@ def finished_epochs(rows: Sequence[Row], fitted: bool = False) -> list[Timed]:
         for row in ended
     )
     return list(islice((one for one in timed if one[0] > 0), EVIDENCE_TRIALS))
+
+
+def fitted_seconds(rows: Sequence[Row]) -> list[float]:
+    """Give the seconds of the last complete descriptors."""
+    return [seconds for _, seconds in finished_epochs(rows, fitted=True)]
 
 
 def unbroken(done: float, before: float, seconds: float) -> Timed:

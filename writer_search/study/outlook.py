@@ -14,6 +14,7 @@ from writer_search.processes.running import RunningTrial
 from writer_search.results.estimate import (
     Timed,
     finished_epochs,
+    fitted_seconds,
     seconds_left,
     trains_nothing,
     unbroken,
@@ -26,10 +27,14 @@ from writer_search.study.supplies import Supply
 
 
 class Judged(NamedTuple):
-    """What the recorded rows say: the best complete trial, how long trials took, which ones run."""
+    """What the recorded rows say: the best complete trial, how long trials took, which ones run.
+
+    fitted: seconds of descriptors, where networks are searched too.
+    """
 
     best: Row | None
     timed: list[Timed]
+    fitted: list[float]
     running: set[int]
 
 
@@ -39,7 +44,7 @@ class Outlook:
     def __init__(self, plan: Plan, supply: Supply, recorder: Recorder, runner: Runner) -> None:
         self._plan, self._supply = plan, supply
         self._recorder, self._runner = recorder, runner
-        # Of descriptors alone, which have one epoch; otherwise they say nothing of the others.
+        # Descriptors alone: their one epoch is all that tells how long others take.
         self._fits = trains_nothing(plan.settings["space"])
         self._judged: tuple[list[Row], Judged] | None = None
 
@@ -48,7 +53,9 @@ class Outlook:
         rows = self._recorder.rows
         if self._judged is None or self._judged[0] is not rows:
             running = {row.number for row in rows if row.state == "RUNNING"}
-            self._judged = rows, Judged(best_row(rows), finished_epochs(rows, self._fits), running)
+            timed = finished_epochs(rows, self._fits)
+            fitted = [] if self._fits else fitted_seconds(rows)
+            self._judged = rows, Judged(best_row(rows), timed, fitted, running)
         return self._judged[1]
 
     def is_too_late(self) -> bool:
@@ -85,13 +92,15 @@ class Outlook:
             for r in self._running()
             if r.job.config.is_fitted == self._fits
         ]
+        finished = self.finished()
         return seconds_left(
-            self.finished().timed,
+            finished.timed,
             running,
             self._supply.room,
             1 if self._fits else self._plan.epochs,
             len(self._plan.slots) + self._elsewhere(),
             self._plan.patience,
+            finished.fitted,
         )
 
     def standing(self) -> Standing:
