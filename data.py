@@ -65,7 +65,7 @@ from writer_search.lines.walk import (
 )
 
 BROKEN_SHARE = 0.01  # more broken lines than this are an error, not a warning
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 INDEX = ("widths", "digests", "versions", "line_height", "checksum", "broken", *MEASURED)
 
 

@@ -221,9 +221,9 @@ def exit_code(args: argparse.Namespace, search: Search, last: Search) -> int:
 def update_page(search: Search, state: str) -> None:
     """Write the report. state: where the search stands, unless others go on in this directory."""
     here = search.plan.checkpoint_dir.absolute()
-    homes = [home_of(r.attributes, here).absolute() for r in search.rows if r.state == "RUNNING"]
-    state = RUNNING if here in homes else state
-    search.page.write(search.rows, search.supply.study, lambda: Standing(state))
+    homes = [home_of(r.number, r.attributes, here) for r in search.rows if r.state == "RUNNING"]
+    standing = Standing(RUNNING if here in map(Path.absolute, homes) else state)
+    search.page.write(search.rows, search.supply.study, lambda: standing)
 
 
 def measured_on_test(search: Search, chosen: Chosen | None, model_file: Path | None) -> list[str]:

@@ -99,6 +99,32 @@ def test_a_black_polygon_within_a_white_frame_is_nothing() -> None:
     assert difference(read(cut), read(plain)) < 2
 
 
+@pytest.mark.parametrize("outside", [0, 255])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_polygon_that_leaves_out_a_corner_alone(kind: str, outside: int) -> None:
+    """Lines that are cut out end as the column does: their right end may be oblique."""
+    for seed in range(4):
+        grey = written_line(seed).clip(20, 235)
+        x, y = np.arange(grey.shape[1])[None, :], np.arange(grey.shape[0])[:, None]
+        inside = x < grey.shape[1] - 2 - y / 4
+        plain = read(on_its_paper(grey, inside), kind)
+        cut = read(np.where(inside, grey, outside).astype(np.uint8), kind)
+        assert difference(cut, plain) < 1, seed
+        assert cut.version == 5, "an earlier version read it otherwise"
+
+
+def test_noise_of_jpeg_beside_white_is_no_paper_that_fades() -> None:
+    for seed in range(4):
+        grey = written_line(seed) - 8
+        inside = polygon(grey.shape, 0.8, seed, 0.15)
+        noisy = np.where(inside, grey, 255).astype(np.float32)
+        beside = inside & ~(inside & np.roll(inside, 5, 0) & np.roll(inside, -5, 0))
+        noisy[beside & (np.random.default_rng(seed).random(grey.shape) < 0.4)] = 226
+        cut = read(noisy.astype(np.uint8))
+        assert (cut.version, cut.is_light) == (5, False), seed
+        assert difference(cut, read(on_its_paper(grey, inside))) < 6
+
+
 def test_a_soft_edge_leaves_no_outline() -> None:
     """Exporters that turn a line smooth the edge of its polygon."""
     for seed in range(4):

@@ -22,6 +22,7 @@ from test_search import Run, run
 from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.results import status as status_module
+from writer_search.results.chosen import Chosen, best_copy, chosen_model, publish
 from writer_search.results.estimate import (
     T80,
     Range,
@@ -348,6 +349,25 @@ def test_best_trial_of_another_machine_is_named_where_it_is(
     stale.write_text("of a trial that was best")
     said = f"Model: {model} (it is not there; {stale} may be another trial's)"
     assert said in closing_lines(own, [row], 1, {})
+
+
+def test_trials_whose_directories_were_brought_together_are_at_home_there(tmp_path: Path) -> None:
+    """As `--recover` and a local confirmation of a shared study want them."""
+    old, here = tmp_path / "old", tmp_path / "here"
+    row = Row(3, "COMPLETE", 0.5, {}, None, None, {"owner": {"checkpoint_dir": str(old)}})
+    for home in (old, here):
+        directory = home / "trial_003"
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text("{}")
+        (directory / "best_model.pth").write_text("weights")
+    (here / "summary").mkdir()
+    assert chosen_model(here, [row]) == Chosen(3, old / "trial_003", False)
+    shutil.rmtree(old)
+    chosen = chosen_model(here, [row])
+    assert chosen == Chosen(3, here / "trial_003", False)
+    assert publish(here, chosen) == best_copy(here)
+    (here / "trial_003" / "config.json").unlink()  # only what another search said of its end
+    assert chosen_model(here, [row]) == Chosen(3, old / "trial_003", False)
 
 
 def test_floor_is_told_where_its_head_is_fixed() -> None:

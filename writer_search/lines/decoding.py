@@ -15,7 +15,7 @@ from writer_search.common.text import one_line
 from writer_search.lines.kinds import describe_content
 from writer_search.lines.outside import Shape, find_outside, is_solid
 
-VERSION = 4
+VERSION = 5
 INK_DEVIATION = 40.0  # grey levels that one deviation of a line's ink takes in the strip
 MAX_ASPECT = 200.0  # longer side / shorter side; a real line stays below 60
 EXIF_ORIENTATION, BY_A_QUARTER = 0x0112, (5, 6, 7, 8)
@@ -41,7 +41,8 @@ class DecodedLine:
     is_light: the ink is lighter than its paper.
     version: the first version of this decoding that gives this ink: 1 knew no outside, took the
     geometry of a header, and reduced big pictures less; 2 left an outline of outsides in JPEGs; 3
-    let an outside of 16 bits take the grey levels of a line of 12, and reduced big JPEGs twice.
+    let an outside of 16 bits take the grey levels of a line of 12, and reduced big JPEGs twice; 4
+    missed outsides at a corner alone, and white ones beside which a JPEG has noise.
     """
 
     ink: NDArray[np.uint8]
@@ -162,7 +163,7 @@ def _to_grey(image: Image.Image) -> tuple[Image.Image, int]:
         values = np.asarray(image, dtype=np.float32)
         of_line = _without_extreme(values)
         if of_line is not None and (line := _without_outside(_spread(of_line))) is not None:
-            return line, 4
+            return line[0], max(4, line[1])
         grey = _spread(values)
     elif image.has_transparency_data:
         seen = image.convert("RGBA")
@@ -172,18 +173,21 @@ def _to_grey(image: Image.Image) -> tuple[Image.Image, int]:
     else:
         grey = image.convert("L")
     line = _without_outside(grey)
-    return (grey, 1) if line is None else (line, 3)
+    return (grey, 1) if line is None else line
 
 
-def _without_outside(grey: Image.Image) -> Image.Image | None:
-    """Give what lies outside of a line the grey of its paper; None where nothing does."""
+def _without_outside(grey: Image.Image) -> tuple[Image.Image, int] | None:
+    """Give what lies outside of a line the grey of its paper; None where nothing does.
+
+    Also gives the first version of the decoding that finds it.
+    """
     values = np.asarray(grey)
     outside = find_outside(values)
     if outside is None:
         return None
     painted = values.copy()
-    painted[outside] = _median(values[~outside])
-    return Image.fromarray(painted)
+    painted[outside.mask] = _median(values[~outside.mask])
+    return Image.fromarray(painted), outside.version
 
 
 def _without_extreme(values: NDArray[np.float32]) -> NDArray[np.float32] | None:

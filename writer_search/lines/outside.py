@@ -21,7 +21,9 @@ NEAR = 8  # grey levels around an extreme that count as it: noise of JPEG in con
 CONSTANT = 2  # half of a constant area is so near its extreme
 EDGE = 32  # the same beside the outside's edge, where JPEG makes more noise
 LEAST_BORDER = 0.2  # of the picture's border is of the outside; ink that a border cuts covers less
+LEAST_CORNER = 0.05  # the same where nothing else in the picture is as extreme: it is no ink then
 LEAST_OUTSIDE = 0.002  # of the picture
+ELSEWHERE = 1e-4  # of the picture is as extreme without being reached from the border
 LEAST_CONTRAST = 12  # grey levels between outside and paper; with less it is read as paper anyway
 EXACT = 0.999  # of an outside that no lossy format has touched
 CLIPPED = 0.005  # of the inside is as extreme as the outside: the outside may flow into ink
@@ -49,8 +51,16 @@ SOLID = Shape(area=0.1, filled=0.97, single=0.9, thick=0.4)
 SOLID_BINARY = Shape(area=0.4, filled=0.93, single=0.8, thick=0.6)
 
 
-def find_outside(grey: Grey) -> Mask | None:
-    """Find the outside of a line: a mask (height, width), or None where there is none.
+@dataclass(frozen=True)
+class Outside:
+    """Where a picture is not the line: mask (height, width), and the first version to find it."""
+
+    mask: Mask
+    version: int
+
+
+def find_outside(grey: Grey) -> Outside | None:
+    """Find the outside of a line, or None where there is none.
 
     grey (height, width), uint8. A black area within a white frame is found as well, and a white one
     within a black frame.
@@ -61,20 +71,22 @@ def find_outside(grey: Grey) -> Mask | None:
     outside = _find(grey[::step, ::step])
     if outside is None:
         return None
-    whole = _grown(outside).repeat(step, 0).repeat(step, 1)
-    return whole[: grey.shape[0], : grey.shape[1]]
+    whole = _grown(outside.mask).repeat(step, 0).repeat(step, 1)
+    return Outside(whole[: grey.shape[0], : grey.shape[1]], outside.version)
 
 
-def _find(grey: Grey) -> Mask | None:
+def _find(grey: Grey) -> Outside | None:
     nothing = np.zeros(grey.shape, bool)
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     for extreme in (BLACK, WHITE):
         outside = _outside_of(grey, extreme, nothing, border)
         if outside is not None:
-            beside = _grown(outside)
+            beside = _grown(outside.mask)
             ring = grey[_grown(beside) & ~beside]
-            within = _outside_of(grey, WHITE - extreme, outside, ring)
-            return outside if within is None else within
+            within = _outside_of(grey, WHITE - extreme, outside.mask, ring)
+            if within is None:
+                return outside
+            return Outside(within.mask, max(outside.version, within.version))
     return None
 
 
@@ -82,15 +94,19 @@ def _near(grey: Grey, extreme: int, levels: int = NEAR) -> Mask:
     return grey <= levels if extreme == BLACK else grey >= WHITE - levels
 
 
-def _outside_of(grey: Grey, extreme: int, known: Mask, border: Grey) -> Mask | None:
+def _outside_of(grey: Grey, extreme: int, known: Mask, border: Grey) -> Outside | None:
     """Find an outside of one extreme, together with what is known to be outside already.
 
     border (pixels,): what lies beside the picture's edge, or beside the known outside.
     """
-    if np.count_nonzero(_near(border, extreme)) < LEAST_BORDER * border.size:
+    on_border = np.count_nonzero(_near(border, extreme))
+    if on_border < LEAST_CORNER * border.size:
         return None
     near = _near(grey, extreme)
     reached = _from_border(near | known)
+    is_corner = on_border < LEAST_BORDER * border.size
+    if is_corner and np.count_nonzero(near & ~reached) > ELSEWHERE * grey.size:
+        return None
     own = reached & ~known
     count = np.count_nonzero(own)
     if count < LEAST_OUTSIDE * grey.size or reached.all():
@@ -103,9 +119,14 @@ def _outside_of(grey: Grey, extreme: int, known: Mask, border: Grey) -> Mask | N
     if np.count_nonzero(grey[own] == extreme) < EXACT * count:
         reached = _without_noise(reached, _near(grey, extreme, min(EDGE, int(0.4 * contrast))))
     outside = _cut_out(reached, near, _near(grey, WHITE - extreme))
-    if outside is None or not _ends_abruptly(grey, outside, extreme, contrast):
+    if outside is None:
         return None
-    return _over_rim(grey, _over_soft_edge(grey, outside, extreme, contrast), extreme, contrast)
+    paper, middle = _beside(grey, outside, extreme)
+    least = 0.8 * min(contrast, 40.0)
+    if middle > 2.25 * contrast or max(paper, middle) < least:  # ink, or light that fades
+        return None
+    outside = _over_rim(grey, _over_soft_edge(grey, outside, extreme, contrast), extreme, contrast)
+    return Outside(outside, 5 if is_corner or paper < least else 3)
 
 
 def _paper(values: Grey) -> float:
@@ -175,15 +196,19 @@ def _along_rows(allowed: Mask, reached: Mask) -> Mask:
     return is_reached[run] & allowed
 
 
-def _ends_abruptly(grey: Grey, outside: Mask, extreme: int, contrast: float) -> bool:
-    """Tell whether paper begins beside an outside: neither light that fades into white, nor ink."""
+def _beside(grey: Grey, outside: Mask, extreme: int) -> tuple[float, float]:
+    """Say how many grey levels what begins beside an outside is from it: its paper, its median.
+
+    Beside a white outside the lightest quarter, which is taken for paper, may be a lossy format's
+    noise.
+    """
     beside = _grown(outside)
     others = _near(grey, extreme) | _near(grey, WHITE - extreme, EDGE)  # a polygon within a frame
     ring = grey[_grown(beside) & ~beside & ~others]
     if not ring.size:
-        return True
-    is_ink = np.median(np.abs(ring.astype(np.float32) - extreme)) > 2.25 * contrast
-    return bool(not is_ink and abs(_paper(ring) - extreme) >= 0.8 * min(contrast, 40.0))
+        return float(WHITE), 0.0
+    middle = float(np.median(np.abs(ring.astype(np.float32) - extreme)))
+    return abs(_paper(ring) - extreme), middle
 
 
 def _without_noise(reached: Mask, edge: Mask) -> Mask:

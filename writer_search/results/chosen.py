@@ -47,7 +47,7 @@ def chosen_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Chosen | None:
     best = best_row(rows)
     if best is None:
         return None
-    home = home_of(best.attributes, checkpoint_dir)
+    home = home_of(best.number, best.attributes, checkpoint_dir)
     return Chosen(best.number, trial_dir(home, best.number), False)
 
 

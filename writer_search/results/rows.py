@@ -79,13 +79,17 @@ def has_saved(directory: Path) -> bool:
     return is_there(directory / "latest_checkpoint.pth")
 
 
-def home_of(attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
+def home_of(number: int, attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
     """Give the checkpoint directory that a trial's own search writes to.
 
     Where several searches share a study, each trial names it: not this search's, and not
-    necessarily one that can be reached from here.
+    necessarily one that can be reached from here. It is this one where only here is the trial's
+    directory: the directories were brought together, or moved.
     """
-    return Path(attributes.get("owner", {}).get("checkpoint_dir", checkpoint_dir))
+    home = Path(attributes.get("owner", {}).get("checkpoint_dir", checkpoint_dir))
+    if home == checkpoint_dir or is_there(trial_dir(home, number) / "config.json"):
+        return home
+    return checkpoint_dir if is_there(trial_dir(checkpoint_dir, number) / "config.json") else home
 
 
 def is_interrupted(attributes: Mapping[str, Any]) -> bool:

@@ -69,7 +69,7 @@ class SummaryFiles:
 
 
 def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
-    home = home_of(best.attributes, checkpoint_dir)
+    home = home_of(best.number, best.attributes, checkpoint_dir)
     is_own = home.absolute() == checkpoint_dir.absolute()
     directory = trial_dir(Path() if is_own else home, best.number)
     return {

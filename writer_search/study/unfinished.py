@@ -208,7 +208,8 @@ def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Tri
     if "continues" not in trial.user_attrs:
         return None  # most are new draws: no need to read all trials
     for earlier in continued_by(study.get_trials(deepcopy=False), trial):
-        directory = trial_dir(home_of(earlier.user_attrs, checkpoint_dir), earlier.number)
+        home = home_of(earlier.number, earlier.user_attrs, checkpoint_dir)
+        directory = trial_dir(home, earlier.number)
         if has_saved(directory):
             return directory
     return None

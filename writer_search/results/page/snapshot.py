@@ -61,7 +61,7 @@ class TrialFiles:
 
     def directory(self, row: Row) -> Path:
         """Give a trial's directory: another search's, where several share the study."""
-        return trial_dir(home_of(row.attributes, self.checkpoint_dir), row.number)
+        return trial_dir(home_of(row.number, row.attributes, self.checkpoint_dir), row.number)
 
     def config(self, row: Row) -> dict[str, Any]:
         known = self._configs.get(row.number)

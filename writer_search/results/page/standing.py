@@ -259,7 +259,7 @@ def how_to_go_on(shown: Snapshot) -> str:
     own = [
         row.number
         for row in shown.rows
-        if home_of(row.attributes, shown.checkpoint_dir).absolute()
+        if home_of(row.number, row.attributes, shown.checkpoint_dir).absolute()
         == shown.checkpoint_dir.absolute()
     ]
     for number in sorted(own, reverse=True):

@@ -204,7 +204,8 @@ class Fleet:
         """
         owner = trial.user_attrs.get("owner", {})
         where = f"its search (pid {owner.get('pid')} on {owner.get('host')}) shows no sign of life"
-        own, home = self.checkpoint_dir, home_of(trial.user_attrs, self.checkpoint_dir)
+        own = self.checkpoint_dir
+        home = home_of(trial.number, trial.user_attrs, own)
         read = home if self._is_within_reach(trial) else own
         try:
             try:
@@ -220,7 +221,8 @@ class Fleet:
 
     def _is_within_reach(self, trial: FrozenTrial) -> bool:
         """Tell whether a trial's directory, with its checkpoint, can be read from here."""
-        directory = trial_dir(home_of(trial.user_attrs, self.checkpoint_dir), trial.number)
+        home = home_of(trial.number, trial.user_attrs, self.checkpoint_dir)
+        directory = trial_dir(home, trial.number)
         return is_there(directory / "config.json")
 
 
