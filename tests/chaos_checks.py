@@ -147,7 +147,10 @@ def check_kept(memory: Memory, directory: Path, trials: Sequence[Seen]) -> list[
 
 
 def check_draws(trials: Sequence[Seen]) -> list[str]:
-    """Equal parameters are those of one chain of continuations, one after the other."""
+    """Equal parameters are those of one chain of continuations, one after the other.
+
+    The known-good first one is tried again where it was interrupted.
+    """
     followers: dict[str, list[Seen]] = {}
     for trial in trials:
         if trial.params != "[]":
@@ -155,7 +158,9 @@ def check_draws(trials: Sequence[Seen]) -> list[str]:
     wrong = []
     for equals in followers.values():
         for earlier, later in pairwise(equals):
-            if later.attributes.get("continues") != earlier.number:
+            is_known_good = later.attributes.get("draw") == 0
+            again = is_known_good and earlier.attributes.get("interrupted")
+            if later.attributes.get("continues") != earlier.number and not again:
                 wrong.append(f"trial {later.number} repeats the draw of trial {earlier.number}")
     return wrong
 
