@@ -1292,6 +1292,17 @@ def test_lines_without_page_directories_are_no_page_in_two_splits(tmp_path: Path
     assert "2 writers have lines without page directories" in describe_report(report)[-1]
 
 
+def test_a_single_line_beside_page_directories_is_told(tmp_path: Path) -> None:
+    """It keeps all pages from being measured."""
+    root = tmp_path / "root"
+    write_lines(root, [f"{s}/{w}/{s}_p/{n}.png" for s in SPLITS for w in "ab" for n in range(2)])
+    write_lines(root, ["val/a/loose.png"])
+    data = load(root, tmp_path / "cache")
+    assert not Lines.of(data, "val", torch.from_numpy(data.strip)).has_pages
+    assert data.report["writers_without_pages"] == ["a"]
+    assert "1 writer has lines without page directories" in describe_report(data.report)[-1]
+
+
 def test_one_name_in_two_unicode_forms_is_an_error(tmp_path: Path) -> None:
     composed, decomposed = "Ren\u00e9", "Rene\u0301"
     write_lines(tmp_path, ["train/anna/p/1.png", f"train/{composed}/p/1.png"])

@@ -126,9 +126,7 @@ def data_report(
             kept,
             lambda i: (kept[i].writer, _nfc(kept[i].page)) if kept[i].page != NO_PAGE else None,
         ),
-        "writers_without_pages": sorted(
-            {line.writer for line in kept} - {line.writer for line in kept if line.page != NO_PAGE}
-        ),
+        "writers_without_pages": sorted({line.writer for line in kept if line.page == NO_PAGE}),
         "books_in_two_splits": _in_two_splits(
             kept, lambda i: (kept[i].writer, _nfc(book)) if (book := kept[i].book) else None
         ),

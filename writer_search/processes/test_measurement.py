@@ -44,7 +44,7 @@ def evaluate_test(
         "config_hash": read_dict(chosen.directory / "config.json").get("config_hash"),
         "data_fingerprint": question.data.fingerprint,
     }
-    if all(before.get(name) == value for name, value in identity.items()):
+    if _is_of(before, identity):
         return describe(before)
     lines = len(question.data.select("test"))
     print(f"evaluating {chosen.name} on {lines} test lines", flush=True)
@@ -62,10 +62,15 @@ def evaluate_test(
         "note": NOTE,
         **content,
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
-        "earlier": earlier,
+        # Where the choice has come back to a model, its value is no other one.
+        "earlier": [one for one in earlier if not _is_of(one, identity)],
     }
     write_json(path, found)
     return describe(found)
+
+
+def _is_of(measured: dict[str, Any], identity: dict[str, Any]) -> bool:
+    return all(measured.get(name) == value for name, value in identity.items())
 
 
 def _seen_from(checkpoint_dir: Path, directory: Path) -> str:
