@@ -69,6 +69,7 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     from writer_search.study.supplies import LocalSupply
     from writer_search.study.unfinished import (
         continue_interrupted,
+        continued,
         settle_unfinished,
         told_of_checkpoints,
     )
@@ -85,11 +86,8 @@ def open_search(args: argparse.Namespace, plan: Plan, stop: StopSignals) -> Sear
     record_settings(study, plan.settings, args.checkpoint_dir)
     study.pruner = make_pruner(args.pruner, args.epochs)
     settled = settle_unfinished(study, args.checkpoint_dir)
-    settled += (
-        continue_interrupted(study)
-        if args.continue_interrupted
-        else told_of_checkpoints(study, args.checkpoint_dir)
-    )
+    settled += continue_interrupted(study, continued(args.continue_interrupted, plan.space))
+    settled += told_of_checkpoints(study, args.checkpoint_dir)
     supply = LocalSupply(study, plan)
     rows = supply.rows()
     study.set_user_attr("run", describe_run(args.n_trials, len(plan.slots), rows))
@@ -114,6 +112,7 @@ def open_shared_search(
     from writer_search.study.shared.opening import open_shared
     from writer_search.study.shared.storage import shown_url
     from writer_search.study.shared.supply import SharedSupply, bury_dead
+    from writer_search.study.unfinished import continued
 
     pruner = make_pruner(args.pruner, args.epochs)
     study = open_shared(storage, args.study_name, args.checkpoint_dir, plan.settings, pruner)
@@ -121,9 +120,8 @@ def open_shared_search(
     study.set_user_attr("run", {"n_trials": args.n_trials, "checkpoint_dir": where})
     # A number of its own in the seeds of each search: they draw differently from the same trials.
     drawer = Drawer(plan.space, plan.sampler, plan.seed, salt=[int.from_bytes(os.urandom(4))])
-    fleet = Fleet(
-        study, drawer, args.n_trials, args.checkpoint_dir, lock, args.continue_interrupted
-    )
+    wanted = continued(args.continue_interrupted, plan.space)
+    fleet = Fleet(study, drawer, args.n_trials, args.checkpoint_dir, lock, wanted)
     settled = bury_dead(fleet, fleet.trials())
     search = Search(plan, stop, SharedSupply(fleet))
     shown = f"{shown_url(args.storage)}, study {args.study_name}"

@@ -3,9 +3,10 @@
     git clone https://github.com/HTRomance-Project/medieval-italian
     python -m benchmarks.cut_lines medieval-italian/data --output hands
 
-Of each image that has an ALTO file beside it, up to 13 lines, evenly spread over the page, go into
-`hands/<directory>/<page>/line_001.png`: black outside of their polygon. A directory is taken for
-one hand. Only the default kind of lines is taken, none that is shorter than three times its height.
+Of each ALTO file with an image of its name beside it, up to 13 lines, evenly spread over the page,
+go into `hands/<directory>/<page>/line_001.png`: black outside of their polygon. A directory is
+taken for one hand. Only the default kind of lines is taken, none that is lower than 20 pixels or
+shorter than three times its height, and no page with fewer than five lines.
 """
 
 from __future__ import annotations
@@ -20,25 +21,27 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 Polygon = list[tuple[float, float]]
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".JPG")  # in the order they are looked for
 LEAST_LINES, LEAST_HEIGHT, LEAST_ASPECT = 5, 20, 3  # of a page; of a line in pixels
 
 
-def polygons(alto: Path, width: int) -> list[Polygon]:
-    """Read the polygons of a page's lines, in pixels of an image of this width."""
+def polygons(alto: Path, size: tuple[int, int]) -> list[Polygon]:
+    """Read the polygons of a page's lines, in pixels of its image of this width and height."""
     root = ElementTree.parse(alto).getroot()
     kinds = {tag.get("ID"): tag.get("LABEL", "") for tag in root.iterfind(".//{*}OtherTag")}
     page = next(root.iterfind(".//{*}Page"))
-    scale = width / float(page.get("WIDTH") or width)
+    scale = size[0] / float(page.get("WIDTH") or size[0])
     found = []
     for line in root.iterfind(".//{*}TextLine"):
         kind = kinds.get((line.get("TAGREFS") or "").split(" ")[0], "")
         polygon = line.find(".//{*}Polygon")
-        if polygon is None or (kind and not kind.startswith("Default")):
+        if polygon is None or not (kind or "default").casefold().startswith("default"):
             continue
         values = [scale * float(v) for v in polygon.get("POINTS", "").replace(",", " ").split()]
         points = list(zip(values[::2], values[1::2], strict=True))
-        extent = np.ptp(points, axis=0) if points else (0, 0)
-        if extent[1] >= LEAST_HEIGHT and extent[0] >= LEAST_ASPECT * extent[1]:
+        within = np.clip(points or [(0, 0)], 0, size)
+        width, height = np.ptp(within, axis=0)
+        if height >= LEAST_HEIGHT and width >= LEAST_ASPECT * height:
             found.append(points)
     return found
 
@@ -69,18 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lines", type=int, default=13, help="of each page, at most")
     args = parser.parse_args(argv)
-    written = 0
-    for path in sorted(p for d in args.directories for p in d.rglob("*.jpg")):
-        alto = path.with_suffix(".xml")
-        if not alto.exists():
+    written, hands = 0, dict[str, Path]()
+    for alto in sorted(path for d in args.directories for path in d.rglob("*.xml")):
+        path = next((p for s in SUFFIXES if (p := alto.with_suffix(s)).exists()), None)
+        if path is None:
+            print(f"{alto}: left out, no image of its name")
             continue
+        hand = hands.setdefault(alto.parent.name, alto.parent)
+        if hand != alto.parent:
+            parser.error(f"{hand} and {alto.parent} have the same name: one hand, or two?")
         with Image.open(path) as image:
             page = image.convert("RGB")
-        lines = polygons(alto, page.width)
+        lines = polygons(alto, page.size)
         if len(lines) < LEAST_LINES:
             print(f"{path}: left out, {len(lines)} lines")
             continue
-        into = args.output / path.parent.name / path.stem
+        into = args.output / hand.name / path.stem
         into.mkdir(parents=True, exist_ok=True)
         for number, points in enumerate(evenly(lines, args.lines), 1):
             cut(page, points).save(into / f"line_{number:03d}.png")

@@ -531,8 +531,7 @@ class Series:
         wrong += check_histories(self.directory, trials, self.epochs)
         wrong += check_files(self.memory, self.directory, record.fault in LEAVES_TMP)
         wrong += self.check_budget(before, trials, record)
-        if self.setup.continues:
-            wrong += check_continuations(trials, at_end)
+        wrong += check_continuations(trials, at_end, self.setup.continues)
         if not record.inflicted:
             wrong += check_settled(before, trials)
         states = [trial.state for trial in trials]

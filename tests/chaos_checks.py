@@ -147,10 +147,7 @@ def check_kept(memory: Memory, directory: Path, trials: Sequence[Seen]) -> list[
 
 
 def check_draws(trials: Sequence[Seen]) -> list[str]:
-    """Equal parameters are those of one chain of continuations, one after the other.
-
-    The known-good first one is tried again where it was interrupted.
-    """
+    """Equal parameters are those of one chain of continuations, one after the other."""
     followers: dict[str, list[Seen]] = {}
     for trial in trials:
         if trial.params != "[]":
@@ -158,9 +155,7 @@ def check_draws(trials: Sequence[Seen]) -> list[str]:
     wrong = []
     for equals in followers.values():
         for earlier, later in pairwise(equals):
-            is_known_good = later.attributes.get("draw") == 0
-            again = is_known_good and earlier.attributes.get("interrupted")
-            if later.attributes.get("continues") != earlier.number and not again:
+            if later.attributes.get("continues") != earlier.number:
                 wrong.append(f"trial {later.number} repeats the draw of trial {earlier.number}")
     return wrong
 
@@ -181,8 +176,11 @@ def check_histories(directory: Path, trials: Sequence[Seen], epochs: int) -> lis
     return wrong
 
 
-def check_continuations(trials: Sequence[Seen], at_end: bool) -> list[str]:
-    """What was broken off is followed once, but not after three in a row that saved no more."""
+def check_continuations(trials: Sequence[Seen], at_end: bool, all_draws: bool) -> list[str]:
+    """What was broken off is followed once, but not after three in a row that saved no more.
+
+    all_draws: of each draw, and not of the known-good first one alone.
+    """
     wrong = []
     follows = Counter(trial.attributes.get("continues") for trial in trials)
     for trial in trials:
@@ -193,7 +191,8 @@ def check_continuations(trials: Sequence[Seen], at_end: bool) -> list[str]:
         was_last = len(in_vain) == MOST_CONTINUATIONS
         failure = trial.attributes.get("failure", "")
         is_due = trial.attributes.get("interrupted") or any(word in failure for word in NO_FAULT)
-        is_due = bool(is_due) and not was_last
+        is_wanted = all_draws or trial.attributes["draw"] == 0
+        is_due = bool(is_due) and is_wanted and not was_last
         if follows[trial.number] > is_due or (at_end and follows[trial.number] != is_due):
             wrong.append(f"{follows[trial.number]} trials continue trial {trial.number}: {trial}")
     return wrong

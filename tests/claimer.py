@@ -37,7 +37,7 @@ def main(storage: BaseStorage, n_trials: int, directory: Path, fault: str) -> No
     started: list[int] = []
     most = 0
     with SharedLock(directory) as lock:
-        fleet = Fleet(study, drawer, n_trials, directory, lock, continue_interrupted=True)
+        fleet = Fleet(study, drawer, n_trials, directory, lock, continued={})
         print("ready", flush=True)
         sys.stdin.readline()
         while True:

@@ -435,16 +435,16 @@ def test_run_that_is_not_wanted_any_more_takes_no_place() -> None:
         )
     assert [t.user_attrs["draw"] for t in study.trials] == [1, 0]
     repeater = Repeater(search, candidates_of(rows, 2, 1, seed=0))
-    lines = continue_interrupted(study, repeater.seeds)
+    lines = continue_interrupted(study, {"seed": repeater.seeds})
     assert lines == ["trial 0 was interrupted: a new trial goes on with it"]
-    continue_interrupted(study)  # as an earlier run did, when all were wanted
+    continue_interrupted(study, {})  # as an earlier run did, when all were wanted
     drawn = [repeater.ask(study) for _ in range(repeater.missing([]))]
     assert [t and t.user_attrs["draw"] for t in drawn] == [1, 2]
     assert repeater.ask(study) is None
     assert [t.state for t in study.trials].count(TrialState.RUNNING) == 2
     # Wanted again, it goes on.
     again = Repeater(search, candidates_of(rows, 3, 1, seed=0))
-    assert continue_interrupted(study, again.seeds) == [
+    assert continue_interrupted(study, {"seed": again.seeds}) == [
         "trial 3 was interrupted: a new trial goes on with it"
     ]
 

@@ -587,6 +587,8 @@ def test_big_jpegs_are_made_smaller_once(monkeypatch: pytest.MonkeyPatch) -> Non
     again = decode_line(content, HEIGHT)
     assert np.array_equal(again.ink, whole.ink)
     assert (again.size, again.version) == (whole.size, 4), "an earlier version read it otherwise"
+    ImageDraw.Draw(rough).polygon([(1800, 0), (1800, 240), (1740, 240)], fill=0)
+    assert decode_line(encoded(rough, "JPEG"), HEIGHT).version == 5, "of two changes the later one"
 
 
 def huge_png(width: int, height: int) -> bytes:

@@ -92,39 +92,3 @@ def test_sampler_learns_once_it_knows_five_trials() -> None:
     assert learned != drawn_after("random", 20)
     near = {n: v * 1.001 if isinstance(v, float) else v for n, v in learned.items()}
     assert drawn_after("tpe", 20, beside=near) != learned, "it keeps away from what runs"
-
-
-def test_known_good_first_trials_are_begun_again_until_they_have_an_end() -> None:
-    """An interruption in a search's first minutes must not leave it without them."""
-    space = default_space("cpu", False)
-    study = optuna.create_study(direction="maximize")
-
-    def run_of(*ends: str) -> list[int]:
-        """Give the numbers of a run's draws, of which each ends so."""
-        drawer = Drawer(space, "random", 0)
-        drawer.first = len(study.trials)
-        drawn = []
-        for end in ends:
-            trial = drawer.ask(study)
-            drawn.append(trial.user_attrs["draw"])
-            trial.set_user_attr("interrupted", end == "interrupted")
-            study.tell(trial, *([0.5] if end == "complete" else [None, TrialState.FAIL]))
-        return drawn
-
-    assert run_of("interrupted", "interrupted", "complete") == [0, 1, 2]
-    assert run_of("complete", "interrupted", "interrupted") == [0, 1, 3]
-    by_draw = [t.params for draw in (0, 1) for t in study.trials if t.user_attrs["draw"] == draw]
-    assert by_draw[0] == by_draw[1] != by_draw[2] == by_draw[3]
-    assert run_of("interrupted") == [1], "what was drawn beyond them is given up"
-    assert run_of("complete") == [4], "what is interrupted so often may be the cause of it"
-
-
-def test_known_good_first_trials_that_fail_by_themselves_are_not_begun_again() -> None:
-    space = default_space("cpu", False)
-    study = optuna.create_study(direction="maximize")
-    for drawn in (0, 1, 2):
-        drawer = Drawer(space, "random", 0)
-        drawer.first = len(study.trials)
-        trial = drawer.ask(study)
-        assert trial.user_attrs["draw"] == drawn
-        study.tell(trial, state=TrialState.FAIL)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,11 @@ from writer_search.study.shared.storage import (
 )
 from writer_search.study.shared.supply import bury_dead
 from writer_search.study.store import record_settings
-from writer_search.study.unfinished import checkpoint_to_continue, continue_interrupted
+from writer_search.study.unfinished import (
+    checkpoint_to_continue,
+    continue_interrupted,
+    continued,
+)
 
 __all__ = ["run"]  # the fixture
 URL = "postgresql+psycopg://me:s3cr%40t@db.example/lines"
@@ -66,6 +70,7 @@ def memory() -> InMemoryStorage:
 
 
 Member = Callable[..., Fleet]
+NOTHING: Mapping[str, Container[int]] = {"draw": ()}  # is gone on with
 
 
 @pytest.fixture
@@ -77,7 +82,7 @@ def member(memory: InMemoryStorage, tmp_path: Path) -> Member:
         study = optuna.load_study(study_name=STUDY_NAME, storage=more.pop("storage", memory))
         space = more.pop("space", default_space("cpu", False))
         drawer = Drawer(space, "random", 0, salt=[next(salts)])
-        return Fleet(study, drawer, n_trials, tmp_path, **more)
+        return Fleet(study, drawer, n_trials, tmp_path, **{"continued": NOTHING, **more})
 
     return make
 
@@ -147,7 +152,7 @@ def test_same_draw_of_a_search_that_is_interrupted_meanwhile_is_drawn_again(
     member: Member, monkeypatch: pytest.MonkeyPatch, continues: bool, ended: bool
 ) -> None:
     """The other search has noted the interruption, and has ended the trial or is about to."""
-    a, b = (member(3, continue_interrupted=continues) for _ in range(2))
+    a, b = (member(3, continued={} if continues else NOTHING) for _ in range(2))
 
     def meanwhile() -> None:
         trial = b.claim()
@@ -197,7 +202,7 @@ def test_place_of_a_trial_interrupted_meanwhile_is_its_continuation_s(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two see the last place. One takes it; before the other does, the trial that ran ends."""
-    a, b, c = (member(2, continue_interrupted=True) for _ in range(3))
+    a, b, c = (member(2, continued={}) for _ in range(3))
     running = b.claim()
     trial_dir(tmp_path, 0).mkdir()
     write_json(trial_dir(tmp_path, 0) / "config.json", {})
@@ -216,7 +221,7 @@ def test_place_of_a_trial_interrupted_meanwhile_is_its_continuation_s(
 def test_interrupted_trial_is_continued_once(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = (member(2, continue_interrupted=True) for _ in range(2))
+    a, b = (member(2, continued={}) for _ in range(2))
     tell(a, a.claim(), TrialState.FAIL, interrupted=True)
     assert a.claim() is not None  # no directory: not within reach, so that it is a new draw
     assert "continues" not in a.trials()[1].user_attrs
@@ -235,18 +240,18 @@ def test_interrupted_trial_is_continued_once(
 
 def test_killed_trial_is_continued_by_the_next_run_alone(member: Member, tmp_path: Path) -> None:
     """In this one it would be killed again at once, as often as a search gives up after."""
-    fleet = member(4, continue_interrupted=True)
+    fleet = member(4, continued={})
     trial = fleet.claim()
     trial_dir(tmp_path, 0).mkdir()
     write_json(trial_dir(tmp_path, 0) / "config.json", {})
     tell(fleet, trial, TrialState.FAIL, resumable=True)
-    for one, continues in ((fleet, None), (member(4, continue_interrupted=True), 0)):
+    for one, continues in ((fleet, None), (member(4, continued={}), 0)):
         claimed = one.claim()
         assert claimed is not None
         assert claimed.user_attrs.get("continues") == continues
     # It found the disk full before it had written a file.
     tell(fleet, claimed, TrialState.FAIL, resumable=True)
-    claimed = member(4, continue_interrupted=True).claim()
+    claimed = member(4, continued={}).claim()
     assert claimed is not None
     assert claimed.user_attrs.get("continues") == 2, "what trial 0 has saved is within reach"
     (trial_dir(tmp_path, 0) / "latest_checkpoint.pth").touch()
@@ -254,10 +259,24 @@ def test_killed_trial_is_continued_by_the_next_run_alone(member: Member, tmp_pat
         assert checkpoint_to_continue(fleet.study, own, claimed) == trial_dir(tmp_path, 0)
 
 
+def test_known_good_first_trials_are_continued_without_asking(
+    member: Member, tmp_path: Path
+) -> None:
+    first = member(9)
+    fleet = member(9, continued=continued(False, default_space("cpu", False)))
+    for number in range(3):
+        trial_dir(tmp_path, number).mkdir()
+        write_json(trial_dir(tmp_path, number) / "config.json", {})
+        tell(first, first.claim(), TrialState.FAIL, interrupted=True)
+    claimed = [trial for _ in range(3) if (trial := fleet.claim()) is not None]
+    assert [trial.user_attrs.get("continues") for trial in claimed] == [0, 1, None]
+    assert claimed[2].params != first.trials()[2].params, "what was drawn is given up"
+
+
 def test_continuation_that_was_withdrawn_is_made_again(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = member(2, continue_interrupted=True), member(2)
+    a, b = member(2, continued={}), member(2)
     tell(a, a.claim(), TrialState.FAIL, interrupted=True)
     trial_dir(tmp_path, 0).mkdir()
     write_json(trial_dir(tmp_path, 0) / "config.json", {})
@@ -273,11 +292,11 @@ def test_continuation_that_was_withdrawn_is_made_again(
 
 def test_waiting_trial_of_a_copied_study_holds_nothing_up(member: Member, tmp_path: Path) -> None:
     """A local search made it to go on with an interrupted one; a fleet makes its own."""
-    a = member(2, continue_interrupted=True)
+    a = member(2, continued={})
     tell(a, a.claim(), TrialState.FAIL, interrupted=True)
     trial_dir(tmp_path, 0).mkdir()
     write_json(trial_dir(tmp_path, 0) / "config.json", {})
-    assert continue_interrupted(a.study)
+    assert continue_interrupted(a.study, {})
     mine = a.claim()
     assert mine is not None
     assert (mine.number, mine.user_attrs["continues"]) == (2, 0)

@@ -774,7 +774,7 @@ def test_unfinished_trials_are_settled_at_the_next_start(
     assert "cut off without a word at epoch 2" in log
     assert "trial 0 was cut off at epoch 2: recorded as interrupted" in capfd.readouterr().out
     cut_off, complete, latest = params_of(directory)
-    assert latest == cut_off, "every search begins with this one"
+    assert latest == cut_off, "a search's known-good first trial is gone on with"
     assert complete != cut_off
     assert (directory / "trial_001" / "trial.json").exists(), "a missing record is written again"
 

@@ -440,6 +440,15 @@ def test_range_holds_the_truth_where_some_trials_are_descriptors(share: float) -
     assert statistics.mean(held) > 0.75
 
 
+def test_descriptors_alone_do_not_foretell_networks() -> None:
+    limits = seconds_left([], [(2.0, 50.0)], 10, 100, 1, 20)
+    assert seconds_left([], [(2.0, 50.0)], 10, 100, 1, 20, []) == limits
+    left = seconds_left([], [(2.0, 50.0)], 10, 100, 1, 20, [20.0, 21.0, 22.0])
+    assert left is not None
+    assert limits is not None
+    assert left[1] == limits[1] > 10 * 100 * 25
+
+
 def test_quantiles_are_student_s() -> None:
     stats = pytest.importorskip("scipy.stats")
     for degrees, quantile in enumerate(T80, 1):

@@ -172,7 +172,9 @@ def test_trial_is_continued_while_each_break_has_an_epoch_more(
         for name, value in {"interrupted": True, "epochs": done}.items():
             trial.set_user_attr(name, value)
         study.tell(trial, state=TrialState.FAIL)
-        assert len(continue_interrupted(study)) == (number + 1 < breaks or breaks == len(epochs))
+        assert len(continue_interrupted(study, {})) == (
+            number + 1 < breaks or breaks == len(epochs)
+        )
     assert len([t for t in study.trials if t.state == TrialState.FAIL]) == breaks
 
 
@@ -200,7 +202,9 @@ def test_trial_is_continued_while_each_break_has_a_batch_more(
         if has_saved:
             (directory / "latest_checkpoint.pth").touch()
         settle_unfinished(study, tmp_path)
-        assert len(continue_interrupted(study)) == (number + 1 < breaks or breaks == len(advanced))
+        assert len(continue_interrupted(study, {})) == (
+            number + 1 < breaks or breaks == len(advanced)
+        )
     states = [trial.state for trial in study.trials]
     assert states.count(TrialState.FAIL) == breaks
 

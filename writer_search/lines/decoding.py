@@ -126,7 +126,7 @@ def _read_upright(
     was_turned = orientation > 8 or (is_turned and image.format == "TIFF")  # by a header alone
     was_reduced_twice = width * height > BIG and height // (4 * line_height) > 1 and not is_whole
     version = max(version, 2 if was_turned or step > 1 else 1)
-    return resized, (width, height), 4 if was_reduced_twice else version
+    return resized, (width, height), max(version, 4) if was_reduced_twice else version
 
 
 def _orientation(image: Image.Image) -> int:

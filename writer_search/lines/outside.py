@@ -27,6 +27,7 @@ ELSEWHERE = 1e-4  # of the picture is as extreme without being reached from the 
 LEAST_CONTRAST = 12  # grey levels between outside and paper; with less it is read as paper anyway
 EXACT = 0.999  # of an outside that no lossy format has touched
 CLIPPED = 0.005  # of the inside is as extreme as the outside: the outside may flow into ink
+FOUND_FIRST, FOUND_LATER = 3, 5  # versions of the decoding; see `DecodedLine`
 ROUNDS = 4  # along rows and columns; the paper between letters would need dozens
 TALL = 256  # pixels; of higher pictures only every second, third, … row and column is looked at
 
@@ -126,7 +127,7 @@ def _outside_of(grey: Grey, extreme: int, known: Mask, border: Grey) -> Outside 
     if middle > 2.25 * contrast or max(paper, middle) < least:  # ink, or light that fades
         return None
     outside = _over_rim(grey, _over_soft_edge(grey, outside, extreme, contrast), extreme, contrast)
-    return Outside(outside, 5 if is_corner or paper < least else 3)
+    return Outside(outside, FOUND_LATER if is_corner or paper < least else FOUND_FIRST)
 
 
 def _paper(values: Grey) -> float:
@@ -197,10 +198,10 @@ def _along_rows(allowed: Mask, reached: Mask) -> Mask:
 
 
 def _beside(grey: Grey, outside: Mask, extreme: int) -> tuple[float, float]:
-    """Say how many grey levels what begins beside an outside is from it: its paper, its median.
+    """Measure the contrast just beyond an outside's edge: of the paper there, and of the median.
 
     Beside a white outside the lightest quarter, which is taken for paper, may be a lossy format's
-    noise.
+    noise. Where nothing is left beside it, nothing speaks against it.
     """
     beside = _grown(outside)
     others = _near(grey, extreme) | _near(grey, WHITE - extreme, EDGE)  # a polygon within a frame

@@ -239,7 +239,7 @@ def describe_report(report: Mapping[str, Any], file: str = "summary/data_report.
         warned.append(
             f"{counted(len(without), 'writer has', 'writers have')} lines without page "
             f"directories, first {one_line(without[0])}: their pages are not known, so a page in "
-            "two splits would not be noticed, and page accuracy is not measured"
+            "two splits would not be noticed, and page accuracy is not measured in such splits"
         )
     warned += [
         f"{found['count']} {kind}, first {one_line(found['first'])}"

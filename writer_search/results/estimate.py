@@ -16,8 +16,9 @@ from writer_search.results.rows import Row
 # freedom from 1; above, the normal distribution's.
 T80 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372)
 NORMAL80 = 1.282
-EVIDENCE_TRIALS = 100  # the last ones; all of thousands would take longer to go through
+EVIDENCE_TRIALS = 100  # the last ones: they are most like those to come, and quick to go through
 TRIALS_FOR_SPREAD = 3  # two say too often that all are alike
+NETWORKS_FOR_SPREAD = 1  # among them; descriptors alone say nothing of how long these take
 
 BEFORE = "epochs_before"  # attribute: epochs that were trained before a break
 
@@ -50,7 +51,9 @@ def seconds_left(
     fewest = min(epochs, patience + 1, epochs // 5 + 1)
     rests = [_rest(done, seconds, finished, fewest, epochs) for done, seconds in begun]
     coming = to_start + len(running) - len(begun)
-    took = [*(seconds for _, seconds in finished), *fitted]
+    took = [seconds for _, seconds in finished]
+    if len(took) >= NETWORKS_FOR_SPREAD:
+        took += fitted
     least = min([fewest * min(speeds), *fitted])
     low, high = _trials_to_come(took, coming, least, epochs * max(speeds))
     low += sum(rest[0] for rest in rests)
@@ -122,16 +125,13 @@ def finished_epochs(rows: Sequence[Row], fitted: bool = False) -> list[Timed]:
 
     fitted: of those that are fitted at once, which say nothing of those that are trained.
     """
-    ended = (
-        row
-        for row in reversed(rows)
-        if row.state in ("COMPLETE", "PRUNED") and row.is_fitted == fitted
-    )
+    ended = (row for row in reversed(rows) if row.state in ("COMPLETE", "PRUNED"))
     timed = (
         unbroken(row.attributes.get("epochs", 0), row.attributes.get(BEFORE, 0), row.seconds or 0.0)
-        for row in ended
+        for row in islice(ended, EVIDENCE_TRIALS)
+        if row.is_fitted == fitted
     )
-    return list(islice((one for one in timed if one[0] > 0), EVIDENCE_TRIALS))
+    return [one for one in timed if one[0] > 0]
 
 
 def fitted_seconds(rows: Sequence[Row]) -> list[float]:

@@ -136,7 +136,8 @@ def _confirm(finished: Search, directory: Path, top: int, seeds: int) -> Confirm
     study.pruner = NopPruner()  # a mean over the runs that looked good would be no mean
     candidates = candidates_of(finished.rows, top, seeds, plan.seed)
     repeater = Repeater(finished.supply.study, candidates)
-    settled = settle_unfinished(study, directory) + continue_interrupted(study, repeater.seeds)
+    settled = settle_unfinished(study, directory)
+    settled += continue_interrupted(study, {"seed": repeater.seeds})
     rows = rows_of(study.get_trials(deepcopy=False))
     missing = repeater.missing(rows)
     n_trials = count_complete(rows) + missing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,7 +26,6 @@ from writer_search.common.text import counted
 from writer_search.config import COHOG, TrialConfig
 from writer_search.results.rows import is_fitted, is_interrupted
 from writer_search.space import Space, every_draw, first_trials, suggest
-from writer_search.study.unfinished import MAX_CONTINUATIONS
 
 STARTUP_TRIALS = 5
 REDRAWS = 100  # at random, before what is left of a finite space is looked for
@@ -105,22 +103,16 @@ def make_pruner(name: str, epochs: int) -> BasePruner:
 
 @dataclass
 class Draws:
-    """What was drawn so far: the last draw's number, and the hyperparameters, as text.
-
-    cut_off: how many trials of a draw were interrupted in earlier runs; none of those in `settled`.
-    """
+    """What was drawn so far: the last draw's number, and the hyperparameters, as text."""
 
     last: int = -1
     taken: set[str] = field(default_factory=set)
     tried: set[str] = field(default_factory=set)  # of these, what is not worth a new start
-    settled: set[int] = field(default_factory=set)
-    cut_off: Counter[int] = field(default_factory=Counter)
 
     def add(self, trial: FrozenTrial, first: int) -> None:
         """Add a trial.   first: number of the first trial of this run"""
         attributes = trial.user_attrs
-        draw = attributes.get("draw", -1)
-        self.last = max(self.last, draw)
+        self.last = max(self.last, attributes.get("draw", -1))
         if attributes.get("surplus"):
             return
         key = params_key(trial.params)
@@ -130,24 +122,9 @@ class Draws:
         interrupted = is_interrupted(attributes) and trial.state.is_finished()
         if not (interrupted or (trial.state == TrialState.FAIL and trial.number < first)):
             self.tried.add(key)
-        if interrupted and trial.number < first:
-            self.cut_off[draw] += 1
-        else:
-            self.settled.add(draw)
-
-    def next(self, first_trials: int) -> int:
-        """Give the next draw's number: of the known-good first ones, each until it has an end.
-
-        Unless it is interrupted again and again: then that may be its own doing.
-        """
-        for draw in range(first_trials):
-            if draw not in self.settled and self.cut_off[draw] < MAX_CONTINUATIONS:
-                return draw
-        return max(self.last + 1, first_trials)
 
     def copy(self) -> Draws:
-        sets = set(self.taken), set(self.tried), set(self.settled)
-        return Draws(self.last, *sets, self.cut_off.copy())
+        return Draws(self.last, set(self.taken), set(self.tried))
 
 
 class Drawer:
@@ -165,7 +142,6 @@ class Drawer:
         self._finished: set[int] = set()
         self._settled = 0  # so many of the first trials have finished
         self._draws = Draws()
-        self._first_trials = first_trials(space)
         self.first = 0  # trials from this number on are of this run; its supply says so
 
     def ask(self, study: optuna.Study) -> Trial:
@@ -191,7 +167,7 @@ class Drawer:
         draws = self._draws.copy()
         for trial in unfinished:
             draws.add(trial, self.first)
-        number = draws.next(len(self._first_trials))
+        number = draws.last + 1
         running = [trial for trial in unfinished if trial.state == TrialState.RUNNING]
         placeholders = self._add_to_memory(running)  # TPE keeps away from them
         try:
@@ -214,8 +190,7 @@ class Drawer:
         """Draw what has not been drawn. Raises SpaceExhaustedError."""
         for attempt in range(REDRAWS):
             drawn = self._draw(number, attempt)
-            is_known_good = attempt == 0 and number < len(self._first_trials)
-            if params_key(drawn.params) not in (draws.tried if is_known_good else draws.taken):
+            if params_key(drawn.params) not in draws.taken:
                 return drawn
         # Where a finite space has nothing else, what has no value may get a new start.
         for passed_over in (draws.taken, draws.tried):
@@ -270,8 +245,8 @@ class Drawer:
             # It remembers which trials it has seen; a new one would go through all at each draw.
             sampler._search_space = self._intersection
         self._memory.sampler = sampler
-        if attempt == 0 and number < len(self._first_trials):
-            given = self._first_trials[number]
+        if attempt == 0 and number < len(first := first_trials(self._space)):
+            given = first[number]
         if given is not None:
             self._memory.enqueue_trial(dict(given))
         trial = self._memory.ask()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -23,6 +24,7 @@ from writer_search.results.rows import (
     trained_seconds,
     trial_dir,
 )
+from writer_search.space import Space, first_trials
 from writer_search.study.records import finished_value, tell, write_error_log, write_record
 
 # In a row without one batch more: what ends a trial so often is the trial itself.
@@ -113,16 +115,22 @@ def epochs_before(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
     return 0 if earlier is None else int(trials[earlier].user_attrs.get("epochs", 0))
 
 
-def continue_interrupted(study: optuna.Study, seeds: Container[int] | None = None) -> list[str]:
+def continued(all_of_them: bool, space: Space) -> dict[str, Container[int]]:
+    """Say which interrupted trials a search goes on with, as `continuations` wants it.
+
+    all_of_them: otherwise the known-good ones that it begins with, so that none ends below them.
+    """
+    return {} if all_of_them else {"draw": range(len(first_trials(space)))}
+
+
+def continue_interrupted(study: optuna.Study, only: Mapping[str, Container[int]]) -> list[str]:
     """Let a waiting trial follow each one that was broken off, with its hyperparameters and seed.
 
-    seeds: those of the trials to go on with; None: of all. Returns a line for each such trial.
+    only: see `continuations`. Returns a line for each such trial.
     """
     lines = []
     trials = study.get_trials(deepcopy=False)
-    for trial in continuations(trials):
-        if seeds is not None and trial.user_attrs["seed"] not in seeds:
-            continue
+    for trial in continuations(trials, only=only):
         study.add_trial(trial)
         number = trial.user_attrs["continues"]
         how = "was interrupted" if is_interrupted(trials[number].user_attrs) else "had failed"
@@ -147,13 +155,15 @@ def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
 
 
 def continuations(
-    trials: Sequence[FrozenTrial], state: TrialState = TrialState.WAITING
+    trials: Sequence[FrozenTrial],
+    state: TrialState = TrialState.WAITING,
+    only: Mapping[str, Container[int]] = MappingProxyType({}),
 ) -> Iterator[FrozenTrial]:
     """Give a trial to follow each one that was broken off, with its hyperparameters and seed.
 
     That is: interrupted, killed, or without room on the disk; a trial that failed by itself is not
     followed. Once for each break, but not after MAX_CONTINUATIONS in a row that brought it no
-    further.
+    further.   only: attribute → its values in the trials that are followed
     """
     # A fleet, whose trials run at once, starts no waiting one: it came with a copied study.
     waits = state == TrialState.WAITING
@@ -167,6 +177,8 @@ def continuations(
         if trial.state != TrialState.FAIL or not is_resumable(attributes):
             continue
         if trial.number in followed or "seed" not in attributes:
+            continue
+        if any(attributes.get(name) not in values for name, values in only.items()):
             continue
         if _in_vain(trials, trial) >= MAX_CONTINUATIONS:
             continue

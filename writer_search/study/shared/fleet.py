@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ class Fleet:
     """One search's view of the study that it shares with others.
 
     n_trials: the total of complete trials wanted.   lock: this search's, for others on its host.
+    continued: the interrupted trials that are gone on with; see `continuations`.
     """
 
     study: optuna.Study
@@ -48,7 +49,7 @@ class Fleet:
     n_trials: int
     checkpoint_dir: Path
     lock: SharedLock | None = None
-    continue_interrupted: bool = False
+    continued: Mapping[str, Container[int]] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     first: int = 0  # trials from this number on were started during this run, by whomever
     allowed: int = 0  # of which there may be so many
@@ -117,13 +118,12 @@ class Fleet:
 
         What was killed, or had no room on the disk, is for a later run: here it may end so again.
         """
-        if self.continue_interrupted:
-            for trial in continuations(trials, TrialState.RUNNING):
-                earlier = trials[trial.user_attrs["continues"]]
-                is_due = is_interrupted(earlier.user_attrs) or earlier.number < self.first
-                chain = [earlier, *continued_by(trials, earlier)]
-                if is_due and any(self._is_within_reach(link) for link in chain):
-                    return trial
+        for trial in continuations(trials, TrialState.RUNNING, self.continued):
+            earlier = trials[trial.user_attrs["continues"]]
+            is_due = is_interrupted(earlier.user_attrs) or earlier.number < self.first
+            chain = [earlier, *continued_by(trials, earlier)]
+            if is_due and any(self._is_within_reach(link) for link in chain):
+                return trial
         return None
 
     def _store(self, template: FrozenTrial) -> tuple[FrozenTrial, list[FrozenTrial]]:
