@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from writer_search.lines.kinds import SUFFIXES
+
 Polygon = list[tuple[float, float]]
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".JPG")  # in the order they are looked for
 LEAST_LINES, LEAST_HEIGHT, LEAST_ASPECT = 5, 20, 3  # of a page; of a line in pixels
 
 
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     written, hands = 0, dict[str, Path]()
     for alto in sorted(path for d in args.directories for path in d.rglob("*.xml")):
-        path = next((p for s in SUFFIXES if (p := alto.with_suffix(s)).exists()), None)
+        beside = sorted(path for path in alto.parent.iterdir() if path.stem == alto.stem)
+        path = next((path for path in beside if path.suffix.lower() in SUFFIXES), None)
         if path is None:
             print(f"{alto}: left out, no image of its name")
             continue

@@ -125,8 +125,8 @@ def _read_upright(
     resized = np.asarray(grey.resize(wanted, Image.Resampling.BILINEAR))
     was_turned = orientation > 8 or (is_turned and image.format == "TIFF")  # by a header alone
     was_reduced_twice = width * height > BIG and height // (4 * line_height) > 1 and not is_whole
-    version = max(version, 2 if was_turned or step > 1 else 1)
-    return resized, (width, height), max(version, 4) if was_reduced_twice else version
+    of_geometry = 4 if was_reduced_twice else 2 if was_turned or step > 1 else 1
+    return resized, (width, height), max(version, of_geometry)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from writer_search.common.files import is_there, read_dict, write_whole
-from writer_search.results.rows import Row, best_row, home_of, trial_dir
+from writer_search.results.rows import Row, best_row, directory_of
 
 CONFIRM = "confirm"
 
@@ -47,8 +47,7 @@ def chosen_model(checkpoint_dir: Path, rows: Sequence[Row]) -> Chosen | None:
     best = best_row(rows)
     if best is None:
         return None
-    home = home_of(best.number, best.attributes, checkpoint_dir)
-    return Chosen(best.number, trial_dir(home, best.number), False)
+    return Chosen(best.number, directory_of(best.number, best.attributes, checkpoint_dir), False)
 
 
 def best_copy(checkpoint_dir: Path) -> Path:

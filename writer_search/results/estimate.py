@@ -18,7 +18,6 @@ T80 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372)
 NORMAL80 = 1.282
 EVIDENCE_TRIALS = 100  # the last ones: they are most like those to come, and quick to go through
 TRIALS_FOR_SPREAD = 3  # two say too often that all are alike
-NETWORKS_FOR_SPREAD = 1  # among them; descriptors alone say nothing of how long these take
 
 BEFORE = "epochs_before"  # attribute: epochs that were trained before a break
 
@@ -52,7 +51,7 @@ def seconds_left(
     rests = [_rest(done, seconds, finished, fewest, epochs) for done, seconds in begun]
     coming = to_start + len(running) - len(begun)
     took = [seconds for _, seconds in finished]
-    if len(took) >= NETWORKS_FOR_SPREAD:
+    if took:  # descriptors alone say nothing of how long networks take
         took += fitted
     least = min([fewest * min(speeds), *fitted])
     low, high = _trials_to_come(took, coming, least, epochs * max(speeds))
@@ -81,7 +80,7 @@ def recorded_left(
     alike = [running[row.number] for row in rows if row.number in running and row.is_fitted == fits]
     epochs, patience = (int(settings.get(name, 0)) for name in ("epochs", "patience"))
     most = 1 if fits else epochs
-    fitted = [] if fits else fitted_seconds(rows)
+    fitted = fitted_seconds(rows, fits)
     return seconds_left(finished_epochs(rows, fits), alike, to_start, most, jobs, patience, fitted)
 
 
@@ -134,9 +133,9 @@ def finished_epochs(rows: Sequence[Row], fitted: bool = False) -> list[Timed]:
     return [one for one in timed if one[0] > 0]
 
 
-def fitted_seconds(rows: Sequence[Row]) -> list[float]:
-    """Give the seconds of the last complete descriptors."""
-    return [seconds for _, seconds in finished_epochs(rows, fitted=True)]
+def fitted_seconds(rows: Sequence[Row], fits: bool) -> list[float]:
+    """Give the seconds of the last complete descriptors; none where the search fits them alone."""
+    return [] if fits else [seconds for _, seconds in finished_epochs(rows, fitted=True)]
 
 
 def unbroken(done: float, before: float, seconds: float) -> Timed:

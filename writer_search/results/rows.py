@@ -92,6 +92,11 @@ def home_of(number: int, attributes: Mapping[str, Any], checkpoint_dir: Path) ->
     return checkpoint_dir if is_there(trial_dir(checkpoint_dir, number) / "config.json") else home
 
 
+def directory_of(number: int, attributes: Mapping[str, Any], checkpoint_dir: Path) -> Path:
+    """Give a trial's directory, in its own search's checkpoint directory: see `home_of`."""
+    return trial_dir(home_of(number, attributes, checkpoint_dir), number)
+
+
 def is_interrupted(attributes: Mapping[str, Any]) -> bool:
     """Tell whether a trial did not fail by itself, by its attributes."""
     return bool(attributes.get("interrupted"))

@@ -18,10 +18,9 @@ from writer_search.results.rows import (
     best_row,
     count_complete,
     count_states,
-    home_of,
+    directory_of,
     is_interrupted,
     state_of,
-    trial_dir,
 )
 from writer_search.space import fixed_of
 
@@ -69,15 +68,15 @@ class SummaryFiles:
 
 
 def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
-    home = home_of(best.number, best.attributes, checkpoint_dir)
-    is_own = home.absolute() == checkpoint_dir.absolute()
-    directory = trial_dir(Path() if is_own else home, best.number)
+    found = directory_of(best.number, best.attributes, checkpoint_dir)
+    is_own = found.parent.absolute() == checkpoint_dir.absolute()
+    directory = Path(found.name) if is_own else found
     return {
         "number": best.number,
         "value": best.value,
         "metric": "validation macro top-1 accuracy",
         "params": best.params,
-        "config": read_dict(trial_dir(home, best.number) / "config.json").get("config"),
+        "config": read_dict(found / "config.json").get("config"),
         "seconds": best.seconds,
         "directory": str(directory),
         "model": str(directory / "best_model.pth"),

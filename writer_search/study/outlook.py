@@ -54,7 +54,7 @@ class Outlook:
         if self._judged is None or self._judged[0] is not rows:
             running = {row.number for row in rows if row.state == "RUNNING"}
             timed = finished_epochs(rows, self._fits)
-            fitted = [] if self._fits else fitted_seconds(rows)
+            fitted = fitted_seconds(rows, self._fits)
             self._judged = rows, Judged(best_row(rows), timed, fitted, running)
         return self._judged[1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -15,8 +14,8 @@ from writer_search.processes.causes import THE_SAME_COMMAND
 from writer_search.results.estimate import BEFORE
 from writer_search.results.rows import (
     SECONDS,
+    directory_of,
     has_saved,
-    home_of,
     is_fitted,
     is_interrupted,
     is_resumable,
@@ -130,7 +129,7 @@ def continue_interrupted(study: optuna.Study, only: Mapping[str, Container[int]]
     """
     lines = []
     trials = study.get_trials(deepcopy=False)
-    for trial in continuations(trials, only=only):
+    for trial in continuations(trials, only):
         study.add_trial(trial)
         number = trial.user_attrs["continues"]
         how = "was interrupted" if is_interrupted(trials[number].user_attrs) else "had failed"
@@ -141,7 +140,7 @@ def continue_interrupted(study: optuna.Study, only: Mapping[str, Container[int]]
 def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
     """Say in a line how many epochs trials have saved that nobody goes on with."""
     saved = []
-    for trial in continuations(study.get_trials(deepcopy=False)):
+    for trial in continuations(study.get_trials(deepcopy=False), {}):
         number = trial.user_attrs["continues"]
         directory = trial_dir(checkpoint_dir, number)
         if has_saved(directory):
@@ -156,14 +155,14 @@ def told_of_checkpoints(study: optuna.Study, checkpoint_dir: Path) -> list[str]:
 
 def continuations(
     trials: Sequence[FrozenTrial],
+    only: Mapping[str, Container[int]],
     state: TrialState = TrialState.WAITING,
-    only: Mapping[str, Container[int]] = MappingProxyType({}),
 ) -> Iterator[FrozenTrial]:
     """Give a trial to follow each one that was broken off, with its hyperparameters and seed.
 
     That is: interrupted, killed, or without room on the disk; a trial that failed by itself is not
     followed. Once for each break, but not after MAX_CONTINUATIONS in a row that brought it no
-    further.   only: attribute → its values in the trials that are followed
+    further.   only: attribute → its values in the trials that are followed; empty: all of them
     """
     # A fleet, whose trials run at once, starts no waiting one: it came with a copied study.
     waits = state == TrialState.WAITING
@@ -220,8 +219,7 @@ def checkpoint_to_continue(study: optuna.Study, checkpoint_dir: Path, trial: Tri
     if "continues" not in trial.user_attrs:
         return None  # most are new draws: no need to read all trials
     for earlier in continued_by(study.get_trials(deepcopy=False), trial):
-        home = home_of(earlier.number, earlier.user_attrs, checkpoint_dir)
-        directory = trial_dir(home, earlier.number)
+        directory = directory_of(earlier.number, earlier.user_attrs, checkpoint_dir)
         if has_saved(directory):
             return directory
     return None

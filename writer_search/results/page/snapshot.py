@@ -16,7 +16,7 @@ from writer_search.results.confusion import Pairs, confusion_of
 from writer_search.results.estimate import Range
 from writer_search.results.page.style import CHART_STYLE
 from writer_search.results.pictures.charts import alone, trial_curves
-from writer_search.results.rows import Row, best_row, home_of, read_history, trial_dir
+from writer_search.results.rows import Row, best_row, directory_of, read_history
 from writer_search.space import fixed_of
 
 RUNNING, CONFIRMING, FINISHED, STOPPED = "running", "confirming", "finished", "stopped"
@@ -61,7 +61,7 @@ class TrialFiles:
 
     def directory(self, row: Row) -> Path:
         """Give a trial's directory: another search's, where several share the study."""
-        return trial_dir(home_of(row.number, row.attributes, self.checkpoint_dir), row.number)
+        return directory_of(row.number, row.attributes, self.checkpoint_dir)
 
     def config(self, row: Row) -> dict[str, Any]:
         known = self._configs.get(row.number)

@@ -256,14 +256,11 @@ def _lines(lines: Sequence[str]) -> str:
 
 def how_to_go_on(shown: Snapshot) -> str:
     """Give the command to resume or extend, as the newest trial has recorded it."""
-    own = [
-        row.number
-        for row in shown.rows
-        if home_of(row.number, row.attributes, shown.checkpoint_dir).absolute()
-        == shown.checkpoint_dir.absolute()
-    ]
-    for number in sorted(own, reverse=True):
-        command = shown.configs[number].get("command")
+    here = shown.checkpoint_dir
+    for row in sorted(shown.rows, key=lambda row: row.number, reverse=True):
+        if home_of(row.number, row.attributes, here).absolute() != here.absolute():
+            continue
+        command = shown.configs[row.number].get("command")
         if isinstance(command, list) and command:
             line = pasted(list(map(str, command)))
             return (

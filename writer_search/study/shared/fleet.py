@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from writer_search.common.files import is_there
 from writer_search.common.locks import SharedLock, holder_is_dead
-from writer_search.results.rows import home_of, is_interrupted, is_surplus, trial_dir
+from writer_search.results.rows import directory_of, home_of, is_interrupted, is_surplus
 from writer_search.study.draws import Drawer, SpaceExhaustedError, params_key
 from writer_search.study.unfinished import continuations, continued_by, settle
 
@@ -118,7 +118,7 @@ class Fleet:
 
         What was killed, or had no room on the disk, is for a later run: here it may end so again.
         """
-        for trial in continuations(trials, TrialState.RUNNING, self.continued):
+        for trial in continuations(trials, self.continued, TrialState.RUNNING):
             earlier = trials[trial.user_attrs["continues"]]
             is_due = is_interrupted(earlier.user_attrs) or earlier.number < self.first
             chain = [earlier, *continued_by(trials, earlier)]
@@ -221,8 +221,7 @@ class Fleet:
 
     def _is_within_reach(self, trial: FrozenTrial) -> bool:
         """Tell whether a trial's directory, with its checkpoint, can be read from here."""
-        home = home_of(trial.number, trial.user_attrs, self.checkpoint_dir)
-        directory = trial_dir(home, trial.number)
+        directory = directory_of(trial.number, trial.user_attrs, self.checkpoint_dir)
         return is_there(directory / "config.json")
 
 
