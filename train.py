@@ -45,7 +45,7 @@ from writer_search.common.output import lasting_output
 from writer_search.common.place import open_standard_streams, require_directories
 from writer_search.common.signals import Interrupted, StopSignals
 from writer_search.common.text import one_line
-from writer_search.config import STEPS_BETWEEN_RANKS, TrialConfig
+from writer_search.config import STEPS_BETWEEN_RANKS, Improvement, TrialConfig
 from writer_search.lines.predictions import write_predictions
 from writer_search.train_flags import parse_train_args
 from writer_search.training.batches import EpochImages, Lines, epoch_order, strip_on
@@ -60,7 +60,7 @@ from writer_search.training.checkpoints import (
     load_model as load_model,  # for those who use a model from Python
 )
 from writer_search.training.device_errors import is_out_of_memory
-from writer_search.training.evaluation import evaluate, line_logits
+from writer_search.training.evaluation import evaluate, own_logits
 from writer_search.training.fitting import describe, fit
 from writer_search.training.metrics import OF_THE_BEST, Metrics, row_of
 from writer_search.training.optimisation import (
@@ -379,15 +379,13 @@ def _write_results(
 
 
 def is_finished(state: TrainingState, config: TrialConfig, last_epoch: int | None = None) -> bool:
-    """Tell whether all epochs are done, or `patience` of them without a better value."""
+    """Tell whether all epochs are done, or `patience` of them without an improvement."""
     most = config.most_epochs
     if state.epoch >= min(most, last_epoch or most):
         return True
     if state.best is None:
         return False
-    value = state.best["macro_top1"]
-    reached: int = next(row["epoch"] for row in state.history if row["macro_top1"] == value)
-    return state.epoch - reached >= config.patience
+    return state.epoch - Improvement.of(state.history).epoch >= config.patience
 
 
 def validate(
@@ -405,7 +403,7 @@ def validate(
     progress = state.epoch + 1
     how = (lambda: check(progress), state.ranks)
     if state.described is None and state.average.beside is not None:
-        state.described = line_logits(state.average.beside, config, lines, len(writers), *how)
+        state.described = own_logits(state.average.beside, config, lines, len(writers), *how)
     return evaluate(
         state.average, config, lines, writers, *how, micro_batch, described=state.described
     )

@@ -149,7 +149,7 @@ def counts_of(backbone: str, data: Any) -> dict[str, Counter[str]]:
     def validate(own: Lines) -> Counter[str]:
         with torch.inference_mode():
             writers = len(data.writers)
-            return count(lambda: evaluation.line_logits(state.average, config, own, writers))
+            return count(lambda: evaluation.own_logits(state.average, config, own, writers))
 
     one, two = (replace(few, widths=torch.full_like(few.widths, 64 * n)) for n in (1, 2))
     with mock.patch.object(evaluation, "EVALUATION_BATCH", 1):

@@ -30,7 +30,7 @@ from writer_search.results.rows import read_database
 from writer_search.study.store import open_study
 from writer_search.training import batches, evaluation, fitting
 from writer_search.training.batches import Lines
-from writer_search.training.evaluation import line_logits
+from writer_search.training.evaluation import line_logits, own_logits
 from writer_search.training.fitting import (
     VARIANTS,
     best_factor,
@@ -179,7 +179,7 @@ def test_what_is_out_of_memory_is_done_in_halves(
 
     def found() -> list[Tensor]:
         return [
-            line_logits(network, config, lines, 4, micro_batch=8),
+            own_logits(network, config, lines, 4, micro_batch=8),
             line_logits(descriptor, DESCRIPTOR, lines, 4),
             *describe(descriptor, lines, variation=1),
         ]
@@ -476,6 +476,12 @@ def test_beside_a_network_log_probabilities_are_added(
     last = json.loads((tmp_path / "both" / "metrics.json").read_text())["final"]
     expected = torch.nn.functional.cross_entropy(logits[0].double(), lines.labels)
     assert last["loss"] == pytest.approx(float(expected))
+    of_both, of_network = (
+        [json.loads(row) for row in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("both", "network")
+    )
+    assert [row["network_macro_top1"] for row in of_both] == [r["macro_top1"] for r in of_network]
+    assert all("network_macro_top1" not in row for row in of_network)
 
 
 @pytest.mark.parametrize("calls", [3, 8, 13])

@@ -36,9 +36,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for module in (train_module, evaluation):
         monkeypatch.setattr(module, "autocast", lambda config, device: contextlib.nullcontext())
     # Inference tensors cannot be of a subclass.
-    logits: Any = evaluation.line_logits
+    logits: Any = evaluation.own_logits
     for module in (train_module, evaluation):
-        monkeypatch.setattr(module, "line_logits", torch.no_grad()(logits.__wrapped__))
+        monkeypatch.setattr(module, "own_logits", torch.no_grad()(logits.__wrapped__))
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     with FarDevice():
         yield FAR.type

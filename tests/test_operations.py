@@ -51,7 +51,7 @@ def test_weights_that_are_cast_once_answer_alike(
     for cast in (evaluation.cast_weights, lambda model: None):
         monkeypatch.setattr(evaluation, "cast_weights", cast)
         with torch.inference_mode():
-            measure = partial(evaluation.line_logits, model, config, lines, len(data.writers))
+            measure = partial(evaluation.own_logits, model, config, lines, len(data.writers))
             answers.append(measure())
             counted.append(operations.count(measure).total())
     assert torch.equal(*answers)

@@ -31,7 +31,7 @@ from writer_search.training import evaluation
 from writer_search.training import ranks as ranks_module
 from writer_search.training.batches import EpochImages, Lines, strip_on
 from writer_search.training.checkpoints import load_model
-from writer_search.training.evaluation import evaluate, line_logits
+from writer_search.training.evaluation import evaluate, own_logits
 from writer_search.training.optimisation import build_model
 from writer_search.training.ranks import ALONE, Ranks
 from writer_search.training.state import TrainingState
@@ -154,9 +154,9 @@ def test_each_window_is_validated_by_one_rank(
     model = TrainingState.start(config, 4, CPU).average
     checks: list[int] = []
     with torch.inference_mode():
-        whole = line_logits(model, config, lines, 4)
+        whole = own_logits(model, config, lines, 4)
         parts = [
-            line_logits(model, config, lines, 4, lambda r=r: checks.append(r), Apart(r, 3))
+            own_logits(model, config, lines, 4, lambda r=r: checks.append(r), Apart(r, 3))
             for r in range(3)
         ]
     torch.testing.assert_close(sum(parts), whole)

@@ -25,6 +25,7 @@ from optuna.trial import TrialState, create_trial
 from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.common.errors import UserError
+from writer_search.config import TrialConfig
 from writer_search.processes import child as child_module
 from writer_search.processes import runner as runner_module
 from writer_search.processes import running as running_module
@@ -453,6 +454,20 @@ def test_slow_batches_have_their_time_to_save() -> None:
         running = RunningTrial(trial, job, child, 0, 0.0, **seen)  # type: ignore[arg-type]
         running.stop(by_signal("SIGTERM"))
         assert running.kill_at - time.monotonic() == pytest.approx(seconds, abs=1)
+
+
+def test_search_knows_a_trial_s_last_epoch_as_the_trial_does() -> None:
+    """Also where only the network beside a descriptor has become better."""
+    config = TrialConfig(seed=0, epochs=9, patience=2, backbone="tiny", with_cohog=True)
+    job = SimpleNamespace(config=config)
+    running = RunningTrial(SimpleNamespace(number=0), job, None, 0, 0.0)  # type: ignore[arg-type]
+    last = []
+    for epoch, (both, network) in enumerate([(0.6, 0.1), (0.5, 0.2), (0.6, 0.2), (0.6, 0.2)], 1):
+        row = {"epoch": epoch, "macro_top1": both, "network_macro_top1": network}
+        running.note_epoch(Report(epoch, row, again=False))
+        last.append(running.is_last_epoch)
+    assert last == [False, False, False, True]
+    assert running.best == 0.6
 
 
 def test_runner_wakes_for_what_is_due_first() -> None:

@@ -241,6 +241,34 @@ def test_epochs_and_patience_end_a_trial(
     assert metrics.macro_top1 == 0.5
 
 
+def test_a_network_that_still_learns_beside_a_descriptor_is_waited_for(
+    data: LineSet, config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptor's value hides it at first; after a break as well."""
+    values = [0.6, 0.6, 0.6, 0.6, 0.6, 0.7, 0.5, 0.6]
+    alone = [0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4]
+    shown = iter(zip(values, alone, strict=True))
+
+    def scripted(*_: Any, **__: Any) -> Metrics:
+        both, network = next(shown)
+        nothing = np.zeros((0, 3), np.int32)
+        return Metrics(both, None, 0.0, 0.0, 1.0, {}, nothing, network_macro_top1=network)
+
+    def stop(progress: float) -> None:
+        if progress >= 3:
+            raise Stopped
+
+    monkeypatch.setattr(train_module, "evaluate", scripted)
+    config = changed(config, epochs=8, patience=2, with_cohog=True)
+    with pytest.raises(Stopped):
+        train(config, data, tmp_path, check=stop)
+    epochs: list[int] = []
+    metrics = train(config, data, tmp_path, lambda n, _: epochs.append(n), continue_from=tmp_path)
+    assert epochs == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert metrics is not None
+    assert (metrics.macro_top1, metrics.network_macro_top1) == (0.7, 0.4)
+
+
 def test_stop_after_the_last_epoch_is_its_end(
     data: LineSet, config: TrialConfig, tmp_path: Path
 ) -> None:

@@ -1,11 +1,11 @@
-"""What one trial is: its configuration, and what each value in it may be at all.
+"""What one trial is: its configuration, what each value in it may be at all, and its patience.
 
 Imports neither torch nor Optuna: the search process and the trial processes share this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -137,7 +137,7 @@ class TrialConfig:
 
     seed: int
     epochs: int
-    patience: int  # epochs without a better validation value before the trial ends
+    patience: int  # epochs without an improvement, see `Improvement`, before the trial ends
     backbone: str
     pretrained: bool = False  # ImageNet weights
     line_height: int = 64
@@ -226,3 +226,32 @@ def half_batch(config: TrialConfig, images: int) -> int | None:
     """
     half = images // 2
     return half if half >= SMALLEST_BATCH and not config.is_fitted else None
+
+
+@dataclass
+class Improvement:
+    """When a trial last did better than ever before, from which its patience counts.
+
+    What is to be better is the trial's value or, of a network with a descriptor beside it, what the
+    network gets right alone: the two together are good from the first epoch on, and become better
+    only once the network has learned.
+    """
+
+    epoch: int = 0
+    value: float | None = None  # the best so far: validation macro top-1
+    network: float | None = None  # the same of the network alone
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Take an epoch's row of the history into account; one noted before changes nothing."""
+        for own, name in (("value", "macro_top1"), ("network", "network_macro_top1")):
+            before, found = getattr(self, own), row.get(name)
+            if found is not None and (before is None or found > before):
+                setattr(self, own, found)
+                self.epoch = row["epoch"]
+
+    @classmethod
+    def of(cls, history: Iterable[dict[str, Any]]) -> Improvement:
+        found = cls()
+        for row in history:
+            found.note(row)
+        return found

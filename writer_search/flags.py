@@ -229,7 +229,7 @@ def _add_training_flags(group: Any) -> None:
         type=whole_number,
         default=20,
         metavar="N",
-        help="end a trial after N epochs without a better value (default: %(default)s)",
+        help="end a trial after N epochs without an improvement (default: %(default)s)",
     )
     group.add_argument(
         "--weights",

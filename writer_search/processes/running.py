@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from writer_search.config import STEPS_BETWEEN_RANKS
+from writer_search.config import STEPS_BETWEEN_RANKS, Improvement
 from writer_search.processes.causes import STOPS, TERMINATED, Cause, Kind
 from writer_search.processes.messages import STOP, Job
 from writer_search.processes.parent import UNKILLABLE_SECONDS, TrialProcesses, exit_text
@@ -69,8 +69,7 @@ class RunningTrial:
     epoch: int = 0  # epochs done
     progress: float = 0.0  # epochs done, with a fraction
     begun: float = math.inf  # the progress that it began with; infinite until it trains
-    best: float | None = None
-    best_epoch: int = 0
+    improvement: Improvement = field(default_factory=Improvement)
     pruned: bool = False
     threads: int = 1  # of each of its processes, now
     calm: float = CALM_SECONDS  # before it has more of them again
@@ -95,6 +94,11 @@ class RunningTrial:
         return time.monotonic() - self.made
 
     @property
+    def best(self) -> float | None:
+        """The best value so far."""
+        return self.improvement.value
+
+    @property
     def has_advanced(self) -> bool:
         return self.progress > self.begun
 
@@ -112,7 +116,8 @@ class RunningTrial:
     def is_last_epoch(self) -> bool:
         """Tell whether it ends by itself after the epochs that it has done."""
         config = self.job.config
-        return self.epoch >= config.most_epochs or self.epoch - self.best_epoch >= config.patience
+        unimproved = self.epoch - self.improvement.epoch
+        return self.epoch >= config.most_epochs or unimproved >= config.patience
 
     def note_progress(self, progress: float) -> None:
         self.heard = time.monotonic()
@@ -122,8 +127,7 @@ class RunningTrial:
     def note_epoch(self, report: Report) -> None:
         self.epoch = max(report.epoch, self.epoch)
         self.progress = float(report.epoch)
-        if self.best is None or report.value > self.best:
-            self.best, self.best_epoch = report.value, report.epoch
+        self.improvement.note(report.metrics)
 
     def note_fewer_threads(self, threads: int) -> None:
         """Note that its threads had to wait for cores."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +32,46 @@ def evaluate(
 ) -> Metrics:
     """Measure a model on all lines of a split, each covered whole by windows.
 
-    micro_batch: the most windows on a device at once.   described: see `line_logits`.
+    micro_batch: the most windows on a device at once.   described: the logits of a descriptor
+    beside the model, where they are known.
     Raises DivergedError when the output is not finite.
     """
-    how = (check, ranks, micro_batch, described)
-    logits = line_logits(model, config, lines, len(writers), *how).double().cpu()
+    logits = own = own_logits(model, config, lines, len(writers), check, ranks, micro_batch)
+    if model.beside is not None:
+        if described is None:
+            described = own_logits(model.beside, config, lines, len(writers), check, ranks)
+        logits = both_logits(config, own, described)
     # Rank 0's for all: a last bit that differs would let one rank go on and another end.
-    logits = ranks.of_first(logits)
+    own, logits = ranks.of_first((own, logits))
     if not logits.isfinite().all():
         raise DivergedError("the model's output on the validation lines is not finite")
     labels, pages = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
-    return compute_metrics(logits.numpy(), labels, pages, writers, lines.has_pages)
+    known = (labels, pages, writers, lines.has_pages)
+    metrics = compute_metrics(logits.double().numpy(), *known)
+    if model.beside is None:
+        return metrics
+    alone = compute_metrics(own.double().numpy(), *known)
+    return replace(metrics, network_macro_top1=alone.macro_top1)
+
+
+def line_logits(model: WriterModel, config: TrialConfig, lines: Lines, num_writers: int) -> Tensor:
+    """Give each line's logits: (lines, writers), float32, on the host.
+
+    Those of a network with a descriptor beside it are the weighted sum of both's log-probabilities.
+    """
+    own = own_logits(model, config, lines, num_writers)
+    if model.beside is None:
+        return own
+    return both_logits(config, own, own_logits(model.beside, config, lines, num_writers))
+
+
+def both_logits(config: TrialConfig, network: Tensor, descriptor: Tensor) -> Tensor:
+    """Add the log-probabilities of a network and a descriptor: (lines, writers)."""
+    return network.log_softmax(1) + config.cohog_weight * descriptor.log_softmax(1)
 
 
 @torch.inference_mode()
-def line_logits(
+def own_logits(
     model: WriterModel,
     config: TrialConfig,
     lines: Lines,
@@ -53,16 +79,13 @@ def line_logits(
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
-    described: Tensor | None = None,
 ) -> Tensor:
     """Average each line's logits over its windows: (lines, writers), float32, on the host.
 
     A descriptor sees whole lines, each in several sizes, and a writer gets the most that one of
-    them gives him. A network with a descriptor beside it gives the weighted sum of both's
-    log-probabilities; `described` are the descriptor's logits, where they are known. Ranks take
-    turns at batches of views, the same ones as a single process; none is done twice.
+    them gives him. A descriptor beside the model is not asked. Ranks take turns at batches of
+    views, the same ones as a single process; none is done twice.
     """
-    beside = model.beside
     device = lines.device
     if model.sees_whole_lines:
         line, place, parts = views(lines, None)
@@ -86,12 +109,7 @@ def line_logits(
     # On the host, where sums are taken in the same order each time.
     by_view, line = by_view.cpu(), line.cpu()
     total = torch.zeros(len(lines), num_writers).index_add_(0, line, by_view)
-    logits = total / torch.bincount(line, minlength=len(lines))[:, None]
-    if beside is not None:
-        if described is None:
-            described = line_logits(beside, config, lines, num_writers, check, ranks)
-        logits = logits.log_softmax(1) + config.cohog_weight * described.log_softmax(1)
-    return logits
+    return total / torch.bincount(line, minlength=len(lines))[:, None]
 
 
 def logits_in_sizes(model: WriterModel, config: TrialConfig, images: Tensor) -> Tensor:

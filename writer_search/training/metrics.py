@@ -30,6 +30,8 @@ class Metrics:
     macro_top5: the same for the first five guesses; None with five writers or fewer.
     micro_top1: share of all lines. page_macro_top1: pages instead of lines; None where some are not
     known.
+    network_macro_top1: macro_top1 of the network without the descriptor beside it; None where there
+    is none, and in what an earlier version measured.
     loss: mean cross-entropy of lines. per_writer: each writer's share, writers with lines only.
     confusion: (pairs, 3), int32: true writer, guessed writer, lines, where there are any; a table
     of 2,000 writers would have four million numbers.
@@ -39,6 +41,7 @@ class Metrics:
     """
 
     sure_from: float | None = field(kw_only=True, default=None)
+    network_macro_top1: float | None = field(kw_only=True, default=None)
     macro_top1: float
     macro_top5: float | None
     micro_top1: float
@@ -50,7 +53,10 @@ class Metrics:
 
     def row(self) -> dict[str, Any]:
         """Give what every epoch keeps."""
-        return row_of({each.name: getattr(self, each.name) for each in fields(self)})
+        row = row_of({each.name: getattr(self, each.name) for each in fields(self)})
+        if self.network_macro_top1 is None:
+            del row["network_macro_top1"]
+        return row
 
 
 def compute_metrics(
