@@ -311,16 +311,22 @@ def test_finite_space_is_drawn_once_and_then_ends(
 
 
 @pytest.mark.parametrize(
-    ("choices", "told"), [(["tiny", "cohog"], []), (["tiny", "resnet18"], ["it trains"])]
+    ("choices", "ranks", "told"),
+    [
+        (["tiny", "cohog"], 1, []),
+        (["tiny", "resnet18"], 1, ["it trains"]),
+        (["tiny", "cohog"], 2, ["early"]),
+    ],
 )
 def test_torchvision_is_imported_for_later_trials_once_the_first_one_trains(
     lines_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     choices: list[str],
+    ranks: int,
     told: list[str],
 ) -> None:
-    """Once, at its first batch; the program's own backbones do without."""
+    """Once, at its first batch, or before for ranks; the program's own backbones do without."""
     space = tmp_path / "space.json"
     space.write_text(json.dumps({"backbone": {"choices": choices}}))
     noted: list[str] = []
@@ -330,7 +336,8 @@ def test_torchvision_is_imported_for_later_trials_once_the_first_one_trains(
         noted.append("it trains" if (directory / "trial_000" / "train.log").exists() else "early")
 
     monkeypatch.setattr(loop_module, "preload_torchvision", note)
-    argv = arguments(lines_root, directory, "--space", str(space), n_trials="1")
+    flags = ["--space", str(space), "--gpus_per_trial", str(ranks)]
+    argv = arguments(lines_root, directory, *flags, n_trials="1")
     place = argv.index("backbone=tiny")
     assert main(argv[: place - 1] + argv[place + 1 :]) == 0
     assert noted == told
@@ -463,8 +470,8 @@ def test_search_knows_a_trial_s_last_epoch_as_the_trial_does() -> None:
     running = RunningTrial(SimpleNamespace(number=0), job, None, 0, 0.0)  # type: ignore[arg-type]
     last = []
     for epoch, (both, network) in enumerate([(0.6, 0.1), (0.5, 0.2), (0.6, 0.2), (0.6, 0.2)], 1):
-        row = {"epoch": epoch, "macro_top1": both, "network_macro_top1": network}
-        running.note_epoch(Report(epoch, row, again=False))
+        metrics = {"macro_top1": both, "network_macro_top1": network}
+        running.note_epoch(Report(epoch, metrics, again=False))
         last.append(running.is_last_epoch)
     assert last == [False, False, False, True]
     assert running.best == 0.6

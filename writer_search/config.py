@@ -241,17 +241,17 @@ class Improvement:
     value: float | None = None  # the best so far: validation macro top-1
     network: float | None = None  # the same of the network alone
 
-    def note(self, row: dict[str, Any]) -> None:
-        """Take an epoch's row of the history into account; one noted before changes nothing."""
+    def note(self, epoch: int, metrics: dict[str, Any]) -> None:
+        """Take an epoch's metrics into account; those noted before change nothing."""
         for own, name in (("value", "macro_top1"), ("network", "network_macro_top1")):
-            before, found = getattr(self, own), row.get(name)
+            before, found = getattr(self, own), metrics.get(name)
             if found is not None and (before is None or found > before):
                 setattr(self, own, found)
-                self.epoch = row["epoch"]
+                self.epoch = epoch
 
     @classmethod
     def of(cls, history: Iterable[dict[str, Any]]) -> Improvement:
         found = cls()
         for row in history:
-            found.note(row)
+            found.note(row["epoch"], row)
         return found

@@ -127,7 +127,7 @@ class RunningTrial:
     def note_epoch(self, report: Report) -> None:
         self.epoch = max(report.epoch, self.epoch)
         self.progress = float(report.epoch)
-        self.improvement.note(report.metrics)
+        self.improvement.note(report.epoch, report.metrics)
 
     def note_fewer_threads(self, threads: int) -> None:
         """Note that its threads had to wait for cores."""

@@ -46,11 +46,12 @@ from writer_search.study.unfinished import checkpoint_to_continue
 class Preload:
     """Lets torchvision be imported for later trials while the first one trains.
 
-    Or at once, where all need it. What is not the program's own has published weights.
+    Or at once, where all need it. What is not the program's own has published weights. Ranks of a
+    trial need torch's compiler, which torchvision brings along: each would import it by itself.
     """
 
-    def __init__(self, backbones: Sequence[str]) -> None:
-        needs = [BACKBONES[name] for name in backbones]
+    def __init__(self, backbones: Sequence[str], ranks: int) -> None:
+        needs = [ranks > 1 or BACKBONES[name] for name in backbones]
         self._is_due, self._is_needed_now = any(needs), all(needs)
 
     def look(self, running: Iterable[RunningTrial]) -> None:
@@ -86,7 +87,7 @@ class Search:
             plan, self.supply, rows, self.runner, self.progress, self.events, self.page
         )
         self.outlook = Outlook(plan, self.supply, self.recorder, self.runner)
-        self.preload = Preload(backbones_of(plan.space))
+        self.preload = Preload(backbones_of(plan.space), plan.ranks)
 
     @property
     def rows(self) -> list[Row]:
