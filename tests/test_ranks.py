@@ -39,6 +39,7 @@ from writer_search.training.state import TrainingState
 __all__ = ["run"]  # the fixture
 
 CPU = torch.device("cpu")
+WITH_COHOG = ("--fix", "with_cohog=true", "--fix", "cohog_directions=8")  # a quick one
 
 
 def history_of(directory: Path, number: int = 0) -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ def test_trial_of_several_ranks_agrees_with_one(
 ) -> None:
     """Without batch norm and dropout, which see the images of one rank, up to rounding."""
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: "without_batch_norm"}))
-    flags = ["--fix", "dropout=0", "--fix", "mixup_alpha=0.3", "--fix", "with_cohog=true"]
+    flags = ["--fix", "dropout=0", "--fix", "mixup_alpha=0.3", *WITH_COHOG]
     assert run(*flags, n_trials="1", checkpoint_dir=str(tmp_path / "one")) == 0
     assert run(*flags, "--gpus_per_trial", str(size), n_trials="1") == 0
     config = json.loads((tmp_path / "c" / "trial_000" / "config.json").read_text())
@@ -213,7 +214,7 @@ def test_trials_of_ranks_at_once_repeat_bit_for_bit(run: Run, tmp_path: Path) ->
 def test_interrupted_ranks_continue_as_if_never_broken(
     fault: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--gpus_per_trial", "2", "--continue_interrupted", "--fix", "with_cohog=true"]
+    flags = ["--gpus_per_trial", "2", "--continue_interrupted", *WITH_COHOG]
     assert run(*flags, n_trials="1", checkpoint_dir=str(tmp_path / "whole")) == 0
     monkeypatch.setattr(runner_module, "ChildProcess", faulty({0: fault}))
     assert run(*flags, n_trials="1") == 143
