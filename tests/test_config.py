@@ -360,7 +360,9 @@ def test_descriptor_comes_first_and_the_network_next(tier: str, pretrained: bool
     default = TrialConfig(**{**REQUIRED, "backbone": COHOG, "cohog_sizes": 5})
     assert values["backbone"] == COHOG
     assert all(values[n] == getattr(default, n) for n in set(OF_COHOG) & set(values))
-    assert suggest(FixedTrial(network), space)["backbone"] != COHOG
+    both = suggest(FixedTrial(network), space)
+    assert both["backbone"] != COHOG
+    assert both["with_cohog"], "it takes no longer, and names more lines"
 
 
 @pytest.mark.parametrize(
