@@ -148,6 +148,18 @@ def test_curves_of_a_trial_leave_out_what_was_not_measured() -> None:
         assert "nan" not in ET.tostring(ET.fromstring(panel), encoding="unicode")
 
 
+def test_curves_of_a_network_with_a_descriptor_show_what_it_gets_right_alone() -> None:
+    rows = [
+        {"epoch": epoch, "macro_top1": 0.9, "network_macro_top1": epoch / 10} for epoch in (1, 2, 3)
+    ]
+    (panel,) = trial_curves(7, rows)
+    assert "network alone (grey), both (colour)" in panel
+    assert panel.count("<polyline") == 2
+    (panel,) = trial_curves(7, [{k: row[k] for k in ("epoch", "macro_top1")} for row in rows])
+    assert "alone" not in panel
+    assert panel.count("<polyline") == 1
+
+
 def test_names_become_short_labels() -> None:
     assert short("a" * 100, 11) == "aaaaa…aaaaa"
     assert "\n" not in short("a\nb")

@@ -245,9 +245,15 @@ def trial_curves(number: int, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(rows) < 2:
         return []
     panels = []
+    # Of a network with a descriptor beside it also what the network gets right alone.
+    are_two = any("network_macro_top1" in row for row in rows)
     for title, names, scale in (
         ("loss: training (grey), validation (colour)", ("train_loss", "loss"), 1.0),
-        (VALUE, ("macro_top1",), 100.0),
+        (
+            f"{VALUE}: network alone (grey), both (colour)" if are_two else VALUE,
+            ("network_macro_top1", "macro_top1"),
+            100.0,
+        ),
         ("learning rate", ("learning_rate",), 1.0),
     ):
         series = [
