@@ -152,12 +152,12 @@ def test_curves_of_a_network_with_a_descriptor_show_what_it_gets_right_alone() -
     rows = [
         {"epoch": epoch, "macro_top1": 0.9, "network_macro_top1": epoch / 10} for epoch in (1, 2, 3)
     ]
-    (panel,) = trial_curves(7, rows)
-    assert "network alone (grey), both (colour)" in panel
-    assert panel.count("<polyline") == 2
-    (panel,) = trial_curves(7, [{k: row[k] for k in ("epoch", "macro_top1")} for row in rows])
-    assert "alone" not in panel
-    assert panel.count("<polyline") == 1
+    (both,) = trial_curves(7, rows)
+    (one,) = trial_curves(7, [{k: row[k] for k in ("epoch", "macro_top1")} for row in rows])
+    assert "network alone (grey), both (colour)" in both
+    assert "alone" not in one
+    assert both.count('class="b"') == one.count('class="b"') == 1
+    assert (both.count('class="l"'), one.count('class="l"')) == (1, 0)
 
 
 def test_names_become_short_labels() -> None:
