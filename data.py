@@ -235,9 +235,11 @@ def _check_writers(
         left_out.add(OTHERS, writer)
     kept = [line for line in lines if line.writer in chosen]
     if not any(line.split == "val" for line in kept):
+        way = "add a val directory, or pages to split (a writer needs two pages or more)"
+        if all(line.page == NO_PAGE for line in kept):
+            way = "their images lie in no page's directory: make a directory for each page"
         raise UserError(
-            f"--data_root {data_root} has no validation lines for the chosen writers; "
-            "add a val directory, or pages to split (a writer needs two pages or more)"
+            f"--data_root {data_root} has no validation lines for the chosen writers; {way}"
         )
     return kept
 

@@ -192,7 +192,15 @@ def test_pages_that_are_not_known_are_not_measured(
     assert "no writer's test pages differ in accuracy: lines" in "\n".join(
         describe({**found, "pages": 4})
     )
+    single = {**found, "pages": 4, "writers_with_one_page": len(found["per_writer"])}
+    assert "each writer has one test page: lines were resampled" in "\n".join(describe(single))
     assert "five writers or fewer" not in told.splitlines()[1]
+    assert "no test lines" not in told
+    some = {**found, "writers_without_test_lines": ["a", "b"]}
+    of = len(found["per_writer"]) + 2
+    assert f"2 of {of} writers have no test lines, not included in the means" in "\n".join(
+        describe(some)
+    )
     certain = dict.fromkeys(found["intervals"], (1.0, 1.0))
     told = "\n".join(describe({**found, "intervals": certain}))
     assert "[" not in told, "nor how intervals were made"

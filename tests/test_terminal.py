@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,12 @@ def test_first_word_comes_before_anything_slow(
 
 def facts(best: float = 0.8129, left: tuple[float, float] | None = (6720.0, 7800.0)) -> EpochFacts:
     return EpochFacts(0.812, 0.8066, (best, 4), 12.4, left)
+
+
+def test_epoch_s_line_has_what_a_network_gets_right_alone() -> None:
+    assert "| val macro top-1 80.66% | best" in facts().line()
+    line = replace(facts(), network=0.5).line()
+    assert "| val macro top-1 80.66% (network alone 50.00%) | best" in line
 
 
 def test_progress_is_one_line_above_which_others_stay(

@@ -35,8 +35,8 @@ COMMON = {
 SHORT_EPILOG = """\
 examples:
   python hyperparameter_search.py --demo
-  python hyperparameter_search.py --data_root lines --checkpoint_dir runs/a
-  python hyperparameter_search.py --checkpoint_dir runs/a --status
+  python hyperparameter_search.py --data_root d --checkpoint_dir c --use_all_writers
+  python hyperparameter_search.py --checkpoint_dir c --status
 The same command continues after any stop; a higher --n_trials extends the search.
 """
 EPILOG = """\

@@ -18,6 +18,12 @@ def percent(value: float | None) -> str:
     return "none yet" if value is None else f"{100 * value:.2f}%"
 
 
+def epoch_value(value: float, network: float | None) -> str:
+    """Say an epoch's value, and that of a network without the descriptor beside it."""
+    alone = "" if network is None else f" (network alone {percent(network)})"
+    return f"val macro top-1 {percent(value)}{alone}"
+
+
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Say a number of things: 1 trial, 2 trials."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from writer_search.common.output import live, terminal_columns
-from writer_search.common.text import duration, percent, short_duration
+from writer_search.common.text import duration, epoch_value, percent, short_duration
 from writer_search.results.estimate import Range, range_text
 
 REFRESH_SECONDS = 0.1
@@ -17,6 +17,7 @@ class EpochFacts:
     """What an epoch has brought, and how the search stands after it. Values are fractions.
 
     best: value and number of the best trial, one that runs included.   left: seconds.
+    network: the value of a network without the descriptor beside it.
     """
 
     loss: float
@@ -24,13 +25,14 @@ class EpochFacts:
     best: tuple[float, int] | None
     seconds: float
     left: Range | None
+    network: float | None = None
 
     def line(self) -> str:
         best = (
             "none yet" if self.best is None else f"{percent(self.best[0])} (trial {self.best[1]})"
         )
         return (
-            f"loss {self.loss:.3f} | val macro top-1 {percent(self.value)} | best {best} | "
+            f"loss {self.loss:.3f} | {epoch_value(self.value, self.network)} | best {best} | "
             f"{duration(self.seconds)} | left {range_text(self.left)}"
         )
 

@@ -32,15 +32,22 @@ def describe(found: dict[str, Any]) -> list[str]:
         f"  {found['lines']} lines, {pages}, {len(found['per_writer'])} writers"
         + (f"; [95 % intervals by resampling {unit}]" if has_intervals else ""),
     ]
-    if has_intervals and unit == "lines":
+    without = len(found.get("writers_without_test_lines", ()))
+    if without:
         lines.append(
-            (
-                "  no writer's test pages differ in accuracy"
-                if found["pages"]
-                else "  pages are not known"
-            )
-            + ": lines were resampled; the intervals leave out how writers vary from page to page, "
-            "and are too narrow"
+            f"  {without} of {counted(without + len(found['per_writer']), 'writer')} "
+            f"{'has' if without == 1 else 'have'} no test lines, not included in the means"
+        )
+    if has_intervals and unit == "lines":
+        if not found["pages"]:
+            cause = "pages are not known"
+        elif found["writers_with_one_page"] == len(found["per_writer"]):
+            cause = "each writer has one test page"
+        else:
+            cause = "no writer's test pages differ in accuracy"
+        lines.append(
+            f"  {cause}: lines were resampled; the intervals leave out how writers vary from page "
+            "to page, and are too narrow"
         )
     elif has_intervals and found["writers_with_one_page"]:
         lines.append(

@@ -74,7 +74,8 @@ class Outlook:
     def epoch_facts(self, value: float, metrics: dict[str, Any]) -> EpochFacts:
         """Say what an epoch has brought."""
         loss, seconds = metrics["train_loss"], metrics["seconds"]
-        return EpochFacts(loss, value, self._best(), seconds, self._time_left())
+        network = metrics.get("network_macro_top1")
+        return EpochFacts(loss, value, self._best(), seconds, self._time_left(), network)
 
     def _best(self) -> tuple[float, int] | None:
         best = self.finished().best

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model import WriterModel, for_inference
 from writer_search.config import TrialConfig
 from writer_search.training.batches import SIZES, InMemory, Lines, gather, varied_lines, views
-from writer_search.training.metrics import Metrics, compute_metrics
+from writer_search.training.metrics import Metrics, compute_metrics, macro_top1
 from writer_search.training.optimisation import autocast
 from writer_search.training.outcomes import DivergedError
 from writer_search.training.ranks import ALONE, Ranks
@@ -46,12 +46,10 @@ def evaluate(
     if not logits.isfinite().all():
         raise DivergedError("the model's output on the validation lines is not finite")
     labels, pages = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
-    known = (labels, pages, writers, lines.has_pages)
-    metrics = compute_metrics(logits.double().numpy(), *known)
+    metrics = compute_metrics(logits.double().numpy(), labels, pages, writers, lines.has_pages)
     if model.beside is None:
         return metrics
-    alone = compute_metrics(own.double().numpy(), *known)
-    return replace(metrics, network_macro_top1=alone.macro_top1)
+    return replace(metrics, network_macro_top1=macro_top1(own.double().numpy(), labels))
 
 
 def line_logits(model: WriterModel, config: TrialConfig, lines: Lines, num_writers: int) -> Tensor:

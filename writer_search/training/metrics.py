@@ -71,11 +71,9 @@ def compute_metrics(
     has_pages: whether pages are known, so that they can be measured.
     A line is right when its writer has the highest logit of *all* writers; ties go to the first.
     """
-    counts = np.bincount(labels, minlength=len(writers))
-    measured = np.flatnonzero(counts)
     guesses = logits.argmax(1)
     right = guesses == labels
-    per_writer = _mean_by(right, labels, len(writers))[measured]
+    measured, per_writer = _by_writer(right, labels, len(writers))
     log_softmax = F.log_softmax(torch.from_numpy(logits), 1).numpy()
     page_labels, page_guesses = guess_pages(log_softmax, labels, pages)
     page_right = _mean_by(page_guesses == page_labels, page_labels, len(writers))[measured]
@@ -104,6 +102,20 @@ def compute_metrics(
             1,
         ).astype(np.float32),
     )
+
+
+def macro_top1(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Compute one of the metrics from logits (lines, writers) and labels (lines,)."""
+    _, per_writer = _by_writer(logits.argmax(1) == labels, labels, logits.shape[1])
+    return float(per_writer.mean())
+
+
+def _by_writer(
+    right: NDArray[np.bool_], labels: NDArray[np.int64], num_writers: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Give the writers that have lines, and each one's share of right lines."""
+    measured = np.flatnonzero(np.bincount(labels, minlength=num_writers))
+    return measured, _mean_by(right, labels, num_writers)[measured]
 
 
 def _confusion(labels: NDArray[np.int64], guesses: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -20,7 +20,7 @@ from writer_search.common.files import content_hash, read_json, remove_temporari
 from writer_search.common.locks import DirectoryLock
 from writer_search.common.provenance import provenance
 from writer_search.common.signals import Interrupted, StopSignals
-from writer_search.common.text import counted, duration, one_line, percent
+from writer_search.common.text import counted, duration, epoch_value, one_line, percent
 from writer_search.config import TrialConfig, half_batch
 from writer_search.lines.layout import SPLITS
 from writer_search.lines.report import describe_report
@@ -203,7 +203,8 @@ def run(
         facts = [f"epoch {epoch:2d}/{epochs}", f"loss {row['train_loss']:.3f}"]
         if "macro_top1" in row:
             best[:] = [max([*best, row["macro_top1"]])]
-            facts += [f"val macro top-1 {percent(row['macro_top1'])}", f"best {percent(best[0])}"]
+            value = epoch_value(row["macro_top1"], row.get("network_macro_top1"))
+            facts += [value, f"best {percent(best[0])}"]
         print(" | ".join([*facts, duration(row["seconds"])]), flush=True)
 
     def check(progress: float) -> None:
@@ -416,7 +417,9 @@ def opening_lines(
     if wanted.train_on == "train+val" and last_epoch is None and not original.config.is_fitted:
         lasting += ", since no metrics.json beside that tells which one was best"
     if last_epoch is not None:
-        lasting = f"{last_epoch} epochs, after which the trial's validation value was best"
+        lasting = (
+            f"{counted(last_epoch, 'epoch')}, after which the trial's validation value was best"
+        )
     return [
         f"{'Going on with' if goes_on else 'Training'} the configuration of {wanted.config_file}",
         f"{len(data.writers)} writers | lines: {lines} | {data.line_height} px | {device}, "
