@@ -22,6 +22,7 @@ import torch
 from faults import RealChild, faulty
 from optuna.trial import TrialState, create_trial
 
+from data import find_lines
 from hyperparameter_search import main
 from writer_search.common import locks
 from writer_search.common.errors import UserError
@@ -152,7 +153,7 @@ def test_new_resumed_and_extended(
     assert len({json.dumps(p, sort_keys=True) for p in params}) == 4, "no draw repeats"
 
 
-def test_files_of_a_search(run: Run, tmp_path: Path) -> None:
+def test_files_of_a_search(run: Run, lines_root: Path, tmp_path: Path) -> None:
     directory = tmp_path / "c"
     assert run() == 0
     names = {path.name for path in (directory / "trial_001").iterdir()}
@@ -192,6 +193,10 @@ def test_files_of_a_search(run: Run, tmp_path: Path) -> None:
     source = directory / f"trial_{best['number']:03d}" / "best_model.pth"
     assert (directory / "summary" / "best_model.pth").read_bytes() == source.read_bytes()
     assert json.loads((directory / "summary" / "data_report.json").read_text())["broken"] == {}
+    with (directory / "summary" / "split.csv").open(newline="") as file:
+        split = [tuple(line.values()) for line in csv.DictReader(file)]
+    lines = find_lines(lines_root)
+    assert sorted(split) == sorted((n.path, n.writer, n.page, n.split) for n in lines)
 
 
 def test_same_seed_gives_the_same_search_whatever_the_breaks(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from writer_search.common.files import write_text
+from writer_search.lines.layout import SPLITS
+from writer_search.lines.predictions import page_of
 from writer_search.lines.report import LineFile
 
 
@@ -51,3 +57,16 @@ def _assign_units(units: Mapping[str, int], key: str) -> dict[str, str]:
             assigned[unit] = split
             taken += units[unit]
     return assigned
+
+
+def write_split(file: Path, lines: Iterable[tuple[str, str, int]]) -> None:
+    """Write a table of all lines, which say in which split each is.
+
+    lines: path below the data root, writer, index into SPLITS.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["path", "writer", "page", "split"])
+    for path, writer, split in lines:
+        table.writerow([path, writer, page_of(path, writer), SPLITS[split]])
+    write_text(file, text.getvalue())

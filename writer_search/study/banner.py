@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from writer_search.common.files import write_json
 from writer_search.common.output import live, wrapped
 from writer_search.common.text import counted, percent
+from writer_search.lines.split import write_split
 from writer_search.lines.walk import OTHERS
 from writer_search.processes.plan import Plan
 from writer_search.results.pictures.lines import draw_lines
@@ -19,9 +20,12 @@ RULE = "=" * 70
 def announce(
     args: argparse.Namespace, plan: Plan, banner_lines: list[str], settled: list[str]
 ) -> None:
-    (args.checkpoint_dir / "summary").mkdir(exist_ok=True)
-    write_json(args.checkpoint_dir / "summary" / "data_report.json", plan.data.report)
-    draw_lines(args.checkpoint_dir / "summary", plan.data)
+    data, summary = plan.data, args.checkpoint_dir / "summary"
+    summary.mkdir(exist_ok=True)
+    write_json(summary / "data_report.json", data.report)
+    names = (data.writers[label] for label in data.labels)
+    write_split(summary / "split.csv", zip(data.paths, names, data.splits.tolist(), strict=True))
+    draw_lines(summary, data)
     live.end()
     print("\n".join(banner_lines), flush=True)
     for line in settled:
