@@ -6,7 +6,7 @@ Imports neither torch nor Optuna: the search process and the trial processes sha
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from writer_search.common.errors import UserError
@@ -238,16 +238,14 @@ class Improvement:
     """
 
     epoch: int = 0
-    value: float | None = None  # the best so far: validation macro top-1
-    network: float | None = None  # the same of the network alone
+    best: dict[str, float] = field(default_factory=dict)  # so far, of each of the two
 
     def note(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Take an epoch's metrics into account; those noted before change nothing."""
-        for own, name in (("value", "macro_top1"), ("network", "network_macro_top1")):
-            before, found = getattr(self, own), metrics.get(name)
-            if found is not None and (before is None or found > before):
-                setattr(self, own, found)
-                self.epoch = epoch
+        for name in ("macro_top1", "network_macro_top1"):
+            value = metrics.get(name)
+            if value is not None and (name not in self.best or value > self.best[name]):
+                self.best[name], self.epoch = value, epoch
 
     @classmethod
     def of(cls, history: Iterable[dict[str, Any]]) -> Improvement:

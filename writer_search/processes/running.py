@@ -96,7 +96,7 @@ class RunningTrial:
     @property
     def best(self) -> float | None:
         """The best value so far."""
-        return self.improvement.value
+        return self.improvement.best.get("macro_top1")
 
     @property
     def has_advanced(self) -> bool:

@@ -32,17 +32,14 @@ def evaluate(
 ) -> Metrics:
     """Measure a model on all lines of a split, each covered whole by windows.
 
-    micro_batch: the most windows on a device at once.   described: the logits of a descriptor
-    beside the model, where they are known.
+    micro_batch: the most windows on a device at once.   described: see
+    `own_and_line_logits`.
     Raises DivergedError when the output is not finite.
     """
-    logits = own = own_logits(model, config, lines, len(writers), check, ranks, micro_batch)
-    if model.beside is not None:
-        if described is None:
-            described = own_logits(model.beside, config, lines, len(writers), check, ranks)
-        logits = both_logits(config, own, described)
+    how = (check, ranks, micro_batch, described)
+    found = own_and_line_logits(model, config, lines, len(writers), *how)
     # Rank 0's for all: a last bit that differs would let one rank go on and another end.
-    own, logits = ranks.of_first((own, logits))
+    own, logits = ranks.of_first(found)
     if not logits.isfinite().all():
         raise DivergedError("the model's output on the validation lines is not finite")
     labels, pages = lines.labels.cpu().numpy(), lines.pages.cpu().numpy()
@@ -53,19 +50,31 @@ def evaluate(
 
 
 def line_logits(model: WriterModel, config: TrialConfig, lines: Lines, num_writers: int) -> Tensor:
-    """Give each line's logits: (lines, writers), float32, on the host.
+    """Give each line's logits: (lines, writers), float32, on the host."""
+    return own_and_line_logits(model, config, lines, num_writers)[1]
 
-    Those of a network with a descriptor beside it are the weighted sum of both's log-probabilities.
+
+def own_and_line_logits(
+    model: WriterModel,
+    config: TrialConfig,
+    lines: Lines,
+    num_writers: int,
+    check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
+    micro_batch: int | None = None,
+    described: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Give each line's logits without and with a descriptor beside the model; the same if none is.
+
+    With it they are the weighted sum of both's log-probabilities. `described` are the descriptor's
+    logits, where they are known.
     """
-    own = own_logits(model, config, lines, num_writers)
+    own = own_logits(model, config, lines, num_writers, check, ranks, micro_batch)
     if model.beside is None:
-        return own
-    return both_logits(config, own, own_logits(model.beside, config, lines, num_writers))
-
-
-def both_logits(config: TrialConfig, network: Tensor, descriptor: Tensor) -> Tensor:
-    """Add the log-probabilities of a network and a descriptor: (lines, writers)."""
-    return network.log_softmax(1) + config.cohog_weight * descriptor.log_softmax(1)
+        return own, own
+    if described is None:
+        described = own_logits(model.beside, config, lines, num_writers, check, ranks)
+    return own, own.log_softmax(1) + config.cohog_weight * described.log_softmax(1)
 
 
 @torch.inference_mode()
