@@ -1,7 +1,10 @@
-"""Texts for people: one line, percent, durations."""
+"""Texts for people: one line, percent, durations, tables as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -22,6 +25,13 @@ def epoch_value(value: float, network: float | None) -> str:
     """Say an epoch's value, and that of a network without the descriptor beside it."""
     alone = "" if network is None else f" (network alone {percent(network)})"
     return f"val macro top-1 {percent(value)}{alone}"
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Put rows of cells into the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from writer_search.common.files import write_text
+from writer_search.common.text import csv_text
 from writer_search.lines.layout import SPLITS
 
 FILE = "predictions.csv"
@@ -55,15 +55,13 @@ def write_predictions(
     predictions: of each line guess, its probability, the true writer's, and the page's guess; see
     `Metrics.predictions`.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(NAMES)
+    rows: list[list[str]] = [NAMES]
     for path, label, (guess, p, p_true, page_guess) in zip(paths, labels, predictions, strict=True):
         writer = writers[label]
         shares = f"{p:.5f}", f"{p_true:.5f}"
         page, own = page_of(path, writer), writers[int(page_guess)]
-        table.writerow([path, writer, page, writers[int(guess)], *shares, own])
-    write_text(directory / FILE, text.getvalue())
+        rows.append([path, writer, page, writers[int(guess)], *shares, own])
+    write_text(directory / FILE, csv_text(rows))
 
 
 def read_predictions(directory: Path) -> list[Prediction]:

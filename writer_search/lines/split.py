@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from writer_search.common.files import write_text
+from writer_search.common.text import csv_text
 from writer_search.lines.layout import SPLITS
 from writer_search.lines.predictions import page_of
 from writer_search.lines.report import LineFile
@@ -64,9 +63,5 @@ def write_split(file: Path, lines: Iterable[tuple[str, str, int]]) -> None:
 
     lines: path below the data root, writer, index into SPLITS.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["path", "writer", "page", "split"])
-    for path, writer, split in lines:
-        table.writerow([path, writer, page_of(path, writer), SPLITS[split]])
-    write_text(file, text.getvalue())
+    rows = ((path, writer, page_of(path, writer), SPLITS[split]) for path, writer, split in lines)
+    write_text(file, csv_text([("path", "writer", "page", "split"), *rows]))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from writer_search.common.files import is_there, read_dict, write_json, write_text
 from writer_search.common.output import wrapped
-from writer_search.common.text import counted, one_line, percent, shown_value
+from writer_search.common.text import counted, csv_text, one_line, percent, shown_value
 from writer_search.results.chosen import best_copy, chosen_model
 from writer_search.results.rows import (
     UNFINISHED,
@@ -61,10 +59,10 @@ class SummaryFiles:
         columns = sorted(self._names)
         for row in changed:
             cells = [*_cells(row, columns), *self._fixed.values()]
-            self._lines[row.number] = (row, _csv_line([*cells, row.attributes.get("failure", "")]))
+            self._lines[row.number] = (row, csv_text([[*cells, row.attributes.get("failure", "")]]))
         fixed = [f"{name} (fixed)" for name in self._fixed]
         header = ["number", "state", "value", "epochs", "seconds", *columns, *fixed, "failure"]
-        return _csv_line(header) + "".join(self._lines[row.number][1] for row in rows)
+        return csv_text([header]) + "".join(self._lines[row.number][1] for row in rows)
 
 
 def _described(best: Row, checkpoint_dir: Path) -> dict[str, Any]:
@@ -92,12 +90,6 @@ def _cells(row: Row, columns: Sequence[str]) -> list[Any]:
         f"{row.seconds:.1f}" if row.ended and row.seconds is not None else "",
         *(row.params.get(name, "") for name in columns),
     ]
-
-
-def _csv_line(cells: Sequence[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
 
 
 def floor_lines(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:

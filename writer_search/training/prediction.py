@@ -5,8 +5,6 @@ Images are decoded as for training, line by line; no cache is read or written.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 from model import WriterModel
 from writer_search.common.errors import UserError
-from writer_search.common.text import counted, one_line
+from writer_search.common.text import counted, csv_text, one_line
 from writer_search.config import TrialConfig
 from writer_search.lines.decoding import BrokenImageError, DecodedLine, decode_line
 from writer_search.lines.parallel import in_order
@@ -216,12 +214,8 @@ def as_json(predictions: Predictions) -> str:
 
 def as_csv(predictions: Predictions) -> str:
     """Give lines and pages as one table; a page has no image."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(Guess.__dataclass_fields__)
-    for guess in [*predictions.lines, *predictions.pages]:
-        table.writerow("" if value is None else value for value in asdict(guess).values())
-    return text.getvalue().rstrip("\n")
+    guesses = [asdict(guess).values() for guess in [*predictions.lines, *predictions.pages]]
+    return csv_text([Guess.__dataclass_fields__, *guesses]).rstrip("\n")
 
 
 def as_table(predictions: Predictions) -> str:
