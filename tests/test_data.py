@@ -318,10 +318,13 @@ def test_writers_with_equal_page_names_are_split_apart() -> None:
         (["train/anna/page/1.png", "val/anna/other/1.png"], "1 writer"),
         (["anna/one/1.png", "anna/two/1.png"], "1 writer"),
         (["train/anna/p/1.png", "train/bruno/p/1.png"], "no validation lines"),
-        (["anna/p/1.png", "bruno/p/1.png"], "or pages to split (a writer needs two pages or more)"),
+        (
+            ["anna/p/1.png", "bruno/p/1.png"],
+            "no validation lines for the chosen writers; add a val directory, or pages to split",
+        ),
         (
             ["anna/1.png", "bruno/1.png"],
-            "chosen writers; their images lie in no page's",
+            "no validation lines for the chosen writers; their images lie in no page's directory",
         ),
         ([*two_writers(), "val/stranger/p/1.png"], "stranger"),
         (["val/anna/p/1.png", "val/bruno/p/1.png"], "no train directory"),
